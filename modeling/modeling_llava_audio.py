@@ -1,0 +1,349 @@
+"""LLaVA with ears (DALI): audio tower, audio projector and learnt prefix beside an untouched image captioner."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
+from transformers.utils import torch_compilable_check
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_llava_audio import LlavaAudioConfig
+from .modeling_cav_mae import CavMaeAudioModel
+from .stage_checkpoint import read_stage, write_stage
+
+
+@dataclass
+class LlavaAudioModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    image_hidden_states: projected image tokens, (all image tokens of the batch, text width), or None.
+    audio_hidden_states: projected audio tokens, (all audio tokens of the batch, text width), or None.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class LlavaAudioCausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss: mean negative log-likelihood of `labels`, when given.
+    logits: (B, L or `logits_to_keep`, vocabulary).
+    image_hidden_states, audio_hidden_states: as in `LlavaAudioModelOutputWithPast`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+
+
+class LearntPrefix(nn.Embedding):
+    """Learnt vectors that stand where the text says `<prefix>`; an Embedding, so that a missing one is initialised."""
+
+    def __init__(self, config: LlavaAudioConfig):
+        super().__init__(config.prefix_length, config.text_config.hidden_size)
+
+
+class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
+    config: LlavaAudioConfig
+    config_class = LlavaAudioConfig
+    input_modalities = ("image", "audio", "text")
+    _no_split_modules = ["CavMaeEmbeddings", "CavMaeLayer", "LearntPrefix"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, LearntPrefix):
+            init.normal_(module.weight, std=self.config.prefix_initializer_range)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        As everywhere in transformers; the checkpoint of a stage is laid over the model it names as its base.
+
+        Raises:
+            ValueError: when the stage's weights do not fit the base, with the first name that differs.
+        """
+        hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "subfolder") if key in kwargs}
+        stage = read_stage(pretrained_model_name_or_path, **hub_kwargs)
+        if stage is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        base, tensors = stage
+        loaded = cls.from_pretrained(base, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple under output_loading_info=True
+        weights = model.state_dict()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                target = weights.get(name, weights.get(name.removeprefix("model.")))
+                if target is None or target.shape != tensor.shape:
+                    have = "no such weight" if target is None else f"shape {tuple(target.shape)}"
+                    raise ValueError(
+                        f"{pretrained_model_name_or_path}: {name} has shape {tuple(tensor.shape)}, but its base model "
+                        f"{base} has {have}; use the base and the configuration that the stage was trained on."
+                    )
+                target.copy_(tensor)
+        return loaded
+
+
+class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
+    """
+    Vision tower, audio tower, a projector each, learnt prefix and language model, without a head.
+
+    `last_hidden_state` aligns with `input_ids` position by position: the processor has already written one
+    placeholder a token.
+
+    ```
+    pixel_values   -> vision_tower -> multi_modal_projector -+
+    input_features -> audio_tower  -> audio_projector       -+-> placeholders of inputs_embeds -> language_model
+                                      prefix                -+
+    ```
+    """
+
+    def __init__(self, config: LlavaAudioConfig):
+        super().__init__(config)
+        self.audio_tower = CavMaeAudioModel(config.audio_config)
+        self.audio_projector = LlavaMultiModalProjector(config)
+        self.prefix = LearntPrefix(config)
+        self.post_init()
+
+    def copy_image_projector(self) -> None:
+        """Start the audio projector as a copy of the image projector, as DALI does before stage 2."""
+        self.audio_projector.load_state_dict(self.multi_modal_projector.state_dict())
+
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, 3, H, W) -> the image tokens before the projector, (images, tokens, vision width)."""
+        layers = self.config.vision_feature_layer
+        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        if self.config.vision_feature_select_strategy == "default":
+            selected = [tokens[:, 1:] for tokens in selected]
+        return torch.cat(selected, dim=-1)
+
+    def encode_audio(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(clips, frames, mels) -> the audio tokens before the projector, (clips, tokens, vision width)."""
+        return self.audio_tower(input_features, input_features_mask, return_dict=True).last_hidden_state
+
+    @can_return_tuple
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Audio tokens before and after the projector.
+
+        Args:
+            input_features: (clips, frames, mels), from the processor.
+            input_features_mask: (clips, frames), True where a frame counts; None when all do.
+
+        Returns:
+            `last_hidden_state` (clips, tokens, vision width) and `pooler_output`, a list with the projected tokens
+            of each clip, (tokens of the clip, text width).
+        """
+        outputs = self.audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
+        projected = list(self.audio_projector(outputs.last_hidden_state))
+        if input_features_mask is not None:
+            keep = self.audio_tower.token_mask(input_features_mask)
+            projected = [tokens[mask] for tokens, mask in zip(projected, keep, strict=True)]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=projected,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _scatter(self, inputs_embeds, input_ids, token_id: int, features: torch.Tensor, name: str) -> torch.Tensor:
+        """Put `features` (tokens, text width) where `input_ids` hold `token_id`, in order."""
+        mask = input_ids == token_id
+        torch_compilable_check(
+            mask.sum() == features.shape[0],
+            lambda: f"the text holds {int(mask.sum())} {name} placeholders for {features.shape[0]} {name} tokens; "
+            "let the processor write the placeholders.",
+        )
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features.to(inputs_embeds))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> LlavaAudioModelOutputWithPast:
+        r"""
+        Args:
+            input_ids: (B, L), with placeholders already expanded.
+            pixel_values: (images, 3, H, W), in the order of their placeholders over the batch.
+            input_features, input_features_mask: (clips, frames, mels) and (clips, frames), in the same order.
+            inputs_embeds: (B, L, text width) in place of `input_ids`: everything has been merged by the caller.
+            mm_encoder_outputs: what `generate` has encoded beforehand, by modality.
+
+        Raises:
+            ValueError: when neither or both of `input_ids` and `inputs_embeds` are given, or placeholders and
+                tokens differ in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        image_features = audio_features = None
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            image = (mm_encoder_outputs or {}).get("image")
+            if image is None and pixel_values is not None:
+                image = self.get_image_features(pixel_values, return_dict=True)
+            if image is not None:
+                image_features = torch.cat(list(image.pooler_output))
+                inputs_embeds = self._scatter(
+                    inputs_embeds, input_ids, self.config.image_token_id, image_features, "image"
+                )
+            if input_features is not None:
+                audio = self.get_audio_features(input_features, input_features_mask, return_dict=True)
+                audio_features = torch.cat(audio.pooler_output)
+                inputs_embeds = self._scatter(
+                    inputs_embeds, input_ids, self.config.audio_token_id, audio_features, "audio"
+                )
+            inputs_embeds = self._insert_prefix(inputs_embeds, input_ids)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return LlavaAudioModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+            audio_hidden_states=audio_features,
+        )
+
+    def _insert_prefix(self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Replace `<prefix>` placeholders by the learnt vectors; every sample holds all of them or none."""
+        length = self.config.prefix_length
+        if input_ids.shape[1] < length:  # a decoding step; the prefix is in the cache
+            return inputs_embeds
+        mask = input_ids == self.config.prefix_token_id
+        torch_compilable_check(
+            (mask.sum(-1) % length == 0).all(),
+            lambda: f"a sample holds {sorted(set(mask.sum(-1).tolist()))} prefix placeholders; the model's prefix is "
+            f"{length} long (prefix_length).",
+        )
+        vectors = self.prefix.weight.repeat(mask.numel() // length, 1)
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), vectors.to(inputs_embeds))
+
+
+class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMixin):
+    """
+    The captioner: `LlavaAudioModel` and a language-model head.
+
+    With neither audio nor prefix its logits equal those of `LlavaForConditionalGeneration` on the same weights.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: LlavaAudioConfig):
+        super().__init__(config)
+        self.model = LlavaAudioModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See `LlavaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """See `LlavaAudioModel.get_audio_features`."""
+        return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
+
+    def save_stage(self, directory, base: str, stage: str) -> None:
+        """
+        Save what is being trained (`requires_grad`), and the name of the model it belongs to.
+
+        Args:
+            directory: where to; `from_pretrained` on it gives the assembled model.
+            base: Hub id or path of the model that the stage started from.
+            stage: the stage's name, for people.
+        """
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self.config.save_pretrained(directory)
+        write_stage(directory, trained, base, stage)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> LlavaAudioCausalLMOutputWithPast:
+        r"""
+        Arguments as in `LlavaAudioModel.forward`, and
+
+        Args:
+            labels: (B, L), the next tokens to learn; -100 where nothing is to be learnt.
+            logits_to_keep: logits of the last positions only; 0 keeps all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return LlavaAudioCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            audio_hidden_states=outputs.audio_hidden_states,
+        )
+
+
+LlavaAudioModel.register_for_auto_class("AutoModel")
+LlavaAudioForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["LlavaAudioForConditionalGeneration", "LlavaAudioModel", "LlavaAudioPreTrainedModel"]

@@ -1,0 +1,61 @@
+"""A stage's checkpoint: only the weights that the stage trained, and the name of the model they belong to."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
+
+
+STAGE_FILE = "stage.json"
+STAGE_WEIGHTS = "stage.safetensors"
+
+
+def write_stage(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], base: str, stage: str) -> None:
+    """
+    Write `tensors` and their `stage.json` into `directory`; the JSON last, so that what can be read is whole.
+
+    A local `base` is stored relative to `directory`, so that a run's folder can be moved.
+
+    Raises:
+        ValueError: when there is nothing to write.
+    """
+    if not tensors:
+        raise ValueError(f"{directory}: stage '{stage}' trained no weight, so there is nothing to save.")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if Path(base).is_dir():
+        base = os.path.relpath(Path(base).resolve(), directory.resolve())
+    description = {"stage": stage, "base_model_name_or_path": base, "trained": sorted(tensors)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, directory / f".{STAGE_WEIGHTS}", metadata={"format": "pt"})
+    os.replace(directory / f".{STAGE_WEIGHTS}", directory / STAGE_WEIGHTS)
+    (directory / f".{STAGE_FILE}").write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(directory / f".{STAGE_FILE}", directory / STAGE_FILE)
+
+
+def read_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> tuple[str, dict[str, torch.Tensor]] | None:
+    """
+    The base model's name and the trained tensors of a stage's checkpoint; None for a whole checkpoint.
+
+    Raises:
+        ValueError: when `stage.json` does not name its base or the weights beside it differ from its list.
+    """
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(name_or_path, STAGE_FILE, **optional, **hub_kwargs)
+    if path is None:
+        return None
+    description = json.loads(Path(path).read_text())
+    base = description.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{path} does not name base_model_name_or_path; add the model that the stage started from.")
+    beside = Path(name_or_path) / base
+    tensors = load_file(cached_file(name_or_path, STAGE_WEIGHTS, **hub_kwargs))
+    if sorted(tensors) != description["trained"]:
+        raise ValueError(f"{name_or_path}: {STAGE_WEIGHTS} does not hold the weights that {STAGE_FILE} lists.")
+    return str(beside.resolve()) if beside.is_dir() else base, tensors
+
+
+__all__ = ["read_stage", "write_stage"]
