@@ -85,6 +85,8 @@ class LlavaAudioConfig(LlavaConfig):
         image_token_index, audio_token_index, prefix_token_index: placeholder ids in `input_ids`.
         prefix_length: learnt vectors a `<prefix>` stands for.
         prefix_initializer_range: standard deviation they start from; the paper draws from N(0, 1e-4), a variance.
+        prefix_modalities: what is captioned with the prefix before the question; distillation makes sound alone do
+            without. A picture alone never is: its captions stay the captioner's own.
         fusion_mode: how picture and sound enter together; `"concatenate"` puts their tokens side by side (DALI).
 
     Raises:
@@ -115,6 +117,7 @@ class LlavaAudioConfig(LlavaConfig):
     prefix_token_index: int = 32003
     prefix_length: int = 16
     prefix_initializer_range: float = 0.01
+    prefix_modalities: list[str] | tuple[str, ...] = ("audio", "audiovisual")
     fusion_mode: Literal["concatenate"] = "concatenate"
 
     attribute_map = {

@@ -79,6 +79,7 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         if stage is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         base, tensors = stage
+        kwargs.setdefault("config", cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs))
         loaded = cls.from_pretrained(base, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple under output_loading_info=True
         weights = model.state_dict()

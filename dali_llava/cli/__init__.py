@@ -1,0 +1,109 @@
+"""The command line: `dali-llava COMMAND ...`.
+
+Each command is a module of this package with a docstring (its help), `add_arguments(parser)` and `run(args) -> int`.
+A module is imported only when its command is asked for, and imports torch only in `run`: help is instantaneous.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 success, 1 an error told in one line, 2 wrong usage,
+130 interrupted.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+
+from dali_llava import __version__
+
+
+# Command -> its line in `dali-llava --help`. The module is dali_llava.cli.<command>.
+COMMANDS = {
+    "quickstart": "run the whole pipeline on the built-in AVWorld",
+    "caption": "caption sound, picture and video files",
+    "evaluate": "caption a test split and score the captions",
+    "score": "score captions against references",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; a command's own arguments are added when it is first parsed for."""
+    parser = argparse.ArgumentParser(
+        prog="dali-llava",
+        description="Caption sound with an image captioner that has learned to hear.",
+        epilog="example: dali-llava caption runs/quickstart/model clip.mp4",
+    )
+    parser.add_argument("--version", action="version", version=f"dali-llava {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and libraries' warnings")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, title="commands", parser_class=_CommandParser
+    )
+    for name, line in COMMANDS.items():
+        commands.add_parser(name, help=line)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: arguments without the program's name; default `sys.argv[1:]`.
+
+    Wrong usage, `--help` and `--version` leave through argparse's `SystemExit`, with code 2, 0 and 0.
+    """
+    args = build_parser().parse_args(argv)
+    with warnings.catch_warnings():
+        if not args.debug:
+            _quieten_libraries()
+        try:
+            code = _command_module(args.command).run(args)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            print("dali-llava: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            if args.debug:
+                raise
+            print(f"dali-llava: error: {describe_error(error)}", file=sys.stderr)
+            return 1
+
+
+def describe_error(error: Exception) -> str:
+    """One line that tells an error: the message of an expected kind, the kind too of an unexpected one."""
+    message = " ".join(str(error).split()) or "no message"
+    if isinstance(error, (ValueError, OSError)):
+        return message
+    return f"{type(error).__name__}: {message} (--debug shows where)"
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """A command's parser, which imports the command's module when it is first used."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self._filled = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        if not self._filled:
+            self._filled = True
+            module = _command_module(self.prog.split()[-1])
+            self.description = (module.__doc__ or "").strip()
+            self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            module.add_arguments(self)
+        return super().parse_known_args(args, namespace)
+
+
+def _command_module(name: str):
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _quieten_libraries() -> None:
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

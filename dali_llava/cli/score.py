@@ -1,0 +1,72 @@
+"""Score captions against references: BLEU, METEOR, ROUGE-L, CIDEr-D, and SPICE where Stanford CoreNLP is there.
+
+A file is CSV (`id,caption`; references also `id,caption_1,...,caption_n`, Clotho's `file_name,caption_1,...`, or
+AudioCaps' row a caption) or JSON lines ({"id": ..., "caption": ...}; references also {"id": ..., "captions": [...]}).
+A metric that cannot run on this machine is null, with the reason beside it. Prints the scores as JSON.
+
+example:
+  dali-llava score --candidates captions.csv --references audiocaps/test.csv --out scores.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
+    parser.add_argument("--candidates", required=True, metavar="FILE", help="one caption a clip, CSV or JSON lines")
+    parser.add_argument("--references", required=True, metavar="FILE", help="the references, CSV or JSON lines")
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="where to write the scores")
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="score the clips that have a candidate and tell how many have none, as for clips that left YouTube",
+    )
+    parser.add_argument(
+        "--corenlp", metavar="DIR", help="folder of Stanford CoreNLP 3.6.0, for SPICE; default: $CORENLP_HOME"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score `args.candidates` against `args.references`, write and print the scores; 0."""
+    from rich.console import Console
+
+    from dali_llava.eval.caption_files import read_candidates, read_references
+    from dali_llava.eval.caption_metrics import CaptionScorer, check_ids
+    from dali_llava.eval.results import write_text
+
+    out = Path(args.out)
+    if out.is_dir():
+        raise IsADirectoryError(f"{out}: is a folder; give --out the name of a file")
+    candidates = read_candidates(args.candidates)
+    references = read_references(args.references)
+    missing = [clip for clip in references if clip not in candidates]
+    if args.allow_missing and 0 < len(missing) < len(references):
+        print(f"{len(missing)} of {len(references)} clips have no candidate and are left out", file=sys.stderr)
+        references = {clip: captions for clip, captions in references.items() if clip in candidates}
+    try:
+        check_ids(candidates, references)
+    except ValueError as error:
+        hint = ", or pass --allow-missing" if missing else ""
+        raise ValueError(f"{args.candidates} against {args.references}: {error}{hint}") from error
+    with (
+        CaptionScorer(corenlp=args.corenlp) as scorer,
+        Console(stderr=True).status(f"scoring {len(candidates)} captions"),
+    ):
+        metrics, reason = scorer.score(candidates, references)
+    scores = {
+        "candidates": args.candidates,
+        "references": args.references,
+        "n": len(references),
+        "missing": len(missing),
+        "tokenizer": scorer.tokenizer,
+        "metrics": metrics,
+        "reason": reason,
+    }
+    text = json.dumps(scores, indent=2, ensure_ascii=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, text + "\n")
+    print(text)
+    return 0

@@ -1,0 +1,133 @@
+"""A captioner on a split of a corpus: which captions to ask for, the captions, and their scores."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from PIL import Image
+
+from dali_llava.processing.media import load_audio
+
+from .caption_metrics import CaptionScorer
+from .results import Row
+from .runner import CaptionRunner, Sample
+from .source_metrics import score_sources
+
+
+@dataclass(frozen=True)
+class System:
+    """
+    One way of asking a captioner: a row of the table.
+
+    Args:
+        method: objective the audio tower was aligned with, or `image_only`, ...
+        stage: `prompt`, `prefix`, `aligned`, `distilled` or `supervised`.
+        modality: `audio`, `image` or `audiovisual`.
+        prompt: the question.
+        prefix: whether the learnt prefix stands before it.
+    """
+
+    method: str
+    stage: str
+    modality: str
+    prompt: str
+    prefix: bool
+
+    @property
+    def name(self) -> str:
+        """A name for files: `mmd-aligned-audio`."""
+        return f"{self.method}-{self.stage}-{self.modality}"
+
+
+@dataclass
+class Captioned:
+    """Captions of a split by one system, (id -> caption), and of how many clips there are none, with the reasons."""
+
+    system: System
+    split: str
+    captions: dict[str, str]
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def middle_frame(row: Mapping) -> Image.Image:
+    """The middle frame of a corpus row, RGB (frame 5 of ten, as the reference evaluates)."""
+    frames = row["frames"]
+    return Image.open(io.BytesIO(frames[len(frames) // 2]["bytes"])).convert("RGB")
+
+
+def split_samples(rows: Dataset, system: System, sampling_rate: int = 16000) -> Iterator[Sample]:
+    """The rows as the system is shown them; media are decoded when their batch comes up."""
+
+    def sound(row: Mapping) -> Callable:
+        return lambda: load_audio(row["audio"]["bytes"], sampling_rate=sampling_rate)
+
+    def sight(row: Mapping) -> Callable:
+        return lambda: middle_frame(row)
+
+    for row in rows:
+        yield Sample(
+            id=row["id"],
+            prompt=system.prompt,
+            image=None if system.modality == "audio" else sight(row),
+            audio=None if system.modality == "image" else sound(row),
+            prefix=system.prefix,
+        )
+
+
+def caption_split(
+    runner: CaptionRunner, rows: Dataset, system: System, split: str, out: Path | None = None
+) -> Captioned:
+    """Caption `rows` of `split`; with a folder `out` the captions lie in `SPLIT-SYSTEM.jsonl` and are resumed."""
+    path = None if out is None else Path(out) / f"{split}-{system.name}.jsonl"
+    captioned = Captioned(system, split, {})
+    for result in runner.run(split_samples(rows, system), out=path, total=len(rows)):
+        if result.error is None:
+            captioned.captions[result.id] = result.caption
+        else:
+            captioned.failures[result.id] = result.error
+    return captioned
+
+
+def source_phrases(rows: Dataset, column: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, list]:
+    """id -> phrases that name each source of the row's `column` (`labels` or `seen`)."""
+    return {row["id"]: [list(names(source)) for source in row[column]] for row in rows.select_columns(["id", column])}
+
+
+def score_split(
+    scorer: CaptionScorer,
+    rows: Dataset,
+    captioned: list[Captioned],
+    seed: int,
+    names: Callable[[str], tuple[str, ...]] | None = None,
+) -> list[Row]:
+    """
+    Rows of the table for systems that captioned the same split.
+
+    Args:
+        scorer: shared, so that all captions are tokenised in one go.
+        rows: the split, with reference captions.
+        captioned: what the systems said.
+        seed: of the run, for the table.
+        names: phrases that name a source, where the corpus knows its sources (AVWorld).
+
+    Raises:
+        ValueError: when a clip has no reference, or two systems captioned different clips.
+    """
+    references = {row["id"]: row["captions"] for row in rows.select_columns(["id", "captions"])}
+    common = [name for name in references if all(name in one.captions for one in captioned)]
+    references = {name: references[name] for name in common}
+    systems = {one.system.name: {name: one.captions[name] for name in common} for one in captioned}
+    scores = scorer.score_many(systems, references, progress=True)
+    sounding = source_phrases(rows, "labels", names) if names else None
+    seen = source_phrases(rows, "seen", names) if names else None
+    table = []
+    for one in captioned:
+        metrics, reasons = scores[one.system.name]
+        if names:
+            found, why = score_sources(systems[one.system.name], sounding, seen)
+            metrics, reasons = {**metrics, **found}, {**reasons, **why}
+        system = one.system
+        table.append(Row(system.method, system.stage, system.modality, one.split, seed, len(common), metrics, reasons))
+    return table

@@ -1,0 +1,133 @@
+"""METEOR 1.5 as a Java process that is kept running."""
+
+import subprocess
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from pycocoevalcap.meteor import meteor as pycoco_meteor
+
+from .tokenization import JAVA_MISSING, find_java, single_line
+
+
+class MeteorScorer:
+    """METEOR 1.5 in a Java process that scores any number of corpora.
+
+    The process starts at construction and reads its paraphrase table, about 8 s, beside whatever the caller does next.
+    Close it, or use it as a context manager.
+
+    Args:
+        java: path of the Java launcher, or "auto" (PATH).
+        timeout: seconds that one corpus may take before the process is ended.
+
+    Raises:
+        RuntimeError: if there is no Java.
+    """
+
+    def __init__(self, java: str | None = "auto", timeout: float = 600.0):
+        launcher = find_java(java)
+        if launcher is None:
+            raise RuntimeError(f"METEOR {JAVA_MISSING}")
+        self.timeout = timeout
+        self._lines: dict[str, str] = {}
+        # A file, not a pipe: nobody reads a pipe of error messages, and a full one would stop the process.
+        self._errors = tempfile.TemporaryFile()
+        jar = Path(pycoco_meteor.__file__).with_name(pycoco_meteor.METEOR_JAR)
+        command = [launcher, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(jar)]
+        self._process = subprocess.Popen(
+            [*command, "-", "-", "-stdio", "-l", "en", "-norm"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            encoding="utf-8",
+        )
+        self._finalizer = weakref.finalize(self, _stop, self._process, self._errors)
+
+    def __enter__(self) -> "MeteorScorer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the Java process. A second call does nothing."""
+        self._finalizer()
+
+    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        """METEOR of a tokenized corpus (Denkowski & Lavie 2014).
+
+        Raises:
+            RuntimeError: if the Java process ended or took longer than ``timeout``.
+        """
+        if not self._finalizer.alive:
+            raise RuntimeError("the METEOR process is closed")
+        requests = [_request(*pair) for pair in zip(predictions, references, strict=True)]
+        # Systems often answer alike, and the statistics of a pair do not depend on its corpus.
+        unseen = [request for request in dict.fromkeys(requests) if request not in self._lines]
+        self._lines.update(zip(unseen, self._exchange(unseen, len(unseen)), strict=True))
+        statistics = " ||| ".join(self._lines[request] for request in requests)
+        # The answer is one line a pair, then the corpus score.
+        return float(self._exchange([f"EVAL ||| {statistics}"], len(requests) + 1)[-1])
+
+    def _exchange(self, requests: Sequence[str], num_answers: int) -> list[str]:
+        """Writes the requests from a thread while this one reads, so that neither pipe can fill up and stop both."""
+        writer = threading.Thread(target=self._write, args=(requests,), daemon=True)
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._process.kill()
+
+        watchdog = threading.Timer(self.timeout, give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        writer.start()
+        answers = []
+        try:
+            while len(answers) < num_answers:
+                line = self._process.stdout.readline()
+                if not line:
+                    # Its output is closed; the process itself may live on until the watchdog ends it.
+                    words = self._last_words()
+                    if late.is_set():
+                        raise RuntimeError(f"METEOR took longer than {self.timeout:g} s and was ended")
+                    raise RuntimeError(f"the METEOR process ended: {words}")
+                answers.append(line.strip())
+        finally:
+            watchdog.cancel()
+            writer.join(timeout=5.0)
+        return answers
+
+    def _write(self, requests: Sequence[str]) -> None:
+        try:
+            self._process.stdin.writelines(f"{request}\n" for request in requests)
+            self._process.stdin.flush()
+        except OSError:
+            # The process is gone: the reader notices and reports it.
+            pass
+
+    def _last_words(self) -> str:
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[0] if lines else f"exit code {self._process.returncode}"
+
+
+def _stop(process: subprocess.Popen, errors: BinaryIO) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, errors):
+        try:
+            stream.close()
+        except OSError:
+            # Closing flushes what the ended process no longer reads.
+            pass
+
+
+def _request(prediction: str, references: Sequence[str]) -> str:
+    # "|||" separates fields and a line break ends the request, so neither may stand in the text.
+    fields = [single_line(text.replace("|||", " ")) for text in (*references, prediction)]
+    return " ||| ".join(["SCORE", *fields])

@@ -1,0 +1,247 @@
+"""The table of a run: rows of metrics and claims, as results.json and results.md."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .caption_metrics import CAPTION_METRICS
+from .source_metrics import SOURCE_METRICS
+
+
+METRICS = (*CAPTION_METRICS, *SOURCE_METRICS)
+STAGES = ("prompt", "prefix", "aligned", "distilled", "supervised")
+MODALITIES = ("audio", "image", "audiovisual")
+VERDICTS = ("holds", "fails", "undecided")
+NOT_MEASURED = "not measured for this row"
+
+_LIBRARIES = ("dali-llava", "torch", "torchaudio", "torchvision", "transformers", "datasets", "accelerate", "numpy")
+_LOG_WIDTH = 160
+_COLUMNS = ("method", "stage", "modality", "split", "seed", "n")
+
+
+@dataclass
+class Row:
+    """One system on one split.
+
+    Args:
+        method: image_only, contrastive, mmd, ot, ot_att, lavcap, ...
+        stage: one of ``STAGES``; "prompt" is without prefix.
+        modality: what the system was given, one of ``MODALITIES``.
+        split: split of the data set.
+        seed: seed of the run.
+        n: number of clips.
+        metrics: names from ``METRICS``. One that could not run is None and has its reason; one left out becomes None
+            with the reason "not measured for this row".
+        reason: why a metric is None, and remarks such as the stand-in tokenizer.
+
+    Raises:
+        ValueError: for an unknown stage, modality or metric, a metric that is not finite, or None without reason.
+    """
+
+    method: str
+    stage: str
+    modality: str
+    split: str
+    seed: int
+    n: int
+    metrics: dict[str, float | None]
+    reason: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _choose("stage", self.stage, STAGES)
+        _choose("modality", self.modality, MODALITIES)
+        for name, value in self.metrics.items():
+            _choose("metric", name, METRICS)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} of {self.method} is {value}: give a number, or None and the reason")
+            if value is None and not self.reason.get(name):
+                raise ValueError(f"{name} of {self.method} is None without a reason: say why it did not run")
+        self.reason = {name: NOT_MEASURED for name in METRICS if name not in self.metrics} | self.reason
+        self.metrics = {name: self.metrics.get(name) for name in METRICS}
+
+
+@dataclass
+class Claim:
+    """A statement about the method, whether it holds here, and the figures behind that.
+
+    Raises:
+        ValueError: for a verdict that is not one of ``VERDICTS``.
+    """
+
+    claim: str
+    verdict: str
+    measured: str
+
+    def __post_init__(self) -> None:
+        _choose("verdict", self.verdict, VERDICTS)
+
+
+@dataclass
+class Results:
+    """All that a run measured.
+
+    Args:
+        dataset: name of the data set.
+        seconds: wall-clock time of the run.
+        versions: software and machine; see :func:`versions`.
+        rows: one a system and split.
+        claims: what was checked.
+    """
+
+    dataset: str
+    seconds: float
+    versions: dict[str, str | int]
+    rows: list[Row] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """The object of results.json."""
+        return {
+            "dataset": self.dataset,
+            "seconds": round(self.seconds, 1),
+            "versions": self.versions,
+            "rows": [vars(row) for row in self.rows],
+            "claims": [vars(claim) for claim in self.claims],
+        }
+
+
+def _choose(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(allowed)}")
+
+
+def versions() -> dict[str, str | int]:
+    """Versions of Python and of the libraries that decide figures, and the machine they ran on."""
+    found: dict[str, str | int] = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count() or 1}
+
+
+def write_results(results: Results, directory: str | os.PathLike) -> tuple[Path, Path]:
+    """Writes results.json and results.md, each whole or not at all.
+
+    Args:
+        results: what to write.
+        directory: made if missing.
+
+    Returns:
+        The two paths.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    paths = folder / "results.json", folder / "results.md"
+    for path, content in zip(paths, (text, to_markdown(results)), strict=True):
+        write_text(path, content)
+    return paths
+
+
+def write_text(path: str | os.PathLike, content: str) -> None:
+    """Writes a UTF-8 file under a temporary name and renames it, so that no reader sees half of it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_results(path: str | os.PathLike) -> Results:
+    """Reads results.json.
+
+    Args:
+        path: the file, or the directory that holds it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a results file; the message names it and the field.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such results file; run `dali-llava quickstart` or `evaluate` first")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in content.pop("rows")]
+        claims = [Claim(**claim) for claim in content.pop("claims")]
+        return Results(**content, rows=rows, claims=claims)
+    except KeyError as error:
+        raise ValueError(f"{path}: not a results file, {error.args[0]!r} is missing; write it anew") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a results file ({error}); write it anew") from error
+
+
+def to_markdown(results: Results) -> str:
+    """The page results.md: a table of rows, the reasons of what is missing, the claims, and the machine."""
+    lines = [f"# Results on {results.dataset}", "", f"{results.seconds:.1f} seconds.", ""]
+    if results.rows:
+        shown = _shown_metrics(results.rows)
+        lines += _markdown_table([*_COLUMNS, *shown], [_cells(row, shown) for row in results.rows])
+        lines += ["", "Fractions in [0, 1], CIDEr-D in [0, 10]; a dash is a metric that did not run."]
+        lines += _reasons(results.rows)
+    if results.claims:
+        cells = [[claim.claim, claim.verdict, claim.measured] for claim in results.claims]
+        lines += ["", "## Claims", "", *_markdown_table(["claim", "verdict", "measured"], cells)]
+    lines += ["", "## Versions", "", *(f"- {name}: {value}" for name, value in results.versions.items())]
+    return "\n".join(lines) + "\n"
+
+
+def print_results(results: Results, console: Console | None = None) -> None:
+    """Prints the rows, the reasons of what is missing, and the claims as tables, to stdout unless told otherwise."""
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            # A log has no width of its own, and the usual 80 columns would fold every cell.
+            console = Console(width=_LOG_WIDTH)
+    if results.rows:
+        shown = _shown_metrics(results.rows)
+        table = Table(title=f"{results.dataset}, {results.seconds:.0f} s")
+        for name in (*_COLUMNS, *shown):
+            # Nothing in a table of figures may be cut off, so a narrow terminal folds cells.
+            table.add_column(name, justify="left" if name in _COLUMNS[:4] else "right", overflow="fold")
+        for row in results.rows:
+            table.add_row(*_cells(row, shown))
+        console.print(table)
+        for line in _reasons(results.rows):
+            console.print(line, markup=False, highlight=False)
+    if results.claims:
+        table = Table("claim", "verdict", "measured", title="claims")
+        for claim in results.claims:
+            table.add_row(claim.claim, claim.verdict, claim.measured)
+        console.print(table)
+
+
+def _shown_metrics(rows: Iterable[Row]) -> list[str]:
+    """Metrics that at least one row has; the reasons below a table name the others."""
+    return [name for name in METRICS if any(row.metrics[name] is not None for row in rows)]
+
+
+def _cells(row: Row, shown: Iterable[str]) -> list[str]:
+    values = (row.metrics[name] for name in shown)
+    return [str(getattr(row, name)) for name in _COLUMNS] + ["-" if v is None else f"{v:.3f}" for v in values]
+
+
+def _reasons(rows: Iterable[Row]) -> list[str]:
+    found = dict.fromkeys((name, text) for row in rows for name, text in row.reason.items() if text != NOT_MEASURED)
+    return ["", *(f"- {name}: {text}" for name, text in found)] if found else []
+
+
+def _markdown_table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), "|" + "---|" * len(header), *(line(cells) for cells in rows)]

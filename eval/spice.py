@@ -1,0 +1,94 @@
+"""SPICE under Java, for users who have Stanford CoreNLP 3.6.0, which no package carries."""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pycocoevalcap.spice import spice as pycoco_spice
+
+
+CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+CORENLP_VARIABLE = "CORENLP_HOME"
+CORENLP_MISSING = (
+    f"needs Stanford CoreNLP 3.6.0: download stanford-corenlp-full-2015-12-09.zip and set {CORENLP_VARIABLE} "
+    "to the unpacked folder"
+)
+
+
+def find_corenlp(folder: str | os.PathLike | None = None) -> Path | None:
+    """Folder that holds the two jars of Stanford CoreNLP 3.6.0.
+
+    Args:
+        folder: where to look, at any depth. Without it: ``$CORENLP_HOME``, then pycocoevalcap's own folder and the
+            cache of aac-metrics, where those put the jars.
+
+    Returns:
+        The folder, or None if the jars are nowhere.
+
+    Raises:
+        FileNotFoundError: if a folder is named, by argument or variable, and holds no such jars.
+    """
+    named = folder or os.environ.get(CORENLP_VARIABLE)
+    if named:
+        found = _holder(Path(named))
+        if found is None:
+            raise FileNotFoundError(
+                f"{named}: no {CORENLP_JARS[0]} and {CORENLP_JARS[1]} there; SPICE {CORENLP_MISSING}"
+            )
+        return found
+    cache = Path(os.environ.get("AAC_METRICS_CACHE_PATH", Path.home() / ".cache"))
+    for candidate in (Path(pycoco_spice.__file__).parent / "lib", cache / "aac-metrics"):
+        found = _holder(candidate)
+        if found is not None:
+            return found
+    return None
+
+
+def _holder(folder: Path) -> Path | None:
+    for jar in sorted(folder.rglob(CORENLP_JARS[0])):
+        if jar.with_name(CORENLP_JARS[1]).is_file():
+            return jar.parent
+    return None
+
+
+def spice(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    java: str,
+    corenlp: Path,
+    max_memory: str = "8G",
+) -> float:
+    """Mean F-score of SPICE over captions (Anderson et al. 2016, the authors' SPICE 1.0).
+
+    Args:
+        predictions: one tokenized caption a clip.
+        references: tokenized reference captions of each clip.
+        java: path of the Java launcher; SPICE 1.0 was written for Java 8.
+        corenlp: the folder from :func:`find_corenlp`.
+        max_memory: heap of the Java process.
+
+    Raises:
+        RuntimeError: if the Java process fails.
+    """
+    entries = [
+        {"image_id": index, "test": prediction, "refs": list(captions)}
+        for index, (prediction, captions) in enumerate(zip(predictions, references, strict=True))
+    ]
+    home = Path(pycoco_spice.__file__).parent
+    # The other libraries stand in the class path of SPICE's own manifest.
+    class_path = os.pathsep.join([str(home / pycoco_spice.SPICE_JAR), *(str(corenlp / jar) for jar in CORENLP_JARS)])
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch, "in.json"), Path(scratch, "out.json")
+        asked.write_text(json.dumps(entries), encoding="utf-8")
+        command = [java, f"-Xmx{max_memory}", "-Dfile.encoding=UTF-8", "-cp", class_path, "edu.anu.spice.SpiceScorer"]
+        process = subprocess.run(
+            [*command, str(asked), "-out", str(answered), "-silent"], capture_output=True, cwd=scratch
+        )
+        if process.returncode or not answered.is_file():
+            message = process.stderr.decode(errors="replace").strip().splitlines()
+            raise RuntimeError(f"SPICE failed under {java}: {message[0] if message else 'no message'}")
+        scores = [item["scores"]["All"]["f"] for item in json.loads(answered.read_text(encoding="utf-8"))]
+    return sum(scores) / len(scores)

@@ -1,0 +1,249 @@
+"""Feature extractor of LLaVA-Audio: a waveform in, the normalised Kaldi filter bank of CAV-MAE out."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.utils import TensorType, is_torchaudio_available
+
+
+MIN_DURATION = 0.1  # seconds; a shorter clip holds too few frames to say anything
+FRAME_LENGTH = 0.025  # seconds
+FRAME_SHIFT = 0.010  # seconds
+LOG_FLOOR = float(np.finfo(np.float32).eps)  # Kaldi's floor under the mel energies
+BACKENDS = ("auto", "torchaudio", "numpy")
+
+
+@lru_cache
+def _torchaudio_fbank():
+    """torchaudio's Kaldi filter bank, or None where torchaudio is absent or cannot load its library."""
+    if not is_torchaudio_available():
+        return None
+    try:
+        from torchaudio.compliance.kaldi import fbank
+    except (ImportError, OSError, RuntimeError):  # built for another torch, or for CUDA that is not here
+        return None
+    return fbank
+
+
+class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
+    r"""
+    Log-mel filter bank of a 16 kHz waveform, as CAV-MAE (Gong et al., 2023, section 3.1) was trained on.
+
+    The waveform, in [-1, 1], is averaged over its channels, freed of its mean and passed to Kaldi's `fbank` (25 ms
+    Hanning window, 10 ms shift, `htk_compat`, no energy, no dither). The frames are padded with zeros, then normalised
+    as `(x - mean) / std`, so that padding becomes `-mean / std` (+1.133 with the defaults), as in the reference.
+
+    Args:
+        sampling_rate (`int`): rate of the waveforms in Hz.
+        num_mel_bins (`int`): mel bins of a frame; a multiple of `patch_size`.
+        max_length (`int`): frames of a clip under `padding="max_length"`; a multiple of `patch_size`.
+        patch_size (`int`): side of the audio tower's square patches, in frames and in mel bins.
+        mean, std (`float`): statistics of the corpus that the tower was trained on.
+        backend (`str`): `"torchaudio"`, `"numpy"` (transformers' `audio_utils`), or `"auto"`: torchaudio where it
+            loads. The two agree within 1e-3 after normalisation on recordings, noise and ordinary tones; a pure tone
+            near full scale above about 2 kHz leaves torchaudio's float32 transform some 5e-3 off in the silent bins.
+    """
+
+    model_input_names = ["input_features", "input_features_mask"]
+
+    def __init__(
+        self,
+        feature_size: int = 1,
+        sampling_rate: int = 16000,
+        num_mel_bins: int = 128,
+        max_length: int = 1024,
+        patch_size: int = 16,
+        mean: float = -5.081,
+        std: float = 4.4849,
+        padding_value: float = 0.0,
+        backend: str = "auto",
+        **kwargs,
+    ):
+        super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        for name, value in (("num_mel_bins", num_mel_bins), ("max_length", max_length)):
+            if value < patch_size or value % patch_size:
+                raise ValueError(f"{name}={value} is not a positive multiple of patch_size={patch_size}")
+        if std <= 0:
+            raise ValueError(f"std={std} must be positive")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        self.num_mel_bins = num_mel_bins
+        self.max_length = max_length
+        self.patch_size = patch_size
+        self.mean = mean
+        self.std = std
+        self.backend = backend
+
+    @property
+    def window_length(self) -> int:
+        """Samples of one analysis window."""
+        return int(self.sampling_rate * FRAME_LENGTH)
+
+    @property
+    def hop_length(self) -> int:
+        """Samples between two windows."""
+        return int(self.sampling_rate * FRAME_SHIFT)
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of a clip of `num_samples` samples, before padding or cutting (10 s at 16 kHz: 998)."""
+        return max(0, 1 + (num_samples - self.window_length) // self.hop_length)
+
+    def num_audio_tokens(self, num_frames: int) -> int:
+        """Patches, and so audio tokens, of `num_frames` counted frames (1024 frames x 128 mels: 512)."""
+        return (self.num_mel_bins // self.patch_size) * math.ceil(num_frames / self.patch_size)
+
+    def __call__(
+        self,
+        raw_speech: np.ndarray | torch.Tensor | Sequence,
+        sampling_rate: int | None = None,
+        padding: str | bool = "max_length",
+        max_length: int | None = None,
+        return_tensors: str | TensorType | None = "pt",
+    ) -> BatchFeature:
+        """
+        Args:
+            raw_speech: one clip or a list of clips. A clip is a numpy array, tensor or list of floats in [-1, 1], of
+                shape `(samples,)` or `(channels, samples)`; channels are averaged.
+            sampling_rate (`int`, *optional*): the clips' rate in Hz; where absent, taken to be the extractor's own.
+            padding: `"max_length"` pads or cuts every clip to `max_length` frames, all of which count. `"longest"` (or
+                True) pads each clip to a multiple of `patch_size` frames, which count, and then to the longest of the
+                batch, which do not; nothing is cut unless `max_length` is passed.
+            max_length (`int`, *optional*): frames, in place of the extractor's own; a multiple of `patch_size`.
+            return_tensors: `"pt"`, `"np"`, or None for a list of arrays.
+
+        Returns:
+            `BatchFeature` with `input_features` `(clips, frames, num_mel_bins)` float32, and under `"longest"`
+            `input_features_mask` `(clips, frames)` bool, True where a frame counts.
+
+        Raises:
+            ValueError: naming the clip by its index: wrong shape, integer, NaN or infinite samples, no samples, less
+                than 0.1 s; or a wrong sampling rate, or an unknown `padding`.
+        """
+        if sampling_rate is not None and sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"the audio has a sampling rate of {sampling_rate} Hz, the feature extractor needs"
+                f" {self.sampling_rate} Hz: resample it first"
+            )
+        if max_length is not None and (max_length < self.patch_size or max_length % self.patch_size):
+            raise ValueError(f"max_length={max_length} is not a positive multiple of patch_size={self.patch_size}")
+        clips = self._as_list(raw_speech)
+        waveforms = [self._check_waveform(clip, index) for index, clip in enumerate(clips)]
+
+        if padding == "max_length":
+            limit = max_length or self.max_length
+            lengths = [limit] * len(waveforms)
+            total = limit
+        elif padding in ("longest", True):
+            frames = [self.num_frames(len(waveform)) for waveform in waveforms]
+            lengths = [math.ceil(n / self.patch_size) * self.patch_size for n in frames]
+            lengths = [min(n, max_length) for n in lengths] if max_length else lengths
+            total = max(lengths)
+        else:
+            raise ValueError(f'padding={padding!r} is not supported; choose "max_length" or "longest"')
+
+        features = np.full((len(waveforms), total, self.num_mel_bins), self.padding_value, dtype=np.float32)
+        for row, waveform in zip(features, waveforms, strict=True):
+            fbank = self._fbank(waveform, total)
+            row[: len(fbank)] = fbank
+        data = {"input_features": (features - self.mean) / self.std}
+        if padding != "max_length":
+            data["input_features_mask"] = np.arange(total)[None, :] < np.array(lengths)[:, None]
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    @staticmethod
+    def _as_list(raw_speech) -> list:
+        """A list of clips, of one clip or of several."""
+        if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
+            return [raw_speech]
+        if len(raw_speech) == 0:
+            raise ValueError("no audio was given: pass at least one waveform")
+        return [raw_speech] if isinstance(raw_speech[0], (int, float, np.number)) else list(raw_speech)
+
+    def _check_waveform(self, clip, index: int) -> np.ndarray:
+        """The clip as a mono float32 waveform `(samples,)`, or a ValueError that names it."""
+        if isinstance(clip, torch.Tensor):
+            clip = clip.detach().cpu().to(torch.float32 if clip.is_floating_point() else clip.dtype)
+        is_array = isinstance(clip, (np.ndarray, torch.Tensor))
+        waveform = np.asarray(clip)
+        name = f"audio sample {index}"
+        if waveform.size == 0:
+            raise ValueError(f"{name} is empty: pass a waveform of at least {MIN_DURATION} s")
+        if is_array and not np.issubdtype(waveform.dtype, np.floating):
+            raise ValueError(f"{name} has {waveform.dtype} samples: scale them to floats in [-1, 1] first")
+        if waveform.ndim == 2 and waveform.shape[0] <= waveform.shape[1]:
+            waveform = waveform.mean(axis=0, dtype=np.float64)
+        if waveform.ndim != 1:
+            raise ValueError(f"{name} has shape {waveform.shape}: pass (samples,) or (channels, samples)")
+        waveform = waveform.astype(np.float32)
+        if not np.isfinite(waveform).all():
+            raise ValueError(f"{name} holds NaN or infinite samples: repair or drop it")
+        if len(waveform) < MIN_DURATION * self.sampling_rate:
+            duration = len(waveform) / self.sampling_rate
+            raise ValueError(f"{name} lasts {duration:.3f} s: pass a waveform of at least {MIN_DURATION} s")
+        return waveform
+
+    def _fbank(self, waveform: np.ndarray, max_frames: int) -> np.ndarray:
+        """Log-mel energies `(frames, num_mel_bins)` float32 of a waveform's first frames, not normalised."""
+        # the mean is the whole clip's, also where only its beginning is used
+        waveform = (waveform - waveform.mean())[: self.window_length + (max_frames - 1) * self.hop_length]
+        if self.backend == "numpy" or (self.backend == "auto" and _torchaudio_fbank() is None):
+            return self._numpy_fbank(waveform)
+        fbank = _torchaudio_fbank()
+        if fbank is None:
+            raise ImportError('torchaudio cannot be imported here: install it, or choose backend="auto"')
+        return fbank(
+            torch.from_numpy(waveform)[None],
+            htk_compat=True,
+            sample_frequency=self.sampling_rate,
+            use_energy=False,
+            window_type="hanning",
+            num_mel_bins=self.num_mel_bins,
+            dither=0.0,
+            frame_length=1000 * FRAME_LENGTH,
+            frame_shift=1000 * FRAME_SHIFT,
+        ).numpy()
+
+    def _numpy_fbank(self, waveform: np.ndarray) -> np.ndarray:
+        fft_length = 2 ** math.ceil(math.log2(self.window_length))
+        return spectrogram(
+            waveform,
+            window_function(self.window_length, "hann", periodic=False),
+            frame_length=self.window_length,
+            hop_length=self.hop_length,
+            fft_length=fft_length,
+            power=2.0,
+            center=False,
+            preemphasis=0.97,
+            mel_filters=_kaldi_mel_filters(self.num_mel_bins, fft_length // 2 + 1, self.sampling_rate),
+            log_mel="log",
+            mel_floor=LOG_FLOOR,
+            remove_dc_offset=True,
+        ).T
+
+
+@lru_cache
+def _kaldi_mel_filters(num_mel_bins: int, num_frequency_bins: int, sampling_rate: int) -> np.ndarray:
+    """Kaldi's triangular filters `(num_frequency_bins, num_mel_bins)`, from 20 Hz to half the sampling rate."""
+    with warnings.catch_warnings():
+        # 128 mel bins on a 512-point transform leave some low filters empty, in Kaldi as here
+        warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
+        return mel_filter_bank(
+            num_frequency_bins=num_frequency_bins,
+            num_mel_filters=num_mel_bins,
+            min_frequency=20.0,
+            max_frequency=sampling_rate / 2,
+            sampling_rate=sampling_rate,
+            norm=None,
+            mel_scale="kaldi",
+            triangularize_in_mel_space=True,
+        )
+
+
+LlavaAudioFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")

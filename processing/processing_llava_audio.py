@@ -1,0 +1,264 @@
+"""Processor of LLaVA-Audio: text, images, audio and the learned prefix in, the model's inputs out."""
+
+import re
+from itertools import repeat
+
+from transformers import processing_utils
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import get_image_size, make_flat_list_of_images
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import is_vision_available
+
+from .feature_extraction_llava_audio import LlavaAudioFeatureExtractor
+
+
+if is_vision_available():
+    from PIL import Image, ImageOps
+    from transformers.image_transforms import to_pil_image
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+# One turn after the other, without a system sentence; within a turn the media stand first: image, audio, prefix.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}"
+    "{% set content = [{'type': 'text', 'text': message['content']}] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') %}"
+    "{% if message['role'] == 'system' %}{{ text + ' ' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' }}"
+    "{% set media = namespace(any=false) %}"
+    "{% for kind in ['image', 'audio', 'prefix'] %}"
+    "{% for block in content if block['type'] == kind %}"
+    "{{ '<' + kind + '>' }}{% set media.any = true %}"
+    "{% endfor %}{% endfor %}"
+    "{% if media.any %}{{ '\\n' }}{% endif %}"
+    "{{ text + ' ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT:' }}"
+    "{% generation %}{{ ' ' + text + eos_token }}{% endgeneration %}"
+    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+# LLaVA-1.5's conversation (Vicuna v1.1): the system sentence first, unless the conversation brings its own.
+DALI_CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ \"" + VICUNA_SYSTEM + ' " }}{% endif %}' + PLAIN_CHAT_TEMPLATE
+)
+
+SOUND_PROMPT = "What sound can be heard in this scene ?"
+SEE_PROMPT = "What can you see ?"
+
+# keyword arguments that mean the text when they stand outside `audio_kwargs`
+TEXT_ONLY_KWARGS = ("padding", "max_length", "truncation", "pad_to_multiple_of", "return_attention_mask")
+
+
+class LlavaAudioProcessor(ProcessorMixin):
+    r"""
+    Wraps an image processor, a tokenizer and a [`LlavaAudioFeatureExtractor`].
+
+    Every `<image>` of a text becomes as many copies as the image has tokens (576 at full size), every `<audio>` as
+    many as its clip has (512), every `<prefix>` `prefix_length` copies (16). Batches are padded on the left.
+
+    Args:
+        image_processor, tokenizer, feature_extractor: the three parts; the tokenizer knows the placeholder tokens.
+        patch_size (`int`): patch size of the vision tower.
+        vision_feature_select_strategy (`str`): `"default"` drops the vision tower's first token (CLIP's CLS), `"full"`
+            keeps all.
+        num_additional_image_tokens (`int`): tokens of the vision tower besides its patches: 1 for CLIP, 0 for SigLIP.
+        prefix_length (`int`): learned prefix vectors of the model.
+        pad_to_square (`bool`): pad images to a square with the image processor's mean colour, (122, 116, 104) for
+            CLIP, as LLaVA-1.5 does. Square images pass untouched.
+        image_token, audio_token, prefix_token (`str`): the placeholders; the chat template writes the default ones.
+        chat_template (`str`, *optional*): Jinja template; `DALI_CHAT_TEMPLATE` where absent.
+
+    Raises:
+        ValueError: when the tokenizer lacks a placeholder token.
+    """
+
+    text_kwargs = {"padding": True, "return_tensors": "pt"}
+    images_kwargs = {"return_tensors": "pt"}
+    audio_kwargs = {"padding": "max_length", "return_tensors": "pt"}
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        feature_extractor: LlavaAudioFeatureExtractor | None = None,
+        patch_size: int = 14,
+        vision_feature_select_strategy: str = "default",
+        num_additional_image_tokens: int = 1,
+        prefix_length: int = 16,
+        pad_to_square: bool = True,
+        image_token: str = "<image>",
+        audio_token: str = "<audio>",
+        prefix_token: str = "<prefix>",
+        chat_template: str | None = None,
+    ):
+        if vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                f"vision_feature_select_strategy={vision_feature_select_strategy!r} is unknown; choose default or full"
+            )
+        chat_template = DALI_CHAT_TEMPLATE if chat_template is None else chat_template
+        super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template)
+        self.patch_size = patch_size
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.num_additional_image_tokens = num_additional_image_tokens
+        self.prefix_length = prefix_length
+        self.pad_to_square = pad_to_square
+        self.image_token, self.image_token_id = image_token, self._token_id(image_token)
+        self.audio_token, self.audio_token_id = audio_token, self._token_id(audio_token)
+        self.prefix_token, self.prefix_token_id = prefix_token, self._token_id(prefix_token)
+
+    def _token_id(self, token: str) -> int:
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if token_id is None or token_id == self.tokenizer.unk_token_id:
+            raise ValueError(
+                f"the tokenizer has no {token} token: add it with"
+                f' tokenizer.add_special_tokens({{"additional_special_tokens": ["{token}"]}})'
+            )
+        return token_id
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["token_type_ids"]  # many fast tokenizers return them; the model takes none
+
+    def _merge_kwargs(self, ModelProcessorKwargs=None, tokenizer_init_kwargs=None, **kwargs) -> dict[str, dict]:
+        merged = super()._merge_kwargs(ModelProcessorKwargs, tokenizer_init_kwargs=tokenizer_init_kwargs, **kwargs)
+        # `processor(..., padding=True)`, or a tokenizer saved with it, speaks of the text: clips obey `audio_kwargs`
+        # alone, or the common idiom would silently change the number of audio tokens
+        asked = {**self.audio_kwargs, **kwargs.get("audio_kwargs", {})}
+        for key in (*TEXT_ONLY_KWARGS, "load_audio_backend"):
+            merged["audio_kwargs"].pop(key, None)
+            if key in asked and key != "load_audio_backend":
+                merged["audio_kwargs"][key] = asked[key]
+        # a tokenizer saved with right padding would put the answer behind the padding
+        side = kwargs.get("padding_side", kwargs.get("text_kwargs", {}).get("padding_side", "left"))
+        merged["text_kwargs"]["padding_side"] = side
+        return merged
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if isinstance(images, (list, tuple)):
+            self._check_nested("images", self.image_token, images, text)
+            images = [image for group in images for image in (group if isinstance(group, (list, tuple)) else [group])]
+            images = images or None
+        if isinstance(audio, (list, tuple)):
+            if not any(isinstance(clip, (list, tuple)) and clip and isinstance(clip[0], float) for clip in audio):
+                self._check_nested("clips", self.audio_token, audio, text)
+            audio = audio or None
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    @staticmethod
+    def _check_nested(name: str, token: str, groups: list, text: str | list[str] | None) -> None:
+        """One list of media per text: each must have as many as its own text has placeholders."""
+        if not isinstance(text, (list, tuple)) or not all(isinstance(group, (list, tuple)) for group in groups):
+            return
+        found, given = [sample.count(token) for sample in text], [len(group) for group in groups]
+        if groups and found != given:
+            raise ValueError(f"the texts hold {found} {token} tokens, but {given} {name} were passed")
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if videos is not None:
+            raise ValueError("videos are not supported: pass one frame as `images` and the sound as `audio`")
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _process_images(self, images, **kwargs) -> tuple[BatchFeature, list[str]]:
+        images = make_flat_list_of_images(images)
+        if self.pad_to_square:
+            images = [self._pad_to_square(image) for image in images]
+        return super()._process_images(images, **kwargs)
+
+    def _pad_to_square(self, image):
+        """The image centred on a square of the mean colour; a PIL image in RGB, or a square array as it came."""
+        if not isinstance(image, Image.Image):
+            height, width = get_image_size(image)
+            if height == width:
+                return image
+            image = to_pil_image(image)
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        width, height = image.size
+        if width == height:
+            return image
+        side = max(width, height)
+        left, top = (side - width) // 2, (side - height) // 2
+        colour = tuple(int(255 * channel) for channel in self.image_processor.image_mean)
+        return ImageOps.expand(image, (left, top, side - width - left, side - height - top), fill=colour)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        num_tokens = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
+        if self.vision_feature_select_strategy == "default":
+            num_tokens -= 1
+        return self.image_token * num_tokens
+
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
+        if "input_features_mask" in audio_inputs:
+            num_frames = int(audio_inputs["input_features_mask"][audio_idx].sum())
+        else:
+            num_frames = len(audio_inputs["input_features"][audio_idx])
+        return self.audio_token * self.feature_extractor.num_audio_tokens(num_frames)
+
+    def get_text_with_replacements(
+        self,
+        text: list[str],
+        images_replacements: list[str] = (),
+        videos_replacements: list[str] = (),
+        audio_replacements: list[str] = (),
+    ) -> tuple[list[str], list[list[dict]]]:
+        """As in the base class, with `<prefix>` as a third placeholder, which needs no input of its own."""
+        replacements = {
+            self.image_token: ("image", iter(images_replacements)),
+            self.audio_token: ("audio", iter(audio_replacements)),
+            self.prefix_token: ("prefix", repeat(self.prefix_token * self.prefix_length)),
+        }
+        # a placeholder that the user wrote, marked under `sanitize_control_tokens`, is text
+        unmarked = getattr(processing_utils, "_UNMARKED", "")
+        placeholder = re.compile(unmarked + "(?:" + "|".join(map(re.escape, replacements)) + ")")
+        texts, batch_offsets = [], []
+        for sample in text:
+            pieces, offsets, end, gained = [], [], 0, 0
+            for match in placeholder.finditer(sample):
+                kind, values = replacements[match.group()]
+                replacement = next(values)
+                start = match.start() + gained
+                offsets.append(
+                    {
+                        "type": kind,
+                        "span": match.span(),
+                        "new_span": (start, start + len(replacement)),
+                        "text": match.group(),
+                        "replacement": replacement,
+                    }
+                )
+                pieces += [sample[end : match.start()], replacement]
+                gained += len(replacement) - len(match.group())
+                end = match.end()
+            texts.append("".join([*pieces, sample[end:]]))
+            batch_offsets.append(offsets)
+        return texts, batch_offsets
+
+    def format_prompt(
+        self,
+        question: str,
+        image: bool = False,
+        audio: bool = False,
+        prefix: bool = False,
+        answer: str | None = None,
+    ) -> str:
+        """
+        One turn through the chat template, e.g. `"USER: <audio><prefix>\\nQUESTION ASSISTANT:"`, with the placeholders
+        of the media that are present and, where `answer` is given, `" ANSWER</s>"` behind it.
+        """
+        present = {"image": image, "audio": audio, "prefix": prefix}
+        content = [{"type": kind} for kind, is_present in present.items() if is_present]
+        conversation = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        if answer is not None:
+            conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return self.apply_chat_template(conversation, add_generation_prompt=answer is None)
+
+
+LlavaAudioProcessor.register_for_auto_class("AutoProcessor")

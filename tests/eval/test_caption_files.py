@@ -1,0 +1,85 @@
+"""Files of captions: every accepted form, and one line of error for every other."""
+
+import pytest
+
+from dali_llava.eval.caption_files import read_candidates, read_references
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content: str | bytes, name: str = "file.csv"):
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'id,caption\nx,"A dog, barking"\ny,\n',
+        '\ufeffcaption,id\r\n"A dog, barking",x\r\n,y\r\n\r\n',
+        'file_name,caption,seconds\nx,"A dog, barking",1\ny,,2\n',
+        '{"id": "x", "caption": "A dog, barking"}\n\n{"id": "y", "captions": [""], "n": 1}\n',
+    ],
+)
+def test_candidates(write, content):
+    assert read_candidates(write(content)) == {"x": "A dog, barking", "y": ""}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "id,caption_1,caption_2\nx,a,b\n7,c,\n",
+        "audiocap_id,youtube_id,start_time,caption\n1,x,0,a\n2,7,0,c\n3,x,0,b\n",
+        '{"id": "x", "captions": ["a", "b"]}\n{"id": 7, "caption": "c"}\n',
+    ],
+)
+def test_references(write, content):
+    assert read_references(write(content)) == {"x": ["a", "b"], "7": ["c"]}
+
+
+def test_line_breaks_in_cells(write):
+    assert read_candidates(write('id,caption\nx,"one\ntwo"\ny,z\u2028z\n')) == {"x": "one\ntwo", "y": "z\u2028z"}
+
+
+def test_corpora(shared_data, audiocaps):
+    assert read_references(shared_data / "audiocaps" / "test.csv") == audiocaps
+    clotho = read_references(shared_data / "clotho" / "clotho_captions_evaluation_head.csv")
+    assert len(clotho) == 200 and {len(captions) for captions in clotho.values()} == {5}
+    assert clotho["Santa Motor.wav"][1] == "A person is using electric clippers to trim bushes."
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty"),
+        (b"id,caption\nx,\xff\n", "byte 13 is not UTF-8"),
+        ("id,caption\n", "a header and no captions"),
+        ("name,caption\nx,a\n", "line 1: no column id, file_name, youtube_id"),
+        ("id,text\nx,a\n", "line 1: no column caption"),
+        ("id,caption\nx,a, b\n", "line 2: 3 cells where the header has 2"),
+        ('id,caption\nx,"a" b\n', "line 2: .* check the double quotes"),
+        ("id,caption\n ,a\n", "line 2: the id is blank"),
+        ("id,caption\nx,a\nx,b\n", "line 3: id 'x' stands there twice"),
+        ("id,caption_1,caption_2\nx,a,b\n", "line 2: 2 captions; a candidates file has one"),
+        ('{"id": "x", "caption": "a"}\n{"id"\n', "line 2: not JSON"),
+        ('{"id": "x", "caption": "a"}\n[1]\n', "line 2: not an object"),
+        ('{"caption": "a"}', "line 1: field id is missing"),
+        ('{"id": "x", "text": "a"}', "line 1: no field caption"),
+        ('{"id": "x", "captions": "a"}', "line 1: no field caption"),
+    ],
+)
+def test_bad_candidates(write, content, message):
+    path = write(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_candidates(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_bad_references(write, tmp_path):
+    with pytest.raises(ValueError, match="line 2: id 'x' has only blank captions"):
+        read_references(write("id,caption_1\nx, \n"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_references(tmp_path / "missing.csv")

@@ -1,0 +1,75 @@
+"""`dali-llava score`: what it prints and writes, and its one-line errors."""
+
+import json
+
+import pytest
+
+from dali_llava.cli import main
+from dali_llava.eval import caption_metrics
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Candidates, references and the output's path, on a machine without Java."""
+    monkeypatch.setattr(caption_metrics, "find_java", lambda java: None)
+    monkeypatch.setattr(caption_metrics, "find_corenlp", lambda folder: None)
+    monkeypatch.setattr(
+        caption_metrics, "tokenize", lambda captions, java, real=caption_metrics.tokenize: real(captions, "python")
+    )
+    candidates, references = tmp_path / "candidates.csv", tmp_path / "references.jsonl"
+    candidates.write_text("id,caption\nx,A dog barks at night.\ny,Rain falls on tin roofs.\n")
+    references.write_text(
+        '{"id": "x", "captions": ["a dog barks at night"]}\n{"id": "y", "caption": "rain falls on tin roofs"}\n'
+    )
+    return candidates, references, tmp_path / "new" / "scores.json"
+
+
+def run(files, *options: str) -> int:
+    candidates, references, out = map(str, files)
+    return main(["score", "--candidates", candidates, "--references", references, "--out", out, *options])
+
+
+def test_score(files, capsys):
+    assert run(files) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(files[2].read_text())
+    assert printed["metrics"]["rouge_l"] == 1.0 and printed["metrics"]["cider_d"] == pytest.approx(10.0)
+    assert printed["metrics"]["meteor"] is None and "Java" in printed["reason"]["meteor"]
+    assert (printed["n"], printed["missing"], printed["tokenizer"]) == (2, 0, "python")
+
+
+def test_missing_candidate(files, capsys):
+    files[1].write_text(files[1].read_text() + '{"id": "z", "caption": "wind"}\n')
+    assert run(files) == 1
+    error = capsys.readouterr().err
+    assert "1 references without a candidate: z" in error and "--allow-missing" in error and error.count("\n") == 1
+    assert str(files[0]) in error and not files[2].exists()
+    assert run(files, "--allow-missing") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["missing"] == 1 and "1 of 3 clips" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("index", "content", "message"),
+    [(0, "id,text\nx,a\n", "line 1: no column caption"), (1, '{"id": "x"}', "line 1: no field caption")],
+)
+def test_bad_file(files, capsys, index, content, message):
+    files[index].write_text(content)
+    assert run(files) == 1
+    error = capsys.readouterr().err
+    assert str(files[index]) in error and message in error and error.count("\n") == 1
+
+
+def test_out_is_a_folder(files, capsys):
+    files[2].mkdir(parents=True)
+    assert run(files) == 1
+    assert f"{files[2]}: is a folder" in capsys.readouterr().err
+
+
+def test_help_and_usage(capsys):
+    with pytest.raises(SystemExit) as leave:
+        main(["score", "--help"])
+    assert leave.value.code == 0 and "dali-llava score --candidates captions.csv" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as leave:
+        main(["score"])
+    assert leave.value.code == 2

@@ -1,0 +1,195 @@
+"""The filter bank against a float64 implementation of Kaldi's formula, the two backends, lengths, and refusals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dali_llava.processing import LlavaAudioFeatureExtractor, feature_extraction_llava_audio
+from dali_llava.processing.media import load_audio
+
+
+RATE = 16000
+
+
+def kaldi_fbank(waveform: np.ndarray, num_mel_bins: int) -> np.ndarray:
+    """Kaldi's log-mel energies, written from its definition in float64: `(frames, num_mel_bins)`."""
+    window, shift, fft_length = 400, 160, 512
+    waveform = waveform.astype(np.float64)
+    starts = np.arange(0, len(waveform) - window + 1, shift)
+    frames = np.stack([waveform[start : start + window] for start in starts])
+    frames = frames - frames.mean(axis=1, keepdims=True)
+    before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+    frames = frames - 0.97 * before
+    frames = frames * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / (window - 1)))
+    power = np.abs(np.fft.rfft(frames, fft_length, axis=1)) ** 2
+
+    def mel(hertz):
+        return 1127.0 * np.log(1.0 + np.asarray(hertz) / 700.0)
+
+    edges = np.linspace(mel(20.0), mel(RATE / 2), num_mel_bins + 2)
+    bins = mel(np.arange(fft_length // 2 + 1) * RATE / fft_length)
+    rising = (bins[None] - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins[None]) / (edges[2:] - edges[1:-1])[:, None]
+    filters = np.maximum(0.0, np.minimum(rising, falling))
+    return np.log(np.maximum(power @ filters.T, np.finfo(np.float32).eps))
+
+
+def reference(waveform: np.ndarray, num_mel_bins: int, max_length: int) -> np.ndarray:
+    fbank = kaldi_fbank(waveform - waveform.mean(), num_mel_bins)[:max_length]
+    return (np.pad(fbank, ((0, max_length - len(fbank)), (0, 0))) + 5.081) / 4.4849
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    return 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * RATE)).astype(np.float32)
+
+
+def sine(hertz: float, seconds: float, amplitude: float = 0.5) -> np.ndarray:
+    return (amplitude * np.sin(2 * np.pi * hertz * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
+
+
+SIGNALS = {
+    "noise": noise(2.0),
+    "quiet noise": 1e-3 * noise(2.0, seed=1),
+    "sine": sine(440.0, 2.0),
+    "offset": 0.4 + noise(2.0, seed=2),
+    "silence": np.zeros(2 * RATE, np.float32),
+    "click": np.eye(1, 2 * RATE, RATE, dtype=np.float32)[0],
+}
+
+
+@pytest.mark.parametrize("backend", ["torchaudio", "numpy"])
+@pytest.mark.parametrize("num_mel_bins", [64, 128])
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_matches_kaldi_in_float64(signal, num_mel_bins, backend):
+    extractor = LlavaAudioFeatureExtractor(num_mel_bins=num_mel_bins, max_length=256, backend=backend)
+    features = extractor(SIGNALS[signal], sampling_rate=RATE)["input_features"]
+    assert features.shape == (1, 256, num_mel_bins) and features.dtype == torch.float32
+    expected = reference(SIGNALS[signal], num_mel_bins, 256)
+    np.testing.assert_allclose(features[0].numpy(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_mel_bins", [64, 128])
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_backends_agree(signal, num_mel_bins):
+    outputs = [
+        LlavaAudioFeatureExtractor(num_mel_bins=num_mel_bins, max_length=256, backend=backend)(SIGNALS[signal])
+        for backend in ("torchaudio", "numpy")
+    ]
+    torch.testing.assert_close(outputs[0]["input_features"], outputs[1]["input_features"], rtol=0, atol=1e-3)
+
+
+def test_full_scale_high_tone_is_where_float32_shows():
+    """torchaudio's float32 transform rounds at about 1e-7 of the loudest bin, which the floor nearly hides."""
+    tone = sine(7000.0, 2.0, amplitude=1.0)
+    outputs = [LlavaAudioFeatureExtractor(backend=backend)(tone) for backend in ("torchaudio", "numpy")]
+    torch.testing.assert_close(outputs[0]["input_features"], outputs[1]["input_features"], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["00W1lcxW-WU_40.000.mp4", "KlsG1EnBEjc_000361.mp4"])
+def test_backends_agree_on_a_recording(name, shared_data):
+    waveform = load_audio(shared_data / "clips" / name)
+    outputs = [LlavaAudioFeatureExtractor(backend=backend)(waveform) for backend in ("torchaudio", "numpy")]
+    torch.testing.assert_close(outputs[0]["input_features"], outputs[1]["input_features"], rtol=0, atol=1e-3)
+    expected = reference(waveform, 128, 1024)
+    np.testing.assert_allclose(outputs[0]["input_features"][0].numpy(), expected, rtol=0, atol=1e-3)
+
+
+def test_auto_backend_without_torchaudio(monkeypatch):
+    clip = noise(1.0)
+    expected = LlavaAudioFeatureExtractor(backend="numpy")(clip)["input_features"]
+    monkeypatch.setattr(feature_extraction_llava_audio, "_torchaudio_fbank", lambda: None)
+    torch.testing.assert_close(LlavaAudioFeatureExtractor()(clip)["input_features"], expected, rtol=0, atol=0)
+    with pytest.raises(ImportError, match="torchaudio"):
+        LlavaAudioFeatureExtractor(backend="torchaudio")(clip)
+
+
+def test_ten_seconds_are_998_frames_and_padding_is_normalised_zero():
+    extractor = LlavaAudioFeatureExtractor()
+    assert extractor.num_frames(10 * RATE) == 998
+    assert extractor.num_audio_tokens(1024) == 512
+    features = extractor(noise(10.0))
+    assert "input_features_mask" not in features
+    padding = features["input_features"][0, 998:]
+    torch.testing.assert_close(padding, torch.full((26, 128), 5.081 / 4.4849))
+    assert math.isclose(5.081 / 4.4849, 1.133, abs_tol=1e-3)
+
+
+def test_long_clip_is_cut_and_its_mean_is_the_whole_clips():
+    clip = np.concatenate([0.2 + noise(3.0), noise(9.0, seed=3)])
+    features = LlavaAudioFeatureExtractor(max_length=256)(clip)["input_features"]
+    np.testing.assert_allclose(features[0].numpy(), reference(clip, 128, 256), rtol=0, atol=1e-3)
+
+
+def test_longest_pads_to_patches_and_masks_the_rest():
+    extractor = LlavaAudioFeatureExtractor(num_mel_bins=64, max_length=256)
+    clips = [noise(2.0), noise(0.5, seed=1)]  # 198 and 48 frames
+    features = extractor(clips, padding="longest")
+    assert features["input_features"].shape == (2, 208, 64)
+    mask = features["input_features_mask"]
+    assert mask.dtype == torch.bool and mask.sum(1).tolist() == [208, 48]
+    assert not mask[1, 48:].any()
+    fixed = extractor(clips)["input_features"]
+    torch.testing.assert_close(features["input_features"], fixed[:, :208], rtol=0, atol=0)
+    # longer than max_length: kept whole unless a limit is passed
+    assert extractor(noise(4.0), padding="longest")["input_features"].shape == (1, 400, 64)
+    cut = extractor(noise(4.0), padding="longest", max_length=128)
+    assert cut["input_features"].shape == (1, 128, 64) and cut["input_features_mask"].all()
+
+
+def test_accepts_arrays_tensors_lists_and_channels():
+    extractor = LlavaAudioFeatureExtractor(max_length=64)
+    clip = noise(0.5)
+    expected = extractor(clip)["input_features"]
+    for same in (torch.from_numpy(clip), clip.tolist(), clip.astype(np.float64), [clip], np.stack([clip] * 8)):
+        torch.testing.assert_close(extractor(same)["input_features"], expected, rtol=0, atol=0)
+    # opposite channels cancel, so what is left is the second pair's half
+    channels = np.stack([clip, -clip, clip, clip])
+    torch.testing.assert_close(extractor(channels)["input_features"], extractor(0.5 * clip)["input_features"])
+    assert extractor([clip, clip[:4000]], return_tensors="np")["input_features"].shape == (2, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (np.zeros(0, np.float32), "audio sample 1 is empty"),
+        (np.full(RATE, np.nan, np.float32), "audio sample 1 holds NaN or infinite"),
+        (np.full(RATE, np.inf, np.float32), "audio sample 1 holds NaN or infinite"),
+        (np.zeros(800, np.float32), r"audio sample 1 lasts 0\.050 s: .* at least 0\.1 s"),
+        (np.zeros(RATE, np.int16), "audio sample 1 has int16 samples"),
+        (np.zeros((RATE, 2), np.float32), "audio sample 1 has shape"),
+        (np.zeros((1, 2, RATE), np.float32), "audio sample 1 has shape"),
+    ],
+)
+def test_bad_clip_is_named_by_its_index(clip, message):
+    with pytest.raises(ValueError, match=message) as error:
+        LlavaAudioFeatureExtractor()([noise(1.0), clip])
+    assert "\n" not in str(error.value)
+
+
+def test_bad_arguments():
+    extractor = LlavaAudioFeatureExtractor()
+    with pytest.raises(ValueError, match="44100 Hz.*16000 Hz"):
+        extractor(noise(1.0), sampling_rate=44100)
+    with pytest.raises(ValueError, match="padding='do_not_pad'"):
+        extractor(noise(1.0), padding="do_not_pad")
+    with pytest.raises(ValueError, match="max_length=100"):
+        extractor(noise(1.0), max_length=100)
+    with pytest.raises(ValueError, match="no audio"):
+        extractor([])
+    with pytest.raises(ValueError, match="num_mel_bins=100"):
+        LlavaAudioFeatureExtractor(num_mel_bins=100)
+    with pytest.raises(ValueError, match="max_length=1000"):
+        LlavaAudioFeatureExtractor(max_length=1000)
+    with pytest.raises(ValueError, match="backend='librosa'"):
+        LlavaAudioFeatureExtractor(backend="librosa")
+
+
+def test_save_and_load(tmp_path):
+    extractor = LlavaAudioFeatureExtractor(num_mel_bins=64, max_length=256, mean=-4.0, std=2.0, backend="numpy")
+    extractor.save_pretrained(tmp_path)
+    loaded = LlavaAudioFeatureExtractor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == extractor.to_dict()
+    clip = noise(1.0)
+    torch.testing.assert_close(loaded(clip)["input_features"], extractor(clip)["input_features"], rtol=0, atol=0)

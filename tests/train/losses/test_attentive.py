@@ -1,0 +1,225 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dali_llava.train.losses import AttentiveTransportLoss, TransportLoss
+from dali_llava.train.transport import solve_transport
+
+
+def tokens(seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    audio, image = (torch.randn(3, n, 16, generator=generator, dtype=torch.float64) for n in (6, 5))
+    return audio.to(dtype).requires_grad_(), (image + 0.5).to(dtype).requires_grad_()
+
+
+def make(epoch=2, temperature=0.05, dtype=torch.float64, **options):
+    """A small temperature makes the weights of untrained attention differ."""
+    torch.manual_seed(0)
+    loss = AttentiveTransportLoss(16, num_heads=4, temperature=temperature, **options).to(dtype)
+    for name, parameter in loss.named_parameters():
+        if name.endswith("bias"):  # attention's start at 0, where they would test nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    loss.set_epoch(epoch)
+    return loss
+
+
+def naive_attention(attention, query, key, value):
+    """Multi-head attention (Vaswani et al., 2017) of one sample, head by head."""
+    width, heads = query.shape[1], attention.num_heads
+    size = width // heads
+    q, k, v = (
+        F.linear(tensor, weight, bias)
+        for tensor, weight, bias in zip(
+            (query, key, value),
+            attention.in_proj_weight.split(width),
+            attention.in_proj_bias.split(width),
+            strict=True,
+        )
+    )
+    outputs = []
+    for h in range(heads):
+        part = slice(h * size, (h + 1) * size)
+        outputs.append((q[:, part] @ k[:, part].T / math.sqrt(size)).softmax(1) @ v[:, part])
+    return attention.out_proj(torch.cat(outputs, dim=1))
+
+
+def naive_weights(loss, audio, image):
+    """Unmixed, sample by sample."""
+    m = loss.attention
+    a, b = [], []
+    for x, y in zip(audio, image, strict=True):
+        u = naive_attention(m.audio_attention, m.audio_query(x), m.image_key(y), m.image_value(y))
+        w = naive_attention(m.image_attention, m.image_query(y), m.audio_key(x), m.audio_value(x))
+        a.append((u.mean(1) / m.temperature).softmax(0))
+        b.append((w.mean(1) / m.temperature).softmax(0))
+    return torch.stack(a), torch.stack(b)
+
+
+def test_weights_equal_the_definition():
+    loss, (audio, image) = make(), tokens()
+    a, b = loss.weights(audio, image)
+    for got, expected in zip((a, b), naive_weights(loss, audio, image), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+        assert got.std() > 0.01
+    torch.testing.assert_close(a.sum(1), torch.ones(3, dtype=torch.float64))
+
+
+def test_what_is_learnt():
+    """Six linears with bias and two attentions."""
+    sizes = {name: parameter.numel() for name, parameter in AttentiveTransportLoss(16).named_parameters()}
+    assert sum(sizes.values()) == 6 * (16 * 16 + 16) + 2 * 4 * (16 * 16 + 16)
+    assert all(name.startswith("attention.") for name in sizes)
+    assert AttentiveTransportLoss(16).attention.temperature == 20
+    assert AttentiveTransportLoss(16).attention.audio_attention.num_heads == 8
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_value_and_parameter_gradients_equal_the_definition(dtype, tolerance):
+    """d(OT(a, b) - lambda (H(a) + H(b))) / d theta, with OT's potentials as its derivative by the weights."""
+    loss, (audio, image) = make(dtype=dtype), tokens(dtype=dtype)
+    output = loss(audio, image)
+    parameters = list(loss.parameters())
+    gradients = torch.autograd.grad(output.loss, parameters)
+
+    wide = make(dtype=torch.float64)
+    wide.load_state_dict({name: value.double() for name, value in loss.state_dict().items()})
+    x, y = audio.detach().double(), image.detach().double()
+    a, b = naive_weights(wide, x, y)
+    a, b = a / 2 + 1 / 12, b / 2 + 1 / 10
+    solved = solve_transport(x, y, a.detach(), b.detach())
+    u, v = solved.potentials
+    entropy_a, entropy_b = (-(weights * weights.log()).sum(1).mean() for weights in (a, b))
+    distance = (x[:, :, None] - y[:, None]).square().sum(-1).mean()
+    value = solved.cost.mean() - 0.25 * distance * (entropy_a + entropy_b)
+    objective = ((a * u).sum(1) + (b * v).sum(1)).mean() - 0.25 * distance * (entropy_a + entropy_b)
+    torch.testing.assert_close(output.loss.double(), value, rtol=tolerance, atol=0)
+    expected = torch.autograd.grad(objective, list(wide.parameters()))
+    largest = max(gradient.abs().max().item() for gradient in expected)
+    for got, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance * largest)
+    assert output.logs == pytest.approx(
+        {
+            "transport_cost": solved.cost.mean().item(),
+            "mean_distance": distance.item(),
+            "max_gap": 0.0,
+            "lambda": 0.25 * distance.item(),
+            "entropy_audio": entropy_a.item(),
+            "entropy_image": entropy_b.item(),
+        },
+        rel=1e-5,
+    )
+
+
+def test_parameter_gradient_by_finite_differences():
+    loss, (audio, image) = make(epoch=6), tokens()
+    bias = loss.attention.audio_attention.out_proj.weight
+    (gradient,) = torch.autograd.grad(loss(audio, image).loss, bias)
+    step = torch.randn(bias.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            bias += sign * 1e-6 * step
+            values.append(loss(audio, image).loss.item())
+            bias -= sign * 1e-6 * step
+    assert (gradient * step).sum().item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
+
+
+def test_tokens_get_the_gradient_of_transport_alone():
+    loss, (audio, image) = make(), tokens()
+    got = torch.autograd.grad(loss(audio, image).loss, (audio, image))
+    with torch.no_grad():
+        a, b = loss.weights(audio, image)
+        a, b = a / 2 + 1 / 12, b / 2 + 1 / 10
+    expected = torch.autograd.grad(solve_transport(audio, image, a, b).cost.mean(), (audio, image))
+    for gradient, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-14)
+
+
+def test_no_mixed_weight_falls_below_half_of_uniform():
+    """Even where attention has settled on one token, entropy is that of the mixed weights."""
+    loss, (audio, image) = make(temperature=1e-6), tokens()
+    logs = loss(audio, image).logs
+    for name, count in (("entropy_audio", 6), ("entropy_image", 5)):
+        rest, top = 0.5 / count, 0.5 + 0.5 / count
+        expected = -top * math.log(top) - (count - 1) * rest * math.log(rest)
+        assert logs[name] == pytest.approx(expected, rel=1e-6)
+
+
+def test_schedule():
+    loss = make(epoch=1)
+    relative = []
+    for epoch in range(1, 9):
+        loss.set_epoch(epoch)
+        relative.append(loss.relative_lambda)
+    assert relative == [0.0, 0.25, 0.2, 0.15, 0.1, 0.05, 0.05, 0.05]
+
+
+def test_first_epoch_is_plain_transport():
+    loss, (audio, image) = make(epoch=1), tokens()
+    output = loss(audio, image)
+    plain = TransportLoss()(audio, image)
+    torch.testing.assert_close(output.loss, plain.loss, rtol=0, atol=0)
+    assert output.logs["lambda"] == 0
+    assert output.logs["entropy_audio"] == pytest.approx(math.log(6))
+    output.loss.backward()
+    assert all((parameter.grad == 0).all() for parameter in loss.parameters())
+
+
+def test_evaluation_is_plain_transport_in_any_epoch():
+    loss, (audio, image) = make(epoch=5).eval(), tokens()
+    output = loss(audio, image)
+    torch.testing.assert_close(output.loss, TransportLoss()(audio, image).loss, rtol=0, atol=0)
+    assert output.logs["lambda"] == 0
+
+
+def test_attention_that_was_cast_to_bfloat16_is_computed_in_float32():
+    loss, (audio, image) = make(dtype=torch.bfloat16), tokens(dtype=torch.bfloat16)
+    output = loss(audio, image)
+    output.loss.backward()
+    wide = make(dtype=torch.bfloat16).float()
+    expected = wide(audio.detach().float(), image.detach().float())
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in loss.named_parameters() if "query" in name)
+
+
+def test_sinkhorn_will_do():
+    loss, (audio, image) = make(solver="sinkhorn"), tokens()
+    output = loss(audio, image)
+    exact = make()(audio, image)
+    assert 0 <= output.logs["transport_cost"] - exact.logs["transport_cost"] <= 3 * output.logs["max_gap"]
+
+
+def test_it_learns_to_lower_its_objective():
+    loss, (audio, image) = make(dtype=torch.float32), tokens(dtype=torch.float32)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    values = []
+    for _ in range(20):
+        value = loss(audio.detach(), image.detach()).loss
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 12}, "width must be a multiple of num_heads"),
+        ({"width": 16, "temperature": 0.0}, "temperature"),
+        ({"width": 16, "entropy_schedule": ()}, "entropy_schedule"),
+        ({"width": 16, "entropy_schedule": (-0.1,)}, "entropy_schedule"),
+        ({"width": 16, "solver": "simplex"}, "unknown solver"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentiveTransportLoss(**options)
+
+
+def test_epochs_count_from_one():
+    with pytest.raises(ValueError, match="no epoch 0"):
+        make(epoch=0)

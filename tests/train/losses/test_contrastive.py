@@ -1,0 +1,123 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dali_llava.train.losses import ContrastiveLoss
+
+
+def naive_infonce(audio, image, temperature=0.05):
+    """Term by term."""
+    audio, image = audio.mean(1), image.mean(1)
+    loss = 0
+    for queries, keys in ((audio, image), (image, audio)):
+        for i, query in enumerate(queries):
+            scores = torch.stack([F.cosine_similarity(query, key, dim=0) for key in keys]) / temperature
+            loss = loss - (scores[i] - scores.exp().sum().log())
+    return loss / (2 * len(audio))
+
+
+def tokens(batch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    audio = torch.randn(batch, 4, 6, generator=generator, dtype=torch.float64)
+    return audio.requires_grad_(), (audio.detach() + torch.randn(batch, 4, 6, generator=generator)).requires_grad_()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_equals_the_definition(dtype, tolerance):
+    audio, image = tokens(5)
+    narrow = [batch.detach().to(dtype).requires_grad_() for batch in (audio, image)]
+    value = ContrastiveLoss()(*narrow).loss
+    expected = naive_infonce(audio, image)
+    torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=0)
+    for got, wanted in zip(
+        torch.autograd.grad(value, narrow), torch.autograd.grad(expected, (audio, image)), strict=True
+    ):
+        torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_orthogonal_pairs():
+    """Cosine 1 with its own, 0 with the other: -log of e^20 / (e^20 + 1)."""
+    audio = torch.eye(2, dtype=torch.float64)[:, None]
+    output = ContrastiveLoss()(audio, 3 * audio)
+    assert output.loss.item() == pytest.approx(torch.tensor(-20.0, dtype=torch.float64).exp().log1p().item(), rel=1e-6)
+    assert output.logs["accuracy"] == 1
+
+
+def test_one_pair_has_no_negatives():
+    with pytest.raises(ValueError, match="audio_tokens holds one sample.*no negatives"):
+        ContrastiveLoss()(*tokens(1))
+
+
+def test_bad_temperature():
+    with pytest.raises(ValueError, match="temperature"):
+        ContrastiveLoss(temperature=0.0)
+
+
+# One rank: its part of the tokens, its loss and its gradients, for an even share and for an uneven one.
+RANK = """
+import datetime, json, sys
+import torch
+import torch.distributed as dist
+from dali_llava.train.losses import ContrastiveLoss
+
+batches, store, rank = json.load(open(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+timeout = datetime.timedelta(seconds=60)
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2, timeout=timeout)
+results = []
+for first in (3, 4):
+    part = slice(0, first) if rank == 0 else slice(first, 6)
+    audio, image = (torch.tensor(batch, dtype=torch.float64)[part].requires_grad_() for batch in batches)
+    try:
+        loss = ContrastiveLoss()(audio, image).loss
+        loss.backward()
+        results.append({"loss": loss.item(), "audio": audio.grad.tolist(), "image": image.grad.tolist()})
+    except ValueError as error:
+        results.append({"error": str(error)})
+dist.destroy_process_group()
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks got, with the tokens shared out 3 to 3 and 4 to 2."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "tokens.json").write_text(json.dumps([batch.tolist() for batch in tokens(6)]))
+    (folder / "rank.py").write_text(RANK)
+    command = [sys.executable, folder / "rank.py", folder / "tokens.json", folder / "store"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+)
+
+
+@needs_gloo
+def test_two_ranks_make_one_batch(ranks):
+    """The mean of the ranks' losses, with gradients averaged as DistributedDataParallel does, is the whole batch's."""
+    audio, image = tokens(6)
+    first, second = (results[0] for results in ranks)
+    loss = ContrastiveLoss()(audio, image).loss
+    loss.backward()
+    assert (first["loss"] + second["loss"]) / 2 == pytest.approx(loss.item(), rel=1e-12)
+    for name, expected in (("audio", audio.grad), ("image", image.grad)):
+        gathered = torch.tensor(first[name] + second[name], dtype=torch.float64) / 2
+        torch.testing.assert_close(gathered, expected, rtol=1e-10, atol=1e-12)
+
+
+@needs_gloo
+def test_ranks_of_different_sizes_are_refused(ranks):
+    for results in ranks:
+        assert "[4, 2] samples by rank" in results[1]["error"]

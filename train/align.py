@@ -1,0 +1,59 @@
+"""
+Stage 1b of DALI: align the audio tower's tokens with the image tokens of the same clip. No text, no negatives.
+
+Only the audio tower trains (86M parameters at full size).
+
+    accelerate launch train/align.py train/configs/avworld/align.yaml \
+        --base_model runs/prefix --output_dir runs/mmd --objective mmd
+"""
+
+import inspect
+import sys
+
+from transformers import set_seed
+
+from dali_llava.train.collators import AlignmentCollator
+from dali_llava.train.configuration import parse_stage_arguments
+from dali_llava.train.corpus import load_rows, with_features
+from dali_llava.train.losses import LOSSES
+from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer, load_base
+
+
+def build_objective(arguments: AlignmentArguments, width: int):
+    """The objective that the arguments name, for tokens `width` wide; ValueError for an unknown name or option."""
+    if arguments.objective not in LOSSES:
+        raise ValueError(f"unknown objective '{arguments.objective}'; there are {', '.join(LOSSES)}.")
+    loss = LOSSES[arguments.objective]
+    known = set(inspect.signature(loss).parameters)
+    unknown = sorted(set(arguments.objective_options) - known)
+    if unknown:
+        raise ValueError(f"objective {arguments.objective}: unknown option {', '.join(unknown)}; there are {sorted(known)}.")
+    options = {"width": width, **arguments.objective_options} if "width" in known else arguments.objective_options
+    return loss(**options)
+
+
+def main(argv: list[str] | None = None) -> AlignmentTrainer:
+    arguments = parse_stage_arguments(AlignmentArguments, __doc__, argv)
+    set_seed(arguments.seed)
+    captioner, processor = load_base(arguments)
+    objective = build_objective(arguments, captioner.config.audio_config.output_size)
+    rows = load_rows(arguments)
+    if arguments.cache_features:
+        rows = with_features(rows, processor)
+    trainer = AlignmentTrainer(
+        model=AlignmentModel(captioner, objective),
+        args=arguments,
+        train_dataset=rows,
+        data_collator=AlignmentCollator(
+            processor, noise=arguments.augmentation_noise, roll=arguments.augmentation_roll
+        ),
+        processing_class=processor,
+        stage=f"align:{arguments.objective}",
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,181 @@
+"""Rows of a corpus into batches: captions to learn, and pairs of picture and sound to align."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dali_llava.processing import LlavaAudioProcessor
+from dali_llava.processing.media import load_audio
+
+
+IGNORED = -100  # the label that cross-entropy skips
+
+
+def open_frame(row: dict[str, Any], index: int | None = None) -> Image.Image:
+    """Frame `index` of a corpus row, a random one by default, as an RGB image."""
+    frames = row["frames"]
+    index = int(torch.randint(len(frames), ())) if index is None else index
+    return Image.open(io.BytesIO(frames[index]["bytes"])).convert("RGB")
+
+
+def open_audio(row: dict[str, Any], sampling_rate: int = 16000):
+    """The sound of a corpus row as mono float32 samples at `sampling_rate` Hz."""
+    return load_audio(row["audio"]["bytes"], sampling_rate=sampling_rate)
+
+
+def pixel_values(images: list[Image.Image], processor: LlavaAudioProcessor) -> torch.Tensor:
+    """(B, 3, H, W) of the images, through everything the processor does to one."""
+    texts = [processor.image_token] * len(images)
+    return processor(text=texts, images=images, return_tensors="pt")["pixel_values"]
+
+
+def input_features(rows: list[dict[str, Any]], processor: LlavaAudioProcessor) -> torch.Tensor:
+    """(B, frames, mels) of the rows' sound; stored spectrograms (`cache_features`) are taken as they are."""
+    if "input_features" in rows[0]:
+        return torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
+    extractor = processor.feature_extractor
+    clips = [open_audio(row, extractor.sampling_rate) for row in rows]
+    return extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
+
+
+def answer_labels(input_ids: torch.Tensor, tokenizer, prompts: list[str], texts: list[str]) -> torch.Tensor:
+    """
+    Labels for the left-padded `input_ids` of `texts`: the ids of what follows each of `prompts`, -100 before.
+
+    Placeholders stand in both, so their expansion does not change how many tokens the answer has.
+    """
+    labels = torch.full_like(input_ids, IGNORED)
+    with_answer, without = tokenizer(texts)["input_ids"], tokenizer(prompts)["input_ids"]
+    for row, (text, prompt) in enumerate(zip(with_answer, without, strict=True)):
+        answer = len(text) - len(prompt)
+        labels[row, -answer:] = input_ids[row, -answer:]
+    return labels
+
+
+@dataclass
+class CaptionCollator:
+    """
+    Rows with `question` and `answer` into `input_ids`, `labels` and media.
+
+    The loss falls on the answer and its end token.
+
+    Args:
+        processor: of the model to train.
+        image, audio, prefix: what stands before the question; the rows then hold `frames` or `audio`.
+        frame: index of the frame to show; a random one by default.
+    """
+
+    processor: LlavaAudioProcessor
+    image: bool = False
+    audio: bool = False
+    prefix: bool = False
+    frame: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        media = {"image": self.image, "audio": self.audio, "prefix": self.prefix}
+        prompts = [self.processor.format_prompt(row["question"], **media) for row in rows]
+        texts = [self.processor.format_prompt(row["question"], answer=row["answer"], **media) for row in rows]
+        rate = self.processor.feature_extractor.sampling_rate
+        batch = self.processor(
+            text=texts,
+            images=[open_frame(row, self.frame) for row in rows] if self.image else None,
+            audio=[open_audio(row, rate) for row in rows] if self.audio else None,
+            sampling_rate=rate,
+            padding=True,
+            return_tensors="pt",
+        )
+        batch["labels"] = answer_labels(batch["input_ids"], self.processor.tokenizer, prompts, texts)
+        return dict(batch)
+
+
+@dataclass
+class TokenViewCollator:
+    """
+    Rows with `question`, `answer` and perhaps `frames` into batches for `TokenViewTrainer`.
+
+    A batch shows its pictures in one view: a third of the batches the grid as it is, a third tokens drawn from it, as
+    sound alone brings them, a third the grid followed by drawn tokens, as sound after picture does. One view a batch
+    leaves little to pad.
+
+    Args:
+        processor: of the model to train.
+        drawn: least and largest number of tokens to draw.
+    """
+
+    processor: LlavaAudioProcessor
+    drawn: tuple[int, int]
+
+    def draw_view(self) -> tuple[bool, int]:
+        """(grid, extra): see `token_view`."""
+        kind = int(torch.randint(3, ()))
+        extra = int(torch.randint(self.drawn[0], self.drawn[1] + 1, ())) if kind else 0
+        return kind != 1, extra
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        grid = processor(text=processor.image_token, images=Image.new("RGB", (8, 8)), return_tensors="pt")["input_ids"]
+        grid_length = int((grid == processor.image_token_id).sum())
+        view = self.draw_view()
+        placeholders = processor.image_token * (grid_length * view[0] + view[1])
+        prompts, texts = [], []
+        for row in rows:
+            seen = bool(row["frames"])
+            prompt = processor.format_prompt(row["question"], image=seen)
+            text = processor.format_prompt(row["question"], image=seen, answer=row["answer"])
+            prompts.append(prompt.replace(processor.image_token, placeholders))
+            texts.append(text.replace(processor.image_token, placeholders))
+        batch = dict(tokenizer(texts, padding=True, padding_side="left", return_tensors="pt"))
+        batch.pop("token_type_ids", None)
+        batch["labels"] = answer_labels(batch["input_ids"], tokenizer, prompts, texts)
+        images = [open_frame(row) for row in rows if row["frames"]]
+        if images:
+            batch.update(pixel_values=pixel_values(images, processor), view=view)
+        return batch
+
+
+def augment_spectrograms(features: torch.Tensor, noise: float = 0.1, roll: int | None = None) -> torch.Tensor:
+    """
+    DALI's training augmentation of normalised spectrograms (reference implementation).
+
+    Args:
+        features: (B, frames, mels).
+        noise: each clip gets non-negative uniform noise of an amplitude drawn from U(0, noise).
+        roll: each clip is rolled in time, padding included, by up to this many frames; all of them by default.
+
+    Returns:
+        (B, frames, mels), new memory.
+    """
+    batch, frames, _ = features.shape
+    roll = frames if roll is None else roll
+    amplitude = noise * torch.rand(batch, 1, 1)
+    shift = torch.randint(-roll, roll + 1, (batch, 1))
+    index = (torch.arange(frames) - shift) % frames
+    rolled = features.gather(1, index.unsqueeze(-1).expand_as(features))
+    return rolled + amplitude * torch.rand_like(rolled)
+
+
+@dataclass
+class AlignmentCollator:
+    """
+    Rows into pairs of picture and sound: `pixel_values` (B, 3, H, W) of a random frame, `input_features`.
+
+    Args:
+        processor: of the model to train.
+        augment: draw the frame, and augment the spectrogram; else the first frame and the spectrogram as it is.
+        noise, roll: see `augment_spectrograms`.
+    """
+
+    processor: LlavaAudioProcessor
+    augment: bool = True
+    noise: float = 0.1
+    roll: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        features = input_features(rows, self.processor)
+        frames = [open_frame(row, None if self.augment else 0) for row in rows]
+        if self.augment:
+            features = augment_spectrograms(features, self.noise, self.roll)
+        return {"pixel_values": pixel_values(frames, self.processor), "input_features": features}

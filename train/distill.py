@@ -1,0 +1,91 @@
+"""
+Stage 2 of DALI: captions made from sound and picture together, distilled into the audio projector.
+
+The aligned captioner first captions the clips of the split from image, audio and prefix, sampled; the captions lie in
+`OUTPUT_DIR/pseudo_captions.jsonl` and are not made again. Then the audio projector alone learns to give them from
+sound: no image, no prefix.
+
+    accelerate launch train/distill.py train/configs/avworld/distill.yaml \
+        --base_model runs/mmd --output_dir runs/mmd-distilled
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import set_seed
+
+from dali_llava.eval.runner import CaptionRunner, Sample
+from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
+from dali_llava.train.collators import CaptionCollator, open_audio, open_frame
+from dali_llava.train.configuration import parse_stage_arguments
+from dali_llava.train.corpus import load_rows
+from dali_llava.train.trainers import CaptioningTrainer, StageArguments, load_base, train_only
+
+
+@dataclass
+class DistillationArguments(StageArguments):
+    """Arguments of the distillation: how the pseudo-captions are made, and the training's own."""
+
+    split: str = field(default="balanced", metadata={"help": "Split to caption and to learn from."})
+    prompt: str = field(default=SOUND_PROMPT, metadata={"help": "Question, in captioning and in training."})
+    caption_temperature: float = field(default=0.2, metadata={"help": "Temperature of the sampling; 0 is greedy."})
+    caption_max_new_tokens: int = field(default=128, metadata={"help": "Longest pseudo-caption, in tokens."})
+    caption_batch_size: int = field(default=16, metadata={"help": "Clips captioned at a time."})
+
+
+def pseudo_caption(captioner, processor, rows, arguments: DistillationArguments) -> dict[str, str]:
+    """Captions of `rows` by id, from image, audio and prefix; those already in the output folder are kept."""
+
+    def samples() -> Iterator[Sample]:
+        for row in rows:
+            sound = open_audio(row, processor.feature_extractor.sampling_rate)
+            yield Sample(
+                id=row["id"],
+                prompt=arguments.prompt,
+                image=open_frame(row, len(row["frames"]) // 2),
+                audio=sound,
+                prefix=True,
+            )
+
+    runner = CaptionRunner(
+        captioner,
+        processor,
+        batch_size=arguments.caption_batch_size,
+        max_new_tokens=arguments.caption_max_new_tokens,
+        do_sample=arguments.caption_temperature > 0,
+        temperature=arguments.caption_temperature or None,
+    )
+    results = runner.run(samples(), out=Path(arguments.output_dir) / "pseudo_captions.jsonl")
+    return {result.id: result.caption for result in results if result.caption}
+
+
+def main(argv: list[str] | None = None) -> CaptioningTrainer:
+    arguments = parse_stage_arguments(DistillationArguments, __doc__, argv)
+    set_seed(arguments.seed)
+    captioner, processor = load_base(arguments)
+    rows = load_rows(arguments)
+    with arguments.main_process_first(desc="pseudo-captions"):
+        captions = pseudo_caption(captioner, processor, rows, arguments)
+    if not captions:
+        raise ValueError(f"{arguments.base_model} gave no caption for {arguments.dataset}, split {arguments.split}.")
+    rows = rows.filter(lambda name: name in captions, input_columns="id")
+    rows = rows.map(lambda row: {"question": arguments.prompt, "answer": captions[row["id"]]})
+    train_only(captioner, captioner.model.audio_projector)
+    captioner.config.prefix_modalities = ["audiovisual"]  # sound alone is learnt, and asked from now on, without it
+    trainer = CaptioningTrainer(
+        model=captioner,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=CaptionCollator(processor, audio=True),
+        processing_class=processor,
+        stage="distill",
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,150 @@
+"""Maximum mean discrepancy between two token clouds (DALI_MMD)."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weights
+
+
+# The kernel's bandwidths are s times 1/4, 1/2, 1, 2 and 4. The widest gives u = exp(-d^2 / (4 s)); each next one, half
+# as wide, is the square of the one before.
+_WIDEST = 4.0
+_NUM_KERNELS = 5
+
+
+class MMDLoss(AlignmentLoss):
+    """Squared maximum mean discrepancy of each pair's tokens, averaged over the batch (DALI, stage 1b).
+
+    The biased estimator, `mean k(x, x') - 2 mean k(x, y) + mean k(y, y')` with the diagonals in it, and
+    `k = sum_r exp(-d^2 / (m_r s))` for m_r in {1/4, 1/2, 1, 2, 4}. s is the mean squared distance between two
+    different tokens of the pair's joined clouds; no gradient runs through it. A pair whose tokens are all equal counts
+    as 0. Gradients are of first order only.
+
+    Args:
+        memory_mb: how many megabytes the kernel matrices may take at a time; a larger batch is worked through in
+            parts, of one pair at least.
+
+    Logs:
+        mmd: the loss. bandwidth: the mean of s over the batch.
+    """
+
+    def __init__(self, memory_mb: float = 256.0):
+        super().__init__()
+        if not memory_mb > 0:
+            raise ValueError(f"memory_mb must be positive, not {memory_mb}")
+        self.memory_mb = memory_mb
+
+    def compute(
+        self,
+        audio: torch.Tensor,
+        image: torch.Tensor,
+        audio_mask: torch.Tensor | None,
+        image_mask: torch.Tensor | None,
+    ) -> LossOutput:
+        per_pair, bandwidth = _PairedMMD.apply(
+            audio, image, uniform_weights(audio, audio_mask), uniform_weights(image, image_mask), self.memory_mb
+        )
+        loss = per_pair.mean()
+        mmd, mean_bandwidth = torch.stack((loss.detach(), bandwidth.mean())).tolist()
+        return LossOutput(loss, {"mmd": mmd, "bandwidth": mean_bandwidth})
+
+
+class _PairedMMD(torch.autograd.Function):
+    """MMD^2 (B,) and bandwidth (B,) of x (B, N, D) with weights a (B, N) and y (B, M, D) with weights b (B, M).
+
+    The gradient has a closed form that needs the same kernel matrices as the value. It is taken along in the forward
+    pass, so that no N x N matrix outlives its part of the batch.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, a, b, memory_mb):
+        # Five matrices at most live at once: three of the block at hand, and the slopes of the two before it.
+        largest = max(x.shape[1], y.shape[1])
+        pairs = max(1, int(memory_mb * 2**20 / (5 * largest**2 * x.element_size())))
+        needs_x, needs_y = ctx.needs_input_grad[:2]
+        parts = [
+            _mmd_with_gradients(*part, needs_x, needs_y)
+            for part in zip(*(tensor.split(pairs) for tensor in (x, y, a, b)), strict=True)
+        ]
+        value, bandwidth, dx, dy = (
+            None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+        )
+        ctx.save_for_backward(dx, dy)
+        ctx.mark_non_differentiable(bandwidth)
+        return value, bandwidth
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_value, _):
+        dx, dy = (None if gradient is None else d_value[:, None, None] * gradient for gradient in ctx.saved_tensors)
+        return dx, dy, None, None, None
+
+
+def _mmd_with_gradients(x, y, a, b, needs_x, needs_y):
+    x, y, bandwidth, scale = _standardise(x, y, a, b)
+    mean_xx, slope_xx, norm_x = _kernel_within(x, a, with_slope=needs_x)
+    mean_yy, slope_yy, norm_y = _kernel_within(y, b, with_slope=needs_y)
+    mean_xy, slope_xy = _kernel(x @ y.mT, norm_x, norm_y, a, b, with_slope=needs_x or needs_y)
+    value = mean_xx - 2 * mean_xy + mean_yy
+
+    dx = dy = None
+    if needs_x:
+        pull = _pull(slope_xx, x, x, a) - _pull(slope_xy, x, y, b)
+        dx = (4 * scale[:, None] * a)[..., None] * pull
+    if needs_y:
+        pull = _pull(slope_yy, y, y, b) - _pull(slope_xy.mT, y, x, a)
+        dy = (4 * scale[:, None] * b)[..., None] * pull
+    return torch.where(scale > 0, value, 0.0), bandwidth, dx, dy
+
+
+def _standardise(x, y, a, b):
+    """Centres and scales both clouds so that the widest kernel becomes exp(-d^2); returns s and the scale too.
+
+    Distances do not see the shift, and without it float32 would lose their digits when the clouds lie far out.
+    """
+    count_x, count_y = (a > 0).sum(dim=1), (b > 0).sum(dim=1)
+    count = (count_x + count_y).to(x.dtype)
+    total = (count_x[:, None] * (a[:, None] @ x)[:, 0]) + (count_y[:, None] * (b[:, None] @ y)[:, 0])
+    centre = total / count[:, None]
+    # Masked tokens are moved onto the centre, where they add nothing to any sum.
+    x = (x - centre[:, None]) * (a > 0)[..., None]
+    y = (y - centre[:, None]) * (b > 0)[..., None]
+    # sum_ij |z_i - z_j|^2 = 2 N sum_i |z_i|^2 for centred points, over the N (N - 1) pairs of different points.
+    bandwidth = 2 * (x.square().sum(dim=(1, 2)) + y.square().sum(dim=(1, 2))) / (count - 1)
+    # Equal points differ from their rounded mean by a few units in the last place: that is no spread.
+    rounding = (4 * torch.finfo(x.dtype).eps) ** 2 * centre.square().sum(dim=1)
+    bandwidth = torch.where(bandwidth > rounding, bandwidth, 0.0)
+    scale = torch.where(bandwidth > 0, (_WIDEST * bandwidth).rsqrt(), 0.0)
+    return x * scale[:, None, None], y * scale[:, None, None], bandwidth, scale
+
+
+def _kernel_within(x, a, with_slope):
+    """As `_kernel` for the tokens of one cloud, and their squared norms (B, N).
+
+    The norms are read off the products themselves: a token's distance to itself is then exactly 0, whatever precision
+    the products were rounded to.
+    """
+    gram = x @ x.mT
+    norms = gram.diagonal(dim1=1, dim2=2).clone()
+    return *_kernel(gram, norms, norms, a, a, with_slope), norms
+
+
+def _kernel(gram, row_norms, column_norms, a, b, with_slope):
+    """Weighted mean (B,) of the kernel matrix to a Gram matrix (B, N, M), and the matrix of its derivatives by d^2.
+
+    Overwrites the Gram matrix; gives None for the derivatives unless asked.
+    """
+    power = gram.mul_(2).sub_(row_norms[:, :, None]).sub_(column_norms[:, None]).clamp_(max=0).exp_()
+    kernel = power.clone()
+    slope = power.neg() if with_slope else None
+    for step in range(1, _NUM_KERNELS):
+        power.square_()
+        kernel += power
+        if with_slope:
+            slope.sub_(power, alpha=2**step)
+    return (a[:, None] @ kernel @ b[..., None])[:, 0, 0], slope
+
+
+def _pull(slope, rows, columns, weights):
+    """sum_j w_j slope_ij (row_i - column_j), (B, N, D)."""
+    return (slope @ weights[..., None]) * rows - slope @ (weights[..., None] * columns)

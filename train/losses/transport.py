@@ -1,0 +1,55 @@
+"""Optimal transport between two token clouds (DALI_OT)."""
+
+from typing import Any
+
+import torch
+
+from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weights
+from dali_llava.train.transport import check_solver, solve_transport
+
+
+class TransportLoss(AlignmentLoss):
+    """Cost of moving each pair's audio tokens onto its image tokens, averaged over the batch (DALI, stage 1b).
+
+    `min <P, C>` over plans P with uniform marginals, `C_ij = |x_i - y_j|^2`.
+
+    Args:
+        solver: one of `solve_transport`'s.
+        solver_options: passed on to it.
+
+    Logs:
+        transport_cost: the loss. mean_distance: the mean of all C. max_gap: how far the worst pair's cost may lie
+        above its optimum.
+    """
+
+    def __init__(self, solver: str = "exact", solver_options: dict[str, Any] | None = None):
+        super().__init__()
+        check_solver(solver)
+        self.solver = solver
+        self.solver_options = solver_options or {}
+
+    def compute(
+        self,
+        audio: torch.Tensor,
+        image: torch.Tensor,
+        audio_mask: torch.Tensor | None,
+        image_mask: torch.Tensor | None,
+    ) -> LossOutput:
+        a, b = uniform_weights(audio, audio_mask), uniform_weights(image, image_mask)
+        result = solve_transport(audio, image, a, b, solver=self.solver, **self.solver_options)
+        loss = result.cost.mean()
+        distance = mean_distance(audio, image, a, b)
+        names = ("transport_cost", "mean_distance", "max_gap")
+        values = torch.stack([value.double() for value in (loss.detach(), distance, result.gap.max())])
+        return LossOutput(loss, dict(zip(names, values.tolist(), strict=True)))
+
+
+@torch.no_grad()
+def mean_distance(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Scalar mean over the batch of `sum_ij a_i b_j |x_i - y_j|^2`, for weights that sum to 1."""
+    mean_x, mean_y = (weights[:, None] @ points for weights, points in ((a, x), (b, y)))
+    spreads = [
+        (weights * (points - mean).square().sum(dim=2)).sum(dim=1)
+        for weights, points, mean in ((a, x, mean_x), (b, y, mean_y))
+    ]
+    return (sum(spreads) + (mean_x - mean_y).square().sum(dim=(1, 2))).mean()

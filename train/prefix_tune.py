@@ -1,0 +1,57 @@
+"""
+Stage 1a of DALI: learn the prefix that turns an image captioner to sounds, from 16 pictures and audio captions.
+
+Everything is frozen but the prefix (16 vectors).
+
+    accelerate launch train/prefix_tune.py train/configs/avworld/prefix_tune.yaml \
+        --base_model runs/captioner --output_dir runs/prefix
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from transformers import set_seed
+
+from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
+from dali_llava.train.collators import CaptionCollator
+from dali_llava.train.configuration import parse_stage_arguments
+from dali_llava.train.corpus import load_rows
+from dali_llava.train.trainers import CaptioningTrainer, StageArguments, load_base, train_only
+
+
+@dataclass
+class PrefixArguments(StageArguments):
+    """Arguments of the prefix tuning."""
+
+    prompt: str = field(default=SOUND_PROMPT, metadata={"help": "Question that follows the prefix."})
+    split: str = field(default="shots", metadata={"help": "Split with captioned pictures."})
+    max_samples: int | None = field(default=16, metadata={"help": "How many of them: the shots."})
+
+
+def main(argv: list[str] | None = None) -> CaptioningTrainer:
+    arguments = parse_stage_arguments(PrefixArguments, __doc__, argv)
+    set_seed(arguments.seed)
+    captioner, processor = load_base(arguments)
+    train_only(captioner, captioner.model.prefix)
+    rows = load_rows(arguments)
+    if len(rows) < (arguments.max_samples or 1):
+        raise ValueError(
+            f"{arguments.dataset}, split {arguments.split}: {len(rows)} shots, fewer than max_samples "
+            f"({arguments.max_samples}); lower it or bring more captions."
+        )
+    rows = rows.map(lambda row: {"question": arguments.prompt, "answer": row["captions"][0]})
+    trainer = CaptioningTrainer(
+        model=captioner,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=CaptionCollator(processor, image=True, prefix=True),
+        processing_class=processor,
+        stage="prefix",
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

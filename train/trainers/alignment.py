@@ -1,0 +1,131 @@
+"""Stage 1b: move the distribution of a clip's audio tokens onto that of its image tokens."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.modeling_outputs import ModelOutput
+
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+
+from .stage import StageArguments, StageTrainer, train_only
+
+
+@dataclass
+class AlignmentArguments(StageArguments):
+    """
+    Arguments of the alignment: the objective, DALI's augmentation, and its optimiser and schedule.
+    """
+
+    _VALID_DICT_FIELDS = [*StageArguments._VALID_DICT_FIELDS, "objective_options"]
+
+    # Objective
+    objective: str = field(default="mmd", metadata={"help": "What is minimised: a name in train.losses.LOSSES."})
+    objective_options: dict | str | None = field(default=None, metadata={"help": "Its options, as JSON."})
+
+    # Augmentation of the spectrogram
+    augmentation_noise: float = field(default=0.1, metadata={"help": "Noise of amplitude U(0, this)."})
+    augmentation_roll: int | None = field(default=None, metadata={"help": "Roll by up to so many frames; default all."})
+
+    # Optimiser: Adam with coupled weight decay, the rate halved every few epochs (reference implementation)
+    learning_rate: float = field(default=1e-4, metadata={"help": "Rate of the audio tower."})
+    adam_beta1: float = field(default=0.95, metadata={"help": "Adam's beta1."})
+    weight_decay: float = field(default=5e-7, metadata={"help": "Weight decay, coupled: added to the gradient."})
+    halve_from: float = field(default=10, metadata={"help": "Epoch at which the rate is halved for the first time."})
+    halve_every: float = field(
+        default=0, metadata={"help": "Epochs between two halvings; 0 follows lr_scheduler_type instead."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.objective_options = dict(self.objective_options or {})
+
+
+@dataclass
+class AlignmentOutput(ModelOutput):
+    """`loss` to minimise; `logs`, what the objective reports."""
+
+    loss: torch.Tensor | None = None
+    logs: dict | None = None
+
+
+class AlignmentModel(nn.Module):
+    """
+    The captioner's two towers and an objective between their tokens.
+
+    The objective is a submodule, so that what it trains (an attention, a temperature) is wrapped, gathered and saved
+    with the rest. The vision tower runs without a graph.
+    """
+
+    def __init__(self, captioner: LlavaAudioForConditionalGeneration, objective: nn.Module):
+        super().__init__()
+        self.captioner, self.objective = captioner, objective
+        train_only(captioner, captioner.model.audio_tower)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.captioner.model.vision_tower.eval()  # frozen: no dropout
+        return self
+
+    def forward(self, pixel_values, input_features, input_features_mask=None) -> AlignmentOutput:
+        model = self.captioner.model
+        with torch.no_grad():
+            image_tokens = model.encode_image(pixel_values)
+        audio_tokens = model.encode_audio(input_features, input_features_mask)
+        audio_mask = None if input_features_mask is None else model.audio_tower.token_mask(input_features_mask)
+        output = self.objective(audio_tokens, image_tokens, audio_mask=audio_mask)
+        return AlignmentOutput(loss=output.loss, logs=output.logs)
+
+
+class AlignmentTrainer(StageTrainer):
+    """
+    Trainer of an `AlignmentModel`; the objective's own parameters, if any, are a group of the one optimiser.
+    """
+
+    def __init__(self, model: AlignmentModel, **kwargs):
+        super().__init__(model=model, captioner=model.captioner, **kwargs)
+        self.loss_is_scaled_for_ga = False  # a mean over the pairs of a batch, not a sum over tokens
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            args, module = self.args, self.model
+            groups = [{"params": [p for p in module.captioner.parameters() if p.requires_grad]}]
+            own = list(module.objective.parameters())
+            if own:
+                groups.append({"params": own, "constant_rate": True})
+            self.optimizer = torch.optim.Adam(
+                groups,
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        args = self.args
+        if not args.halve_every:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            steps_per_epoch = max(1, num_training_steps / args.num_train_epochs)
+
+            def halved(step: int) -> float:
+                epochs = step / steps_per_epoch - args.halve_from
+                return 1.0 if epochs < 0 else 0.5 ** (1 + epochs // args.halve_every)
+
+            optimizer = optimizer or self.optimizer
+            rates = [(lambda step: 1.0) if group.get("constant_rate") else halved for group in optimizer.param_groups]
+            self.lr_scheduler = LambdaLR(optimizer, rates)
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(**inputs)
+        if self.state.global_step % max(1, int(self.state.logging_steps or 1)) == 0:
+            self.log({name: float(value) for name, value in output.logs.items()})
+        return (output.loss, output) if return_outputs else output.loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None

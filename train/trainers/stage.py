@@ -1,0 +1,103 @@
+"""What every stage shares: its arguments, what it freezes, and a checkpoint that holds what it trained."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.processing import LlavaAudioProcessor
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """
+    Arguments of a stage: those of `transformers.TrainingArguments`, and where model and corpus come from.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "dataset_options"]
+
+    # Model
+    base_model: str | None = field(
+        default=None, metadata={"help": "Checkpoint or Hub id that the stage starts from; the stage before it."}
+    )
+
+    # Corpus
+    dataset: str = field(default="avworld", metadata={"help": "Corpus, by its name in dali_llava.processing.corpora."})
+    dataset_options: dict | str | None = field(
+        default=None, metadata={"help": "Options of the corpus, as JSON: '{\"seed\": 1}'."}
+    )
+    split: str = field(default="train", metadata={"help": "Split to train on."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use the first so many rows; all by default."})
+    cache_features: bool = field(
+        default=False,
+        metadata={"help": "Compute spectrograms once and keep them on disk: for small corpora and many epochs."},
+    )
+
+    # Other defaults than transformers': a stage keeps its own columns, and saves once, at its end.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})
+    save_strategy: str = field(default="no", metadata={"help": "When to checkpoint: no, steps or epoch."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.dataset_options = dict(self.dataset_options or {})
+
+
+class StageProgress(ProgressCallback):
+    """Progress on stderr with the last loss beside it; stdout stays free for results."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {name: f"{logs[name]:.4g}" for name in ("loss", "eval_loss") if name in logs}
+            self.training_bar.set_postfix(shown)
+
+
+def load_base(arguments: StageArguments) -> tuple[LlavaAudioForConditionalGeneration, LlavaAudioProcessor]:
+    """
+    The captioner that a stage starts from, and its processor.
+
+    Raises:
+        ValueError: when no base is named, or the one named holds no captioner.
+    """
+    base = arguments.base_model
+    if not base:
+        raise ValueError("no base_model: name the checkpoint of the stage before this one, --base_model DIR.")
+    if os.sep in base and not Path(base).is_dir():
+        raise ValueError(f"base_model {base}: no such directory; run the stage that writes it first.")
+    return LlavaAudioForConditionalGeneration.from_pretrained(base), LlavaAudioProcessor.from_pretrained(base)
+
+
+def train_only(model: nn.Module, *parts: nn.Module) -> None:
+    """Freeze `model` but for `parts`; a tower without a trained weight builds no graph."""
+    model.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
+
+
+class StageTrainer(Trainer):
+    """
+    Trainer whose checkpoint is the stage's: the trained weights, the base model's name, and the processor.
+
+    Args:
+        captioner: the `LlavaAudioForConditionalGeneration` whose trained weights are saved.
+    """
+
+    def __init__(self, *args, captioner: LlavaAudioForConditionalGeneration, stage: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.captioner, self.stage = captioner, stage
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(StageProgress)
+        self.remove_callback(PrinterCallback)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        output_dir = output_dir or self.args.output_dir
+        if self.args.base_model is None:  # the first stage trains a whole captioner
+            self.captioner.save_pretrained(output_dir)
+        else:
+            self.captioner.save_stage(output_dir, base=self.args.base_model, stage=self.stage)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)

@@ -1,0 +1,31 @@
+"""What a transport solver hands back, and the form its plan takes."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Solution:
+    """Solutions of B transport problems, without gradients, in float64 on the cost's device.
+
+    Attributes:
+        cost: (B,) cost of the plan.
+        plan: (B, N, M), sparse COO or dense, with the problem's marginals.
+        u: (B, N) row potentials, for points of weight 0 as well.
+        v: (B, M) column potentials.
+        gap: (B,) cost minus a lower bound of the optimum, at least 0.
+    """
+
+    cost: torch.Tensor
+    plan: torch.Tensor
+    u: torch.Tensor
+    v: torch.Tensor
+    gap: torch.Tensor
+
+
+def sparse_coo(indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Sparse tensor from indices that are sorted and unique already."""
+    # torch warns until someone has said whether to check; these indices need none.
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):
+        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True)

@@ -1,0 +1,161 @@
+"""Optimal transport between point sets, as a differentiable function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from dali_llava.train.transport.checks import check_point_sets, check_weights
+from dali_llava.train.transport.exact import solve_exact
+from dali_llava.train.transport.sinkhorn import solve_sinkhorn
+from dali_llava.train.transport.solution import Solution, sparse_coo
+
+
+SOLVERS: dict[str, Callable[..., Solution]] = {"exact": solve_exact, "sinkhorn": solve_sinkhorn}
+
+
+@dataclass
+class TransportResult:
+    """Transport between B pairs of point sets. All but `cost` is float64 and without gradient.
+
+    Attributes:
+        cost: (B,) `<P, C>`, float32 or the points' dtype where that is float64.
+        potentials: u (B, N) and v (B, M) with `<a, u> + <b, v> = cost - gap` and `u_i + v_j <= C_ij` wherever a point
+            of the two has weight.
+        gap: (B,) cost minus a lower bound of the optimum, in the cost's unit; 0 for a proven optimum.
+    """
+
+    cost: torch.Tensor
+    potentials: tuple[torch.Tensor, torch.Tensor]
+    gap: torch.Tensor
+    _plan: torch.Tensor
+
+    @property
+    def plan(self) -> torch.Tensor:
+        """(B, N, M) sparse COO, coalesced; rows sum to a, columns to b."""
+        return self._plan if self._plan.is_sparse else self._plan.to_sparse()
+
+
+def solve_transport(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    a: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    solver: str = "exact",
+    **options: Any,
+) -> TransportResult:
+    """Moves weights a on points x to weights b on points y at the least cost, `min_P <P, C>`, `C_ij = |x_i - y_j|^2`.
+
+    The cost is differentiable, once, by the envelope theorem: `dx = 2 (diag(a) x - P y)`,
+    `dy = 2 (diag(b) y - P^T x)`, `da = u` and `db = v`, these two less their mean, as only changes that keep the sum
+    have a meaning. Costs and solution are computed in float64.
+
+    Args:
+        x: (B, N, D) points.
+        y: (B, M, D) points.
+        a: (B, N) non-negative weights, uniform by default. They are rescaled to sum to 1. A point of weight 0 is as
+            good as removed.
+        b: (B, M) weights, likewise.
+        solver: "exact" (network simplex) or "sinkhorn" (entropic, with its error in `gap`).
+        options: the solver's own, see `solve_exact` and `solve_sinkhorn`.
+
+    Raises:
+        ValueError: shapes that do not match, an empty set, NaN or infinity, weights that are negative or all 0, an
+            unknown solver; the message names the argument and the sample.
+
+    Example:
+        >>> x = torch.tensor([[[0.0], [1.0]]])
+        >>> solve_transport(x, x + 2).cost
+        tensor([4.])
+    """
+    check_solver(solver)
+    check_point_sets(x, y)
+    a, b = (
+        points.new_full(points.shape[:2], 1 / points.shape[1], dtype=torch.float64) if weights is None else weights
+        for points, weights in ((x, a), (y, b))
+    )
+    check_weights("a", a, x)
+    check_weights("b", b, y)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.to(dtype), y.to(dtype)
+        a, b = (weights.double() / weights.detach().double().sum(dim=1, keepdim=True) for weights in (a, b))
+        distances = _squared_distances(x.detach(), y.detach())
+        too_far = ~torch.isfinite(distances.amax(dim=(1, 2)))
+        if too_far.any():
+            raise ValueError(f"x and y lie too far apart for float64 in sample {int(too_far.nonzero()[0])}")
+        solution = SOLVERS[solver](distances, a.detach(), b.detach(), **options)
+        cost = _EnvelopeCost.apply(x, y, a, b, solution)
+    return TransportResult(cost, (solution.u, solution.v), solution.gap, solution.plan)
+
+
+def check_solver(name: str) -> None:
+    """Raises ValueError unless `name` is a solver's."""
+    if name not in SOLVERS:
+        raise ValueError(f"unknown solver {name!r}; known are {', '.join(map(repr, SOLVERS))}")
+
+
+class _EnvelopeCost(torch.autograd.Function):
+    """The solution's cost (B,) with the gradients that a fixed plan and fixed potentials give."""
+
+    @staticmethod
+    def forward(ctx, x, y, a, b, solution):
+        ctx.save_for_backward(x, y, a, b)
+        ctx.solution = solution
+        return solution.cost.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_cost):
+        x, y, a, b = ctx.saved_tensors
+        needs_x, needs_y, needs_a, needs_b = ctx.needs_input_grad[:4]
+        solution = ctx.solution
+        dx = dy = da = db = None
+        with torch.autocast(x.device.type, enabled=False):
+            if needs_x or needs_y:
+                # Differences do not see a shift, and near the origin fewer of their digits are lost.
+                centre = y.mean(dim=1, keepdim=True)
+                x, y = x - centre, y - centre
+            if needs_x:
+                dx = 2 * d_cost[:, None, None] * (a.to(x.dtype)[..., None] * x - _transport(solution.plan, y))
+            if needs_y:
+                transposed = solution.plan.transpose(1, 2)
+                dy = 2 * d_cost[:, None, None] * (b.to(x.dtype)[..., None] * y - _transport(transposed, x))
+            if needs_a:
+                da = d_cost.double()[:, None] * _centred(solution.u, a)
+            if needs_b:
+                db = d_cost.double()[:, None] * _centred(solution.v, b)
+        return dx, dy, da, db, None
+
+
+def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(B, N, M) float64."""
+    x, y = x.double(), y.double()
+    centre = y.mean(dim=1, keepdim=True)
+    x, y = x - centre, y - centre
+    norms = x.square().sum(dim=2)[..., None] + y.square().sum(dim=2)[:, None]
+    return torch.baddbmm(norms, x, y.mT, alpha=-2).clamp_(min=0)
+
+
+def _transport(plan: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """P y: (B, N, D) in the points' dtype, for a plan (B, N, M), sparse or dense, and points (B, M, D)."""
+    if not plan.is_sparse:
+        return plan.to(points.dtype) @ points
+    # One matrix with the samples' plans along its diagonal: torch multiplies it in one go, and a batch of them not.
+    batch, rows, columns = plan.shape
+    plan = plan.coalesce()
+    sample, row, column = plan.indices()
+    matrix = sparse_coo(
+        torch.stack((sample * rows + row, sample * columns + column)),
+        plan.values().to(points.dtype),
+        (batch * rows, batch * columns),
+    )
+    return torch.sparse.mm(matrix, points.flatten(0, 1)).unflatten(0, (batch, rows))
+
+
+def _centred(potentials: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Potentials less their mean over the points that have weight."""
+    counted = (weights > 0).to(potentials.dtype)
+    return potentials - ((potentials * counted).sum(dim=1) / counted.sum(dim=1))[:, None]
