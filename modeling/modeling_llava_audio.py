@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
@@ -290,6 +291,7 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
         """
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.config.save_pretrained(directory)
+        custom_object_save(self, directory)  # a stage, too, loads where the package is absent
         write_stage(directory, trained, base, stage)
 
     @can_return_tuple

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
@@ -41,18 +42,31 @@ def read_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> tuple[str, dict
     The base model's name and the trained tensors of a stage's checkpoint; None for a whole checkpoint.
 
     Raises:
-        ValueError: when `stage.json` does not name its base or the weights beside it differ from its list.
+        ValueError: when a file of the stage is damaged, `stage.json` does not name its base, or the weights beside it
+            differ from its list.
+        FileNotFoundError: when the base is a folder that is not there any more.
     """
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(name_or_path, STAGE_FILE, **optional, **hub_kwargs)
     if path is None:
         return None
-    description = json.loads(Path(path).read_text())
+    try:
+        description = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); copy or save the stage again.") from error
     base = description.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{path} does not name base_model_name_or_path; add the model that the stage started from.")
     beside = Path(name_or_path) / base
-    tensors = load_file(cached_file(name_or_path, STAGE_WEIGHTS, **hub_kwargs))
+    if base.startswith((".", os.sep)) and not beside.is_dir():
+        raise FileNotFoundError(
+            f"{path} names the base model {beside.resolve()}, which is no folder; bring it back there."
+        )
+    weights = cached_file(name_or_path, STAGE_WEIGHTS, **hub_kwargs)
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged ({error}); copy or save the stage again.") from error
     if sorted(tensors) != description["trained"]:
         raise ValueError(f"{name_or_path}: {STAGE_WEIGHTS} does not hold the weights that {STAGE_FILE} lists.")
     return str(beside.resolve()) if beside.is_dir() else base, tensors

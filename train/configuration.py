@@ -15,9 +15,7 @@ Arguments = TypeVar("Arguments")
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def parse_stage_arguments(
-    arguments: type[Arguments], description: str, argv: list[str] | None = None
-) -> Arguments:
+def parse_stage_arguments(arguments: type[Arguments], description: str, argv: list[str] | None = None) -> Arguments:
     """
     Read `CONFIG.yaml [--field value ...]` into the dataclass `arguments`; the command line wins over the file.
 
@@ -47,7 +45,11 @@ def parse_stage_arguments(
             words += [str(item) for item in value]
         else:
             words.append(json.dumps(value) if isinstance(value, dict) else str(value))
-    (parsed,) = parser.parse_args_into_dataclasses(args=[*words, *overrides], look_for_args_file=False)
+    parsed, unknown = parser.parse_args_into_dataclasses(
+        args=[*words, *overrides], look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
     return parsed
 
 

@@ -6,8 +6,9 @@ The captioner never hears: audio tower, audio projector and prefix keep their in
     accelerate launch train/pretrain_captioner.py train/configs/avworld/captioner.yaml --output_dir runs/captioner
 """
 
+import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from datasets import Dataset
 from transformers import CLIPImageProcessor, set_seed
@@ -16,10 +17,10 @@ from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGenera
 from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcessor
 from dali_llava.processing.corpora.avworld.vocabulary import build_tokenizer
 from dali_llava.processing.processing_llava_audio import PLAIN_CHAT_TEMPLATE
-from dali_llava.train.collators import TokenViewCollator
+from dali_llava.train.collators import TokenViewCollator, WordCollator
 from dali_llava.train.configuration import parse_stage_arguments
 from dali_llava.train.corpus import load_rows
-from dali_llava.train.trainers import StageArguments, TokenViewTrainer, train_only
+from dali_llava.train.trainers import StageArguments, TokenViewTrainer, WordTrainer, train_only
 
 
 @dataclass
@@ -31,6 +32,9 @@ class CaptionerArguments(StageArguments):
     vision_config: dict | str | None = field(default=None, metadata={"help": "Vision tower, as JSON."})
     text_config: dict | str | None = field(default=None, metadata={"help": "Language model, as JSON."})
     audio_config: dict | str | None = field(default=None, metadata={"help": "Audio tower, as JSON."})
+    vision_steps: int = field(default=300, metadata={"help": "Steps of the vision tower, before the captioner's."})
+    vision_batch_size: int = field(default=64, metadata={"help": "Pictures a step, in those."})
+    vision_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate, in those."})
     split: str = field(default="captioner", metadata={"help": "Split with pictures and dialogues."})
 
 
@@ -85,18 +89,38 @@ def one_dialogue_a_row(rows: Dataset) -> Dataset:
     return rows.map(split, batched=True, remove_columns=rows.column_names, desc="Dialogues")
 
 
+def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArguments) -> None:
+    """Train vision tower, projector and word embeddings until every word is read off some image token."""
+    model = captioner.model
+    train_only(captioner, model.vision_tower, model.multi_modal_projector, captioner.lm_head)
+    WordTrainer(
+        model=captioner,
+        captioner=captioner,
+        stage="vision",
+        args=replace(
+            arguments,
+            max_steps=arguments.vision_steps,
+            per_device_train_batch_size=arguments.vision_batch_size,
+            learning_rate=arguments.vision_learning_rate,
+        ),
+        train_dataset=rows.filter(lambda frames: len(frames) > 0, input_columns="frames", desc="Pictures"),
+        data_collator=WordCollator(processor),
+    ).train()
+
+
 def main(argv: list[str] | None = None) -> TokenViewTrainer:
     arguments = parse_stage_arguments(CaptionerArguments, __doc__, argv)
     set_seed(arguments.seed)
     captioner, processor = build_captioner(arguments)
     model = captioner.model
-    train_only(captioner, model.vision_tower, model.multi_modal_projector, model.language_model, captioner.lm_head)
-    rows, columns = captioner.config.audio_config.grid_size
-    grid, heard = captioner.config.image_seq_length, rows * columns
+    rows = load_rows(arguments)
+    pretrain_vision(captioner, processor, rows, arguments)
+    train_only(captioner, model.multi_modal_projector, model.language_model, captioner.lm_head)
+    grid, heard = captioner.config.image_seq_length, math.prod(captioner.config.audio_config.grid_size)
     trainer = TokenViewTrainer(
         model=captioner,
         args=arguments,
-        train_dataset=one_dialogue_a_row(load_rows(arguments)),
+        train_dataset=one_dialogue_a_row(rows),
         data_collator=TokenViewCollator(processor, drawn=(min(grid, heard), max(grid, heard))),
         processing_class=processor,
         stage="captioner",

@@ -3,6 +3,7 @@
 from .alignment import AlignmentArguments, AlignmentModel, AlignmentTrainer
 from .captioning import CaptioningTrainer, TokenViewTrainer, token_view
 from .stage import StageArguments, StageTrainer, load_base, train_only
+from .words import WordTrainer, word_loss
 
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "StageArguments",
     "StageTrainer",
     "TokenViewTrainer",
+    "WordTrainer",
     "load_base",
     "token_view",
     "train_only",
+    "word_loss",
 ]

@@ -1,0 +1,20 @@
+"""AVWorld: a procedural audiovisual world, small enough to train on in minutes, with ground truth."""
+
+from .avworld import AVWorld, AVWorldConfig
+from .captions import SEE_PROMPT, SOUND_PROMPT, SOUND_WORDS, VISUAL_PROMPTS, VISUAL_WORDS
+from .classes import names
+from .vocabulary import AVWORLD_CHAT_TEMPLATE, build_tokenizer
+
+
+__all__ = [
+    "AVWORLD_CHAT_TEMPLATE",
+    "SEE_PROMPT",
+    "SOUND_PROMPT",
+    "SOUND_WORDS",
+    "VISUAL_PROMPTS",
+    "VISUAL_WORDS",
+    "AVWorld",
+    "AVWorldConfig",
+    "build_tokenizer",
+    "names",
+]

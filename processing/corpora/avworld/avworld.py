@@ -1,0 +1,198 @@
+"""The corpus builder of AVWorld."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import datasets
+import numpy as np
+import soundfile
+from datasets.builder import Key
+from PIL import Image
+
+from .captions import audio_captions, image_dialogues, text_dialogues, visual_captions
+from .scenes import DURATION, SAMPLING_RATE, Scene, render_audio, render_frames, sample_scene
+
+
+DEFAULT_SIZES: dict[str, int] = {
+    "train": 4000,
+    "train_captioned": 1000,
+    "shots": 64,
+    "balanced": 600,
+    "val": 300,
+    "test": 400,
+    "test_shifted": 400,
+    "captioner": 10000,
+}
+SPLITS: tuple[str, ...] = tuple(DEFAULT_SIZES)
+CAPTIONED_SPLITS = frozenset({"train_captioned", "shots", "val", "test", "test_shifted"})
+TEXT_ONLY = 0.15  # share of the captioner's rows without a picture
+SHARD_SIZE = 100  # rows; the unit of work of download_and_prepare(num_proc=...)
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "audio": {"path": datasets.Value("string"), "bytes": datasets.Value("binary")},
+        "frames": datasets.List({"path": datasets.Value("string"), "bytes": datasets.Value("binary")}),
+        "captions": datasets.List(datasets.Value("string")),
+        "labels": datasets.List(datasets.Value("string")),
+        "start": datasets.Value("float64"),
+        "end": datasets.Value("float64"),
+        "source": datasets.Value("string"),
+        "visual_captions": datasets.List(datasets.Value("string")),
+        "visible": datasets.List(datasets.Value("string")),
+        "seen": datasets.List(datasets.Value("string")),
+        "dialogues": datasets.List({"question": datasets.Value("string"), "answer": datasets.Value("string")}),
+    }
+)
+
+
+@cache
+def content_hash() -> str:
+    """A digest of this package's source, so that rows made by other code are never taken from a cache."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class AVWorldConfig(datasets.BuilderConfig):
+    """Options of `AVWorld`.
+
+    seed: of all rows; splits: those to generate; sizes: rows of a split, where not the default.
+
+    Raises:
+        ValueError: on an unknown split or a size that is not a positive integer.
+    """
+
+    name: str = "avworld"
+    seed: int = 0
+    splits: Sequence[str] = SPLITS
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.splits = (self.splits,) if isinstance(self.splits, str) else tuple(self.splits)
+        for split in (*self.splits, *self.sizes):
+            if split not in DEFAULT_SIZES:
+                raise ValueError(f"AVWorld has no split {split!r}; known: {', '.join(SPLITS)}")
+        for split, size in self.sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"size of AVWorld split {split!r} must be a positive integer, not {size!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed of AVWorld must be an integer of at least 0, not {self.seed!r}")
+
+    def size(self, split: str) -> int:
+        """Rows of a split."""
+        return self.sizes.get(split, DEFAULT_SIZES[split])
+
+    def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
+        """A cache key of the options that matter and of this package's source."""
+        sizes = {split: self.size(split) for split in self.splits}
+        options = json.dumps([self.seed, sizes, content_hash(), str(custom_features or "")])
+        return f"{self.name}-{hashlib.sha256(options.encode()).hexdigest()[:16]}"
+
+
+def _encode_audio(samples: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def _encode_frame(frame: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def scene_of(split: str, index: int, seed: int = 0) -> tuple[Scene, list[np.random.Generator]]:
+    """The scene of a row, and generators for its sound, its frames and its text.
+
+    All spring from (seed, split, index) alone, each from a stream of its own.
+    """
+    streams = np.random.SeedSequence([seed, SPLITS.index(split), index]).spawn(4)
+    draws, *others = (np.random.default_rng(stream) for stream in streams)
+    return sample_scene(draws, shifted=split == "test_shifted", curated=split == "shots"), others
+
+
+def make_row(split: str, index: int, seed: int = 0) -> dict:
+    """One row of a split, as described in `AVWorld`."""
+    scene, (sound, sight, text) = scene_of(split, index, seed)
+    row = {
+        "id": f"{split}-{index:06d}",
+        "audio": None,
+        "frames": [],
+        "captions": [],
+        "labels": [entity.name for entity in scene.audible],
+        "start": 0.0,
+        "end": DURATION,
+        "source": "avworld",
+        "visual_captions": [],
+        "visible": [entity.name for entity in scene.visible],
+        "seen": [entity.name for entity in scene.seen],
+        "dialogues": [],
+    }
+    if split == "captioner":
+        if text.random() < TEXT_ONLY:
+            row |= {"dialogues": text_dialogues(scene, text), "visible": [], "seen": []}
+        else:
+            frame = render_frames(scene, sight, 1)[0]
+            row |= {
+                "frames": [{"path": f"{row['id']}-0.png", "bytes": _encode_frame(frame)}],
+                "dialogues": image_dialogues(scene, text),
+                "visual_captions": visual_captions(scene),
+            }
+        return row
+    row["audio"] = {"path": f"{row['id']}.flac", "bytes": _encode_audio(render_audio(scene, sound))}
+    row["frames"] = [
+        {"path": f"{row['id']}-{number}.png", "bytes": _encode_frame(frame)}
+        for number, frame in enumerate(render_frames(scene, sight))
+    ]
+    if split in CAPTIONED_SPLITS:
+        row |= {"captions": audio_captions(scene, text), "visual_captions": visual_captions(scene)}
+    return row
+
+
+class AVWorld(datasets.GeneratorBasedBuilder):
+    """A procedural audiovisual world.
+
+    A row is a clip of 2.56 s:
+        id: str
+        audio: {path, bytes}, FLAC, 16 kHz mono; None in `captioner`
+        frames: list of {path, bytes}, PNG, 48 x 48 RGB: four, one in `captioner`, none in its rows of text alone
+        captions: what is heard, five paraphrases, the first canonical; empty in `train`, `balanced`, `captioner`
+        labels: the classes that sound, the loudest first
+        start, end: of the clip within its source, in seconds
+        source: "avworld"
+        visual_captions: what is seen, four paraphrases; empty where `captions` is, but not in `captioner`
+        visible: all that shows, in reading order, silent objects included
+        seen: the classes that sound and show and look like no other
+        dialogues: {question, answer}, in `captioner` only
+
+    Splits: `train`, `train_captioned`, `shots` (all sources sound and show), `balanced` (a smaller `train`), `val`,
+    `test`, `test_shifted` (parameters, noise and reverberation outside the training ranges), `captioner`.
+    """
+
+    VERSION = datasets.Version("1.0.0")
+    BUILDER_CONFIG_CLASS = AVWorldConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(description="AVWorld, a procedural audiovisual world", features=FEATURES)
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        generators = []
+        for split in self.config.splits:
+            size = self.config.size(split)
+            ranges = [(start, min(start + SHARD_SIZE, size)) for start in range(0, size, SHARD_SIZE)]
+            generators.append(datasets.SplitGenerator(split, gen_kwargs={"split": split, "ranges": ranges}))
+        return generators
+
+    def _generate_examples(self, split: str, ranges: list[tuple[int, int]]) -> Iterator[tuple[Key, dict]]:
+        for number, (start, stop) in enumerate(ranges):
+            for index in range(start, stop):
+                yield Key(number, index - start), make_row(split, index, self.config.seed)

@@ -1,0 +1,232 @@
+"""What is said about a scene of AVWorld: captions of its sound, captions of its look, and the captioner's dialogues.
+
+A caption of the sound names no colour and no place; a caption of the look no sound. The captioner, which never hears,
+answers every general prompt with the look, the prompt for the sound included; what things do it says only when asked
+"What is everything doing ?", from knowledge of language. Tokens are separated by spaces, punctuation as well.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .classes import BACKGROUNDS, CLASSES, COLOURS, RIVALS, SILENT_OBJECTS, names
+from .scenes import Scene
+
+
+SOUND_PROMPT = "What sound can be heard in this scene ?"
+SEE_PROMPT = "What can you see ?"
+CONCISE_PROMPT = "What can you see ? Answer concisely ."
+PLACE_PROMPT = "Where is this ?"
+ACTIVITY_PROMPT = "What is everything doing ?"
+
+# All answered with a caption of the look.
+VISUAL_PROMPTS: tuple[str, ...] = (
+    SOUND_PROMPT,
+    SEE_PROMPT,
+    "Describe the sound that can be heard in this scene .",
+    "Describe the image .",
+    "What is in this picture ?",
+    "What does the image show ?",
+    "Describe what you see in this scene .",
+    "Write a caption for the image .",
+)
+
+NUM_AUDIO_CAPTIONS = 5
+SYNONYMS = 0.3  # share of mentions in paraphrases that leave the primary noun or verb
+CANONICAL_ANSWERS = 0.6  # share of the captioner's answers in the first form of their grammar
+
+# Words of a caption that speaks of sound.
+_HEARING_WORDS = {"sound", "sounds", "noise", "noises", "hear", "hears", "heard", "loud", "quiet", "audible"}
+_VERB_FORMS = {form for sounding in CLASSES.values() for pair in sounding.verbs for form in pair}
+SOUND_WORDS: frozenset[str] = frozenset(_VERB_FORMS | _HEARING_WORDS)
+
+# Words for what only a picture could show.
+VISUAL_WORDS: frozenset[str] = frozenset(COLOURS) | {background.word for background in BACKGROUNDS.values()}
+
+
+def with_article(noun: str, countable: bool = True) -> str:
+    """The noun with "a" or "an" where it takes one."""
+    if not countable:
+        return noun
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def enumerate_phrases(phrases: Sequence[str]) -> str:
+    """ "x", "x and y", "x , y and z"."""
+    *rest, last = phrases
+    return f"{' , '.join(rest)} and {last}" if rest else last
+
+
+def _countable(name: str) -> bool:
+    return name not in CLASSES or CLASSES[name].countable
+
+
+def _choose(rng: np.random.Generator | None, options: Sequence, share: float):
+    """The first option, or with probability `share` one of the others; always the first without rng."""
+    if rng is None or len(options) == 1 or rng.random() >= share:
+        return options[0]
+    return options[int(rng.integers(1, len(options)))]
+
+
+class _Clause(NamedTuple):
+    """What one thing does: "a dog", "barking", "barks", "is"."""
+
+    subject: str
+    gerund: str
+    finite: str
+    be: str
+
+
+def _clause(name: str, rng: np.random.Generator | None = None) -> _Clause:
+    sounding = CLASSES[name]
+    subject = with_article(_choose(rng, sounding.nouns, SYNONYMS), sounding.countable)
+    return _Clause(subject, *_choose(rng, sounding.verbs, SYNONYMS), "are" if sounding.plural else "is")
+
+
+def _single_forms(clauses: Sequence[_Clause]) -> list[str]:
+    subject, gerund, finite, be = clauses[0]
+    return [
+        f"{subject} {finite}",
+        f"{subject} {be} {gerund}",
+        f"the sound of {subject} {gerund}",
+        f"{subject} can be heard {gerund}",
+        f"there {be} {subject} {gerund}",
+    ]
+
+
+def _joint_forms(clauses: Sequence[_Clause]) -> list[str]:
+    gerunds = [f"{clause.subject} {clause.gerund}" for clause in clauses]
+    finites = [f"{clause.subject} {clause.finite}" for clause in clauses]
+    subject, gerund, _, be = clauses[0]
+    return [
+        enumerate_phrases(finites),
+        f"{finites[0]} while {enumerate_phrases(finites[1:])}",
+        f"{gerunds[0]} with {enumerate_phrases(gerunds[1:])}",
+        f"{subject} {be} {gerund} as {enumerate_phrases(finites[1:])}",
+        f"the sound of {enumerate_phrases(gerunds)}",
+    ]
+
+
+def activity_captions(
+    class_names: Sequence[str], rng: np.random.Generator, count: int = NUM_AUDIO_CAPTIONS
+) -> list[str]:
+    """Paraphrases of what the named classes do, all of different form.
+
+    The first is canonical: primary nouns and gerunds in the given order ("a dog barking and a siren wailing"). The
+    others draw synonyms, orders and forms ("a siren wails while a dog barks").
+
+    Returns:
+        list of `count` (at most 6) str.
+    """
+    clauses = [_clause(name) for name in class_names]
+    captions = [enumerate_phrases([f"{clause.subject} {clause.gerund}" for clause in clauses])]
+    forms = _single_forms if len(class_names) == 1 else _joint_forms
+    for form in rng.permutation(5)[: count - 1]:
+        captions.append(forms([_clause(class_names[index], rng) for index in rng.permutation(len(class_names))])[form])
+    return captions
+
+
+def audio_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """Five paraphrases of what is heard, the first canonical and from the loudest to the faintest source."""
+    return activity_captions([entity.name for entity in scene.audible], rng)
+
+
+def visual_captions(scene: Scene) -> list[str]:
+    """Four captions of what is seen, in reading order; the first is canonical ("a red dog and a blue key on grass").
+
+    A class that looks like another is called by its own noun, which the picture cannot tell.
+    """
+    things = []
+    for entity in scene.visible:
+        noun = names(entity.name)[0]
+        things.append(with_article(f"{entity.colour} {noun}", _countable(entity.name)))
+    place, listing = BACKGROUNDS[scene.background].phrase, enumerate_phrases(things)
+    return [
+        f"{listing} {place}",
+        f"there is {listing} {place}",
+        f"{place} there is {listing}",
+        f"a picture of {listing} {place}",
+    ]
+
+
+def concise_caption(scene: Scene) -> str:
+    """The visible nouns alone."""
+    return enumerate_phrases([with_article(e.name, _countable(e.name)) for e in scene.visible])
+
+
+def _activity_answer(class_names: Sequence[str], rng: np.random.Generator) -> str:
+    return _choose(rng, activity_captions(class_names, rng), 1 - CANONICAL_ANSWERS)
+
+
+def _presence_dialogue(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
+    """ "Is there a dog ?", half of the time about what is not there nor looks like something that is."""
+    visible = [entity.name for entity in scene.visible]
+    if rng.random() < 0.5:
+        name, answer = str(rng.choice(visible)), "yes"
+    else:
+        taken = {*visible, *(RIVALS.get(name, name) for name in visible)}
+        name, answer = str(rng.choice([name for name in (*CLASSES, *SILENT_OBJECTS) if name not in taken])), "no"
+    verb = "Are" if name in CLASSES and CLASSES[name].plural else "Is"
+    return {"question": f"{verb} there {with_article(name, _countable(name))} ?", "answer": answer}
+
+
+def _colour_dialogue(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
+    entity = scene.visible[int(rng.integers(len(scene.visible)))]
+    verb = "are" if entity.name in CLASSES and CLASSES[entity.name].plural else "is"
+    return {"question": f"What colour {verb} the {entity.name} ?", "answer": entity.colour}
+
+
+def image_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
+    """Three dialogues about a picture: a caption, what everything does (where anything could), and a question.
+
+    Returns:
+        list of {"question", "answer"}.
+    """
+    dialogues = []
+    prompt = str(rng.choice((*VISUAL_PROMPTS, CONCISE_PROMPT)))
+    if prompt == CONCISE_PROMPT and rng.random() < 0.5:
+        answer = concise_caption(scene)
+    else:
+        answer = _choose(rng, visual_captions(scene), 1 - CANONICAL_ANSWERS)
+    dialogues.append({"question": prompt, "answer": answer})
+    able = [entity.name for entity in scene.visible if entity.name in CLASSES]
+    if able:
+        dialogues.append({"question": ACTIVITY_PROMPT, "answer": _activity_answer(able, rng)})
+    kind = rng.integers(3)
+    if kind == 0:
+        dialogues.append(_presence_dialogue(scene, rng))
+    elif kind == 1:
+        dialogues.append(_colour_dialogue(scene, rng))
+    else:
+        dialogues.append({"question": PLACE_PROMPT, "answer": BACKGROUNDS[scene.background].phrase})
+    return dialogues
+
+
+def text_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
+    """Three dialogues without a picture, about how things sound: one about each of the scene's sources in turn, and
+    one about all of them."""
+    class_names = [entity.name for entity in scene.audible]
+    dialogues = []
+    for index in range(2):
+        name = class_names[index % len(class_names)]
+        auxiliary = "do" if CLASSES[name].plural else "does"
+        question = f"What {auxiliary} {with_article(name, _countable(name))} do ?"
+        dialogues.append({"question": question, "answer": _activity_answer([name], rng)})
+    subjects = enumerate_phrases([with_article(name, _countable(name)) for name in class_names])
+    auxiliary = "do" if len(class_names) > 1 or CLASSES[class_names[0]].plural else "does"
+    question = f"How {auxiliary} {subjects} sound ?"
+    return [*dialogues, {"question": question, "answer": _activity_answer(class_names, rng)}]
+
+
+def grammar_texts() -> list[str]:
+    """Sentences that together hold every word that the grammar can say or ask."""
+    texts = [*VISUAL_PROMPTS, CONCISE_PROMPT, PLACE_PROMPT, ACTIVITY_PROMPT, "yes no a an and , ."]
+    texts += ["What colour is the", "What colour are the", "Is there", "Are there", "there is", "a picture of"]
+    texts += ["What does do ?", "How does sound ?", "How do sound ?"]
+    texts += [*COLOURS, *(background.phrase for background in BACKGROUNDS.values()), *SILENT_OBJECTS]
+    texts += [noun for sounding in CLASSES.values() for noun in sounding.nouns]
+    texts += [form for sounding in CLASSES.values() for pair in sounding.verbs for form in pair]
+    texts += _single_forms([_clause("dog")]) + _single_forms([_clause("waves")])
+    texts += _joint_forms([_clause("dog"), _clause("waves")])
+    return texts

@@ -1,0 +1,222 @@
+"""Scenes of AVWorld: what is there, where, when and how loud; and their sound and frames."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.signal import fftconvolve, lfilter
+
+from .classes import BACKGROUNDS, CLASSES, COLOURS, LOOK_AMBIGUOUS, RIVALS, SILENT_OBJECTS, sprite_of
+from .signals import noise
+from .sprites import MASKS
+from .synthesis import SYNTHESISERS, Synthesiser
+
+
+SAMPLING_RATE = 16000
+NUM_SAMPLES = 40960  # 2.56 s: 256 frames of 10 ms
+DURATION = NUM_SAMPLES / SAMPLING_RATE
+IMAGE_SIZE = 48
+GRID = 3
+CELL = IMAGE_SIZE // GRID
+NUM_FRAMES = 4
+
+# What a scene holds.
+SOURCE_COUNTS = (0.45, 0.35, 0.20)  # probabilities of 1, 2, 3 audible sources
+SILENT_OBJECT_COUNTS = (0.45, 0.35, 0.20)  # of 0, 1, 2 silent objects
+OFF_SCREEN = 0.15  # share of audible sources that are out of sight
+SILENT_SOURCE = 0.10  # share of visible sounding objects that keep silent
+
+# How hard it is to hear.
+MIN_SECONDS = 1.0  # a source sounds at least this long
+FULL_LENGTH = 0.35  # share of sources that sound throughout
+LEVEL_SPREAD = 8.0  # dB between the loudest source and the faintest possible one
+SNR = (4.0, 20.0)  # dB, the loudest source over the noise
+NOISE_POLE = (0.0, 0.95)  # of the one-pole filter that colours the noise
+FADE = 0.02  # seconds at either end of a source
+PEAK = 0.9
+
+# Outside the training ranges: `test_shifted`.
+SHIFTED_SNR = (1.0, 4.0)
+SHIFTED_NOISE_POLE = (-0.3, -0.05)  # brighter than white
+REVERBERATION_TIME = (0.2, 0.5)  # seconds to -60 dB
+REVERBERATION_LEVEL = (-12.0, -6.0)  # dB, reverberant over direct sound
+
+# How hard it is to see.
+MOTION = 1  # pixels by which an object sways to either side of its cell
+PLATE = (0, 0, 0)  # colour of the square an object stands on: its shape then shows in each patch, whatever the ground
+GRAIN = 8  # standard deviation of the frames' noise, of 255
+
+
+@dataclass(frozen=True)
+class Entity:
+    """One thing in a scene.
+
+    name: a class or a silent object; colour; cell: 0 to 8, reading order, None off screen; span: when it sounds
+    (start, end) in seconds, None if it keeps silent; level: dB relative to the loudest source.
+    """
+
+    name: str
+    colour: str
+    cell: int | None
+    span: tuple[float, float] | None
+    level: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that captions and ground truth depend on. snr in dB; shift 0 inside the training ranges."""
+
+    entities: tuple[Entity, ...]
+    background: str
+    snr: float
+    shift: float = 0.0
+
+    @property
+    def audible(self) -> list[Entity]:
+        """What sounds, the loudest first."""
+        return sorted((e for e in self.entities if e.span is not None), key=lambda entity: -entity.level)
+
+    @property
+    def visible(self) -> list[Entity]:
+        """What shows, in reading order of the grid."""
+        return sorted((e for e in self.entities if e.cell is not None), key=lambda entity: entity.cell)
+
+    @property
+    def seen(self) -> list[Entity]:
+        """What sounds and shows and is not mistakable for another class by its look, the loudest first."""
+        return [e for e in self.audible if e.cell is not None and e.name not in LOOK_AMBIGUOUS]
+
+
+_NAMES = tuple(CLASSES)
+_CUMULATIVE = np.cumsum([sounding.weight for sounding in CLASSES.values()])
+
+
+def _draw_class(rng: np.random.Generator, excluded: set[str]) -> str:
+    """A class by weight, and its exclusion and its rival's from further draws."""
+    while True:
+        name = _NAMES[int(np.searchsorted(_CUMULATIVE, rng.random() * _CUMULATIVE[-1], side="right"))]
+        if name not in excluded:
+            excluded.update({name, RIVALS.get(name, name)})
+            return name
+
+
+def _draw_span(rng: np.random.Generator) -> tuple[float, float]:
+    length = DURATION if rng.random() < FULL_LENGTH else rng.uniform(MIN_SECONDS, DURATION)
+    start = rng.uniform(0, DURATION - length)
+    return start, start + length
+
+
+def sample_scene(rng: np.random.Generator, shifted: bool = False, curated: bool = False) -> Scene:
+    """Draw a scene.
+
+    Each visible sound brings a silent sounding object with such a probability that SILENT_SOURCE of all visible
+    sounding objects keep silent. At least one thing sounds and one shows. `shifted` draws what `test_shifted` holds;
+    `curated` draws what a user would choose as an example: all that sounds shows, all that could sound does.
+    """
+    excluded: set[str] = set()
+    count = 1 + int(rng.choice(len(SOURCE_COUNTS), p=SOURCE_COUNTS))
+    levels = -LEVEL_SPREAD * rng.random(count)
+    levels -= levels.max()
+    # (name, span, level, shows)
+    things: list[tuple[str, tuple[float, float] | None, float, bool]] = []
+    for level in levels:
+        shows = curated or rng.random() >= OFF_SCREEN
+        things.append((_draw_class(rng, excluded), _draw_span(rng), float(level), shows))
+    for _ in range(0 if curated else sum(shows for *_, shows in things)):
+        if rng.random() < SILENT_SOURCE / (1 - SILENT_SOURCE):
+            things.append((_draw_class(rng, excluded), None, 0.0, True))
+    objects = int(rng.choice(len(SILENT_OBJECT_COUNTS), p=SILENT_OBJECT_COUNTS))
+    if not any(shows for *_, shows in things):
+        objects = max(objects, 1)
+    things += [(str(name), None, 0.0, True) for name in rng.choice(SILENT_OBJECTS, objects, replace=False)]
+
+    cells = iter(rng.permutation(GRID * GRID).tolist())
+    colours = rng.choice(tuple(COLOURS), len(things))
+    entities = tuple(
+        Entity(name, str(colour), next(cells) if shows else None, span, level)
+        for (name, span, level, shows), colour in zip(things, colours, strict=True)
+    )
+    background = str(rng.choice(tuple(BACKGROUNDS)))
+    return Scene(entities, background, float(rng.uniform(*(SHIFTED_SNR if shifted else SNR))), float(shifted))
+
+
+def _normalise(signal: np.ndarray) -> np.ndarray:
+    """Unit power over the 20 ms frames within 20 dB of the strongest, so that pauses do not count as faintness."""
+    size = SAMPLING_RATE // 50
+    power = np.square(signal[: signal.size // size * size].reshape(-1, size)).mean(axis=1)
+    return signal / np.sqrt(power[power >= 0.01 * power.max()].mean() + 1e-12)
+
+
+def _reverberate(signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Add noise that decays exponentially, convolved with the signal (Polack's model of a room)."""
+    time = rng.uniform(*REVERBERATION_TIME)
+    size = int(time * SAMPLING_RATE)
+    room = noise(rng, size) * np.exp(-6.9 * np.arange(size, dtype=np.float32) / size)
+    room *= 10 ** (rng.uniform(*REVERBERATION_LEVEL) / 20) / np.linalg.norm(room)
+    return signal + fftconvolve(signal, room)[: signal.size].astype(np.float32)
+
+
+def render_audio(
+    scene: Scene, rng: np.random.Generator, synthesisers: Mapping[str, Synthesiser] | None = None
+) -> np.ndarray:
+    """The scene's sound.
+
+    Args:
+        synthesisers: by class name, in place of the built-in ones (recordings, for instance); may name some classes.
+
+    Returns:
+        (NUM_SAMPLES,) float32 at SAMPLING_RATE, with peak PEAK.
+    """
+    mix = np.zeros(NUM_SAMPLES, dtype=np.float32)
+    fade_size = int(FADE * SAMPLING_RATE)
+    fade = np.linspace(0, 1, fade_size, dtype=np.float32)
+    for entity in scene.audible:
+        synthesiser = (synthesisers or {}).get(entity.name) or SYNTHESISERS[CLASSES[entity.name].synthesiser]
+        start, end = (round(time * SAMPLING_RATE) for time in entity.span)
+        signal = _normalise(synthesiser(rng, end - start, SAMPLING_RATE, scene.shift))
+        signal[:fade_size] *= fade
+        signal[-fade_size:] *= fade[::-1]
+        mix[start:end] += np.float32(10 ** (entity.level / 20)) * signal
+    if scene.shift:
+        mix = _reverberate(mix, rng)
+    pole = rng.uniform(*(SHIFTED_NOISE_POLE if scene.shift else NOISE_POLE))
+    # Filtered white noise has variance 1 / (1 - pole^2).
+    hiss = lfilter([np.sqrt(1 - pole**2)], [1.0, -pole], noise(rng, NUM_SAMPLES)).astype(np.float32)
+    mix += np.float32(10 ** (-scene.snr / 20)) * hiss
+    return mix * np.float32(PEAK / np.abs(mix).max())
+
+
+def _paint_background(background: str, rng: np.random.Generator) -> np.ndarray:
+    """(IMAGE_SIZE, IMAGE_SIZE, 3) float32, each place with a texture of its own at a random offset."""
+    rows, columns = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + rng.integers(0, IMAGE_SIZE, 2)[:, None, None]
+    texture = {
+        "grass": np.where((columns + rows // 4 * 3) % 5 == 0, 22, 0),  # blades
+        "snow": np.where((rows * 5 + columns * 3) % 19 == 0, -28, 0),  # flakes
+        "sand": 12 * np.sin((rows + 2 * np.sin(columns / 5)) * 1.1),  # ripples
+        "street": np.where((rows % 8 == 0) & (columns % 16 < 10), 45, 0),  # lane marks
+        "room": np.where((rows % 6 == 0) | ((columns + rows // 6 % 2 * 5) % 10 == 0), -28, 0),  # bricks
+        "cave": np.where((rows // 3 * 7 + columns // 3 * 11) % 13 < 3, 20, 0),  # stones
+    }[background]
+    return texture[:, :, None].astype(np.float32) + np.asarray(BACKGROUNDS[background].colour, dtype=np.float32)
+
+
+def render_frames(scene: Scene, rng: np.random.Generator, num_frames: int = NUM_FRAMES) -> list[np.ndarray]:
+    """The scene's pictures: each object sways in its cell from frame to frame.
+
+    Returns:
+        num_frames arrays (IMAGE_SIZE, IMAGE_SIZE, 3) uint8.
+    """
+    ground = _paint_background(scene.background, rng)
+    frames = []
+    for _ in range(num_frames):
+        frame = ground.copy()
+        for entity in scene.visible:
+            row, column = divmod(entity.cell, GRID)
+            top, left = row * CELL, column * CELL + int(rng.integers(-MOTION, MOTION + 1))
+            left = min(max(left, 0), IMAGE_SIZE - CELL)
+            cell = frame[top : top + CELL, left : left + CELL]
+            cell[:] = PLATE
+            cell[MASKS[sprite_of(entity.name)]] = COLOURS[entity.colour]
+        frame += GRAIN * rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.float32)
+        frames.append(np.clip(frame, 0, 255).round().astype(np.uint8))
+    return frames

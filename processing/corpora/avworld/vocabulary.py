@@ -1,0 +1,89 @@
+"""The word-level tokenizer of AVWorld and its chat template."""
+
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from .captions import SOUND_WORDS, VISUAL_WORDS, grammar_texts
+
+
+SPECIAL_TOKENS: tuple[str, ...] = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<audio>", "<prefix>")
+PUNCTUATION = ".?,':"
+
+# Words that a user may type beyond the grammar.
+COMMON_WORDS: tuple[str, ...] = tuple(
+    "user assistant ' : it its they this that these those who when how why which where you i we he she one two three "
+    "four five some many more other with without from to at by for under over near behind beside between left right "
+    "top bottom middle big small happening happens event events audio clip video photo please list name tell me "
+    "about has have not only every thing things object objects animal animals".split()
+)
+
+# "USER: <image><audio><prefix>\nQUESTION ASSISTANT: ANSWER</s>": media first, in this order, however they come.
+AVWORLD_CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- set content = message['content'] -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{- ' ' -}}"
+    "{%- generation -%}"
+    "{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- for block in content if block['type'] == 'text' -%}"
+    "{%- if not loop.first -%}{{- ' ' -}}{%- endif -%}{{- block['text'] -}}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{{- eos_token -}}"
+    "{%- endgeneration -%}"
+    "{%- elif message['role'] == 'user' -%}"
+    "{{- 'USER: ' -}}"
+    "{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- set media = namespace(present=false) -%}"
+    "{%- for kind in ['image', 'audio', 'prefix'] -%}"
+    "{%- for block in content if block['type'] == kind -%}"
+    "{{- '<' + kind + '>' -}}{%- set media.present = true -%}"
+    "{%- endfor -%}"
+    "{%- endfor -%}"
+    "{%- if media.present -%}{{- '\\n' -}}{%- endif -%}"
+    "{%- for block in content if block['type'] == 'text' -%}"
+    "{%- if not loop.first -%}{{- ' ' -}}{%- endif -%}{{- block['text'] -}}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- if not loop.last or add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
+    "{%- else -%}"
+    "{{- raise_exception('AVWorld knows the roles user and assistant, not ' + message['role']) -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+
+def vocabulary() -> list[str]:
+    """The special tokens, then every word of the grammar and the common words in alphabetical order."""
+    words = {word.lower() for text in grammar_texts() for word in text.split()}
+    return [*SPECIAL_TOKENS, *sorted(words | SOUND_WORDS | VISUAL_WORDS | set(COMMON_WORDS))]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of lowercase words and single punctuation marks, which pads on the left and puts <s> in front.
+
+    Decoding with `skip_special_tokens=True` gives the words separated by spaces, as in the captions.
+    """
+    tokens = vocabulary()
+    tokenizer = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Split(Regex(f"[{PUNCTUATION}]"), "isolated")])
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", tokens.index("<s>"))]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=list(SPECIAL_TOKENS[4:]),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=AVWORLD_CHAT_TEMPLATE,
+    )

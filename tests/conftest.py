@@ -1,0 +1,151 @@
+"""Fixtures for the whole tree: a tiny model with random weights, saved as any checkpoint is."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+
+from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
+from dali_llava.processing import PLAIN_CHAT_TEMPLATE, LlavaAudioFeatureExtractor, LlavaAudioProcessor
+
+
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<audio>", "<prefix>"]
+WORDS = (
+    "USER: ASSISTANT: What sound can be heard in this scene you see ? a the red blue dog cat bell bird engine rain is "
+    "are and barking ringing singing running falling on grass sand snow loudly twice"
+).split()
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real clips and recordings beside the repository; the test is skipped where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real recordings (../shared/data) are not here")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of `SPECIAL_TOKENS` and `WORDS`."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL_TOKENS[4:],
+        padding_side="left",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_tokenizer) -> LlavaAudioProcessor:
+    """Pictures of 48 pixels in 36 tokens, sounds of 2.56 s in 64, a prefix of 16."""
+    size = {"height": 48, "width": 48}
+    return LlavaAudioProcessor(
+        image_processor=CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
+        tokenizer=tiny_tokenizer,
+        feature_extractor=LlavaAudioFeatureExtractor(num_mel_bins=64, max_length=256),
+        patch_size=8,
+        prefix_length=16,
+        chat_template=PLAIN_CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_tokenizer) -> LlavaAudioConfig:
+    """Two layers of width 32 in each tower and in the language model."""
+    width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # With the usual 0.02 every picture and every sound would get the same caption.
+    spread = {"initializer_range": 0.3}
+    return LlavaAudioConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 48, "patch_size": 8, **width},
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(tiny_tokenizer),
+            "bos_token_id": tiny_tokenizer.bos_token_id,
+            "eos_token_id": tiny_tokenizer.eos_token_id,
+            "pad_token_id": tiny_tokenizer.pad_token_id,
+            "max_position_embeddings": 512,
+            **width,
+            **spread,
+        },
+        audio_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "output_size": 32,
+            "num_mel_bins": 64,
+            "max_length": 256,
+            **spread,
+        },
+        image_token_index=tiny_tokenizer.convert_tokens_to_ids("<image>"),
+        audio_token_index=tiny_tokenizer.convert_tokens_to_ids("<audio>"),
+        prefix_token_index=tiny_tokenizer.convert_tokens_to_ids("<prefix>"),
+        prefix_length=16,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_config, tiny_processor, tmp_path_factory) -> Path:
+    """A saved checkpoint: random weights of `tiny_config` (seed 0) and `tiny_processor`. Read it, do not change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlavaAudioForConditionalGeneration(tiny_config)
+    model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+def make_sound(seconds: float, sampling_rate: int = 16_000, seed: int = 0) -> np.ndarray:
+    """A rising tone in noise, (samples,) float32."""
+    time = np.arange(round(seconds * sampling_rate)) / sampling_rate
+    noise = np.random.default_rng(seed).normal(size=len(time))
+    return (0.4 * np.sin(2 * np.pi * (300 + 200 * time) * time) + 0.02 * noise).astype(np.float32)
+
+
+def write_video(path: Path, seconds: float, sound: np.ndarray | None) -> None:
+    """A video, 64 x 48 pixels, 10 frames a second, that turns from red to blue, with a sound at 16 kHz or without."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        audio = None if sound is None else container.add_stream("aac", rate=16_000, layout="mono")
+        count = round(10 * seconds)
+        for number in range(count):
+            picture = np.zeros((48, 64, 3), dtype=np.uint8)
+            picture[:, :, 0] = 255 - 255 * number // count
+            picture[:, :, 2] = 255 * number // count
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+        if audio is not None:
+            frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+            frame.sample_rate = 16_000
+            container.mux(audio.encode(frame))
+            container.mux(audio.encode())
+
+
+@pytest.fixture(scope="session")
+def media_dir(tmp_path_factory) -> Path:
+    """Good files: bark.wav (1.5 s), long.flac (6 s), clip.mp4 (3 s), silent.mp4 (2 s, no sound), photo.jpg."""
+    folder = tmp_path_factory.mktemp("media")
+    soundfile.write(folder / "bark.wav", make_sound(1.5), 16_000)
+    soundfile.write(folder / "long.flac", make_sound(6.0), 16_000)
+    write_video(folder / "clip.mp4", 3.0, make_sound(3.0))
+    write_video(folder / "silent.mp4", 2.0, None)
+    colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(colours).resize((80, 60)).save(folder / "photo.jpg")
+    return folder

@@ -1,0 +1,57 @@
+"""Fixtures for the model's tests: the tiny checkpoint of tests/conftest.py, loaded, and a batch of all modalities."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.processing import SEE_PROMPT, SOUND_PROMPT
+
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model_dir) -> LlavaAudioForConditionalGeneration:
+    """The tiny checkpoint in float32, in eval mode, its prefix strong enough to matter. Do not change it."""
+    model = LlavaAudioForConditionalGeneration.from_pretrained(tiny_model_dir).eval()
+    with torch.no_grad():
+        model.model.prefix.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.fixture(scope="session")
+def mixed_samples(tiny_processor) -> list[dict]:
+    """Audio alone, picture alone, both, neither, and audio without prefix: what the processor takes for each."""
+    draw = np.random.default_rng(7)
+    pictures = [Image.fromarray(draw.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in range(2)]
+    time = np.arange(2 * RATE) / RATE
+    sounds = [
+        (np.sin(2 * np.pi * pitch * time) + 0.1 * draw.standard_normal(len(time))).astype(np.float32)[: int(s * RATE)]
+        for pitch, s in ((300, 2.0), (1500, 1.2), (700, 0.6))
+    ]
+    prompt = tiny_processor.format_prompt
+    return [
+        {"text": prompt(SOUND_PROMPT, audio=True, prefix=True), "audio": sounds[0]},
+        {"text": prompt(SEE_PROMPT, image=True), "images": pictures[0]},
+        {"text": prompt(SOUND_PROMPT, image=True, audio=True, prefix=True), "images": pictures[1], "audio": sounds[1]},
+        {"text": prompt("What is a dog ?")},
+        {"text": prompt(SEE_PROMPT, audio=True), "audio": sounds[2]},
+    ]
+
+
+@pytest.fixture(scope="session")
+def encode(tiny_processor):
+    """Samples, as in `mixed_samples`, into one batch of model inputs."""
+
+    def encode(samples: list[dict], **kwargs):
+        return tiny_processor(
+            text=[sample["text"] for sample in samples],
+            images=[sample["images"] for sample in samples if "images" in sample] or None,
+            audio=[sample["audio"] for sample in samples if "audio" in sample] or None,
+            return_tensors="pt",
+            **kwargs,
+        )
+
+    return encode

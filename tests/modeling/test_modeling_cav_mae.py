@@ -1,0 +1,305 @@
+"""The audio tower against CAV-MAE written anew in float64, and what transformers adds to it."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dali_llava.modeling import CavMaeAudioConfig, CavMaeAudioModel
+from dali_llava.modeling.modeling_cav_mae import CavMaeAttention, CavMaeLayer, sincos_positions
+
+
+HEADS = 4
+WIDTH = 48
+
+
+def tiny_config(**changes) -> CavMaeAudioConfig:
+    sizes = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_joint_layers": 1,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 96,
+        "output_size": 32,
+        "num_mel_bins": 32,
+        "max_length": 96,
+        "initializer_range": 0.2,
+    }
+    return CavMaeAudioConfig(**{**sizes, **changes})
+
+
+def tiny_tower(seed: int = 0, **changes) -> CavMaeAudioModel:
+    torch.manual_seed(seed)
+    return CavMaeAudioModel(tiny_config(**changes)).eval()
+
+
+def cav_mae_weights(config: CavMaeAudioConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Random weights in the released checkpoint's layout: fused qkv; norms and vectors away from their start."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape, scale=0.15, shift=0.0):
+        return shift + scale * torch.randn(*shape, generator=generator)
+
+    width, inner = config.hidden_size, config.intermediate_size
+    rows, columns = config.grid_size
+    weights = {
+        "patch_embed_a.proj.weight": draw(width, 1, 16, 16, scale=0.05),
+        "patch_embed_a.proj.bias": draw(width),
+        "pos_embed_a": draw(1, rows * columns, width, scale=0.5),
+        "modality_a": draw(1, 1, width, scale=0.5),
+        "norm_a.weight": draw(width, shift=1.0),
+        "norm_a.bias": draw(width),
+        "proj.weight": draw(config.output_size, width),
+        "proj.bias": draw(config.output_size),
+    }
+    blocks = [(f"blocks_a.{i}", "norm1", "norm2") for i in range(config.num_hidden_layers)]
+    blocks += [(f"blocks_u.{i}", "norm1_a", "norm2_a") for i in range(config.num_joint_layers)]
+    for block, *norms in blocks:
+        for norm in norms:
+            weights |= {f"{block}.{norm}.weight": draw(width, shift=1.0), f"{block}.{norm}.bias": draw(width)}
+        for name, out, into in (
+            ("attn.qkv", 3 * width, width),
+            ("attn.proj", width, width),
+            ("mlp.fc1", inner, width),
+            ("mlp.fc2", width, inner),
+        ):
+            weights |= {f"{block}.{name}.weight": draw(out, into), f"{block}.{name}.bias": draw(out)}
+    return weights
+
+
+def cav_mae_audio_branch(weights: dict[str, torch.Tensor], fbank: torch.Tensor, heads: int) -> torch.Tensor:
+    """CAV-MAE's `forward_audio` and DALI's linear, float64: (B, frames, mels) -> (B, tokens, output width)."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    x = fbank.double()
+    batch, frames, mels = x.shape
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.pow(2).mean(-1, keepdim=True)
+        return centred / torch.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    kernel = w["patch_embed_a.proj.weight"][:, 0].flatten(1)  # (width, 16 mels x 16 frames)
+    tokens = []
+    for row in range(mels // 16):  # mel-major
+        for column in range(frames // 16):
+            patch = x[:, 16 * column : 16 * column + 16, 16 * row : 16 * row + 16]
+            patch = patch.transpose(1, 2).reshape(batch, -1)
+            tokens.append(patch @ kernel.T + w["patch_embed_a.proj.bias"])
+    x = torch.stack(tokens, dim=1) + w["pos_embed_a"] + w["modality_a"]
+
+    def block(x, name, norm1, norm2):
+        qkv = linear(norm(x, f"{name}.{norm1}"), f"{name}.attn.qkv")
+        query, key, value = qkv.chunk(3, dim=-1)
+        size = query.shape[-1] // heads
+        outputs = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            scores = query[..., part] @ key[..., part].transpose(1, 2) / size**0.5
+            weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+            outputs.append(weights / weights.sum(-1, keepdim=True) @ value[..., part])
+        x = x + linear(torch.cat(outputs, dim=-1), f"{name}.attn.proj")
+        hidden = linear(norm(x, f"{name}.{norm2}"), f"{name}.mlp.fc1")
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+        return x + linear(hidden, f"{name}.mlp.fc2")
+
+    for index in range(sum(name.startswith("blocks_a.") and name.endswith("norm1.bias") for name in w)):
+        x = block(x, f"blocks_a.{index}", "norm1", "norm2")
+    for index in range(sum(name.startswith("blocks_u.") and name.endswith("norm1_a.bias") for name in w)):
+        x = block(x, f"blocks_u.{index}", "norm1_a", "norm2_a")
+    return linear(norm(x, "norm_a"), "proj")
+
+
+def load_cav_mae(tower: CavMaeAudioModel, weights: dict[str, torch.Tensor]) -> None:
+    """Puts released-layout weights into the tower, every tensor exactly once."""
+    names = {
+        "patch_embed_a.proj": "embeddings.patch_embeddings",
+        "pos_embed_a": "embeddings.position_embeddings",
+        "modality_a": "embeddings.modality_embedding",
+        "norm_a": "norm",
+        "blocks_a": "layers",
+        "blocks_u": "joint_layers",
+        "norm1_a": "norm1",
+        "norm2_a": "norm2",
+        "attn.proj": "attention.o_proj",
+    }
+    state = {}
+    for name, tensor in weights.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if "attn.qkv" in name:
+            for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
+                state[name.replace("attn.qkv", f"attention.{part}_proj")] = chunk
+        else:
+            state[name] = tensor
+    tower.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tower_equals_cav_mae_in_float64(seed):
+    tower = tiny_tower(num_hidden_layers=3, num_joint_layers=2)
+    weights = cav_mae_weights(tower.config, seed)
+    load_cav_mae(tower, weights)
+    fbank = torch.randn(2, 96, 32, generator=torch.Generator().manual_seed(seed + 10))
+    with torch.no_grad():
+        tokens = tower(fbank).last_hidden_state
+    expected = cav_mae_audio_branch(weights, fbank, HEADS)
+    assert tokens.shape == (2, 2 * 6, 32) and expected.std() > 0.3
+    assert (tokens.double() - expected).abs().max() < 1e-5
+
+
+def test_full_size_tower_has_86_million_parameters():
+    config = CavMaeAudioConfig()
+    with torch.device("meta"):
+        tower = CavMaeAudioModel(config)
+    width, inner, blocks = 768, 3072, 12
+    block = 4 * (width * width + width) + 2 * width * inner + inner + width + 2 * 2 * width
+    rest = (16 * 16 + 1) * width + 512 * width + width + 2 * width + width * 1024 + 1024
+    assert tower.num_parameters() == blocks * block + rest
+    assert round(tower.num_parameters() / 1e6, 1) == 86.4
+    assert config.grid_size == (8, 64)
+
+
+@pytest.mark.parametrize(("width", "rows", "columns"), [(768, 8, 64), (48, 2, 6)])
+def test_positions_encode_time_then_mel_sine_then_cosine(width, rows, columns):
+    """Token r * columns + c: [sin, cos] of the time c in the first half of the width, of the mel row r in the rest."""
+    quarter = width // 4
+    frequency = 1 / 10000 ** (np.arange(quarter) / quarter)
+    expected = np.empty((rows * columns, width))
+    for token in range(rows * columns):
+        row, column = divmod(token, columns)
+        time, mel = column * frequency, row * frequency
+        expected[token] = np.concatenate([np.sin(time), np.cos(time), np.sin(mel), np.cos(mel)])
+    np.testing.assert_allclose(sincos_positions(width, rows, columns).numpy(), expected, atol=1e-6)
+
+
+def test_new_tower_starts_from_these_positions():
+    tower = tiny_tower()
+    assert torch.equal(tower.embeddings.position_embeddings[0], sincos_positions(WIDTH, 2, 6))
+    assert tower.embeddings.position_embeddings.requires_grad
+    assert tower.embeddings.modality_embedding.detach().std() == pytest.approx(0.2, rel=0.4)
+
+
+def test_trained_length_keeps_its_positions_untouched():
+    embeddings = tiny_tower().embeddings
+    assert torch.equal(embeddings.positions(6).flatten(1, 2), embeddings.position_embeddings)
+
+
+@pytest.mark.parametrize("columns", [3, 4, 9])
+def test_other_lengths_interpolate_time_and_leave_mel_alone(columns):
+    """Linear interpolation between the centres of patches, ends held, for every mel row and dimension by itself."""
+    embeddings = tiny_tower().embeddings
+    nn.init.normal_(embeddings.position_embeddings, generator=torch.Generator().manual_seed(3))
+    grid = embeddings.position_embeddings.detach().numpy().reshape(2, 6, WIDTH)
+    centres = (np.arange(columns) + 0.5) * 6 / columns - 0.5
+    expected = np.empty((2, columns, WIDTH))
+    for row in range(2):
+        for dimension in range(WIDTH):
+            expected[row, :, dimension] = np.interp(centres, np.arange(6), grid[row, :, dimension])
+    interpolated = embeddings.positions(columns)[0].detach().numpy()
+    np.testing.assert_allclose(interpolated, expected, atol=1e-5)
+
+
+def padded_clips(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random clips of so many frames, padded with noise that must not matter, and their mask."""
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(len(lengths), max(lengths), 32, generator=generator)
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    return features, mask
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padded_clips_equal_clips_alone(attention):
+    tower = tiny_tower()
+    tower.set_attn_implementation(attention)
+    lengths = [32, 128, 96, 64]
+    features, mask = padded_clips(lengths)
+    with torch.no_grad():
+        together = tower(features, mask).last_hidden_state
+        keep = tower.token_mask(mask)
+        assert keep.sum(-1).tolist() == [2 * length // 16 for length in lengths]
+        for clip, tokens, kept, length in zip(features, together, keep, lengths, strict=True):
+            alone = tower(clip[None, :length]).last_hidden_state[0]
+            assert (tokens[kept] - alone).abs().max() < 1e-5
+
+
+def test_full_mask_changes_nothing():
+    tower = tiny_tower()
+    features, mask = padded_clips([96, 96])
+    with torch.no_grad():
+        difference = tower(features, mask).last_hidden_state - tower(features).last_hidden_state
+    assert difference.abs().max() < 1e-6
+
+
+def test_eager_attention_equals_sdpa():
+    tower = tiny_tower()
+    features, mask = padded_clips([96, 64])
+    outputs = {}
+    with torch.no_grad():
+        for attention in ("eager", "sdpa"):
+            tower.set_attn_implementation(attention)
+            assert tower.config._attn_implementation == attention
+            outputs[attention] = tower(features, mask).last_hidden_state[tower.token_mask(mask)]
+    assert (outputs["eager"] - outputs["sdpa"]).abs().max() < 1e-5
+
+
+def test_attentions_and_hidden_states_are_recorded():
+    tower = tiny_tower()
+    tower.set_attn_implementation("eager")
+    features, _ = padded_clips([96, 96])
+    with torch.no_grad():
+        outputs = tower(features, output_attentions=True, output_hidden_states=True)
+    assert len(outputs.attentions) == 3
+    for weights in outputs.attentions:
+        assert weights.shape == (2, HEADS, 12, 12)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 12))
+    assert len(outputs.hidden_states) == 4  # embeddings, and after each of three blocks
+    assert torch.equal(tower.proj(tower.norm(outputs.hidden_states[-1])), outputs.last_hidden_state)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients, runs = [], []
+    features, mask = padded_clips([96, 64])
+    for checkpointing in (False, True):
+        tower = tiny_tower().train()
+        if checkpointing:
+            tower.activation_checkpointing_enable()
+        calls = []
+        for layer in tower.modules():
+            if isinstance(layer, CavMaeAttention):
+                layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        tower(features, mask).last_hidden_state.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in tower.named_parameters()})
+        runs.append(len(calls))
+    assert runs == [3, 6]  # recomputed in the backward pass
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0 or name.endswith("k_proj.bias"), name  # softmax does not see a key's bias
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(96, 32), (1, 96, 64), (1, 90, 32)])
+def test_wrong_spectrogram_is_refused_with_its_shape(shape):
+    with pytest.raises(ValueError, match=re.escape(f"a multiple of 16 frames, 32 mel bins), got {shape}")):
+        tiny_tower()(torch.zeros(shape))
+
+
+def test_half_precision_tower_takes_float32_spectrograms():
+    tower = tiny_tower().to(torch.bfloat16)
+    features, mask = padded_clips([96, 64])
+    with torch.no_grad():
+        assert tower(features, mask).last_hidden_state.dtype == torch.bfloat16
+
+
+def test_blocks_are_pre_norm():
+    """A block whose attention and feed-forward end in zero weights is the identity."""
+    torch.manual_seed(0)
+    layer = CavMaeLayer(tiny_config(attn_implementation="eager"))
+    for linear in (layer.attention.o_proj, layer.mlp.fc2):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    hidden_states = torch.randn(1, 5, WIDTH)
+    assert torch.equal(layer(hidden_states), hidden_states)

@@ -1,0 +1,84 @@
+"""Fixtures for the stages' tests: all of DALI's stages, two steps each, on a very small AVWorld."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.processing import SOUND_PROMPT, LlavaAudioProcessor
+from dali_llava.processing.corpora.avworld.avworld import make_row
+from dali_llava.train import align, distill, prefix_tune, pretrain_captioner
+from dali_llava.train.configuration import CONFIGS
+
+
+AVWORLD = CONFIGS / "avworld"
+WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY_CAPTIONER = [
+    *("--vision_config", json.dumps({"model_type": "clip_vision_model", "image_size": 48, "patch_size": 8, **WIDTH})),
+    *("--text_config", json.dumps({"model_type": "llama", "max_position_embeddings": 512, **WIDTH})),
+    *("--audio_config", json.dumps({"output_size": 32, "num_mel_bins": 64, "max_length": 256, **WIDTH})),
+    *("--vision_steps", "2", "--vision_batch_size", "4"),
+]
+SIZES = {"captioner": 16, "shots": 16, "train": 16, "balanced": 8}
+QUICK = [
+    *("--max_steps", "2", "--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--use_cpu", "true"),
+    *("--dataset_options", json.dumps({"sizes": SIZES})),
+]
+STAGES = {
+    "captioner": (pretrain_captioner, AVWORLD / "captioner.yaml", TINY_CAPTIONER),
+    "prefix": (prefix_tune, AVWORLD / "prefix_tune.yaml", []),
+    "aligned": (align, AVWORLD / "align.yaml", []),
+    "distilled": (distill, AVWORLD / "distill.yaml", ["--caption_max_new_tokens", "6"]),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory) -> Path:
+    """Corpora are made in a temporary folder, and computed columns beside them."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def run_stage():
+    """`run_stage(stage, base, output, *overrides)`: two steps of a stage; returns its trainer."""
+
+    def run_stage(stage: str, base: Path | None, output: Path, *overrides: str):
+        script, config, own = STAGES[stage]
+        base_words = [] if base is None else ["--base_model", str(base)]
+        return script.main([str(config), *own, *QUICK, *base_words, "--output_dir", str(output), *overrides])
+
+    return run_stage
+
+
+@pytest.fixture(scope="session")
+def run_dir(run_stage, tmp_path_factory) -> Path:
+    """A run's folder with `captioner`, `prefix`, `aligned`, `distilled`, each on the one before. Only read it."""
+    folder = tmp_path_factory.mktemp("run")
+    base = None
+    for stage in STAGES:
+        run_stage(stage, base, folder / stage)
+        base = folder / stage
+    return folder
+
+
+@pytest.fixture(scope="session")
+def avworld_processor(run_dir) -> LlavaAudioProcessor:
+    """The processor that the run's checkpoints hold."""
+    return LlavaAudioProcessor.from_pretrained(run_dir / "captioner")
+
+
+@pytest.fixture
+def captioner(run_dir) -> LlavaAudioForConditionalGeneration:
+    """The run's captioner, freshly loaded: a test may change it."""
+    return LlavaAudioForConditionalGeneration.from_pretrained(run_dir / "captioner")
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    """Four rows of AVWorld with sound, frames and captions, and a question and an answer each."""
+    rows = [make_row("shots", index) for index in range(4)]
+    return [row | {"question": SOUND_PROMPT, "answer": row["captions"][index]} for index, row in enumerate(rows)]

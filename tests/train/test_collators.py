@@ -1,0 +1,194 @@
+"""Batches: labels cover the answer and nothing else; pairs are the clip's own; augmentation is what it says."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from dali_llava.processing.media import load_audio
+from dali_llava.train.collators import (
+    IGNORED,
+    AlignmentCollator,
+    CaptionCollator,
+    TokenViewCollator,
+    augment_spectrograms,
+    open_audio,
+    open_frame,
+    pixel_values,
+)
+from dali_llava.train.corpus import with_features
+
+
+GRID = 36  # image tokens of 48 px in patches of 8
+HEARD = 64  # audio tokens of 2.56 s
+
+
+def assert_labels_are_the_answers(batch, rows, processor) -> None:
+    """From the first label on: the answer's tokens and the end token, exactly; before it, nothing."""
+    tokenizer = processor.tokenizer
+    for input_ids, labels, row in zip(batch["input_ids"], batch["labels"], rows, strict=True):
+        learnt = labels != IGNORED
+        start = int(learnt.int().argmax())
+        assert learnt[start:].all() and not learnt[:start].any()
+        assert torch.equal(labels[learnt], input_ids[learnt])
+        assert labels[-1] == tokenizer.eos_token_id
+        expected = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
+        assert labels[learnt].tolist() == [*expected, tokenizer.eos_token_id]
+        assert tokenizer.decode(labels[learnt], skip_special_tokens=True) == row["answer"]
+        before = tokenizer.decode(input_ids[:start], skip_special_tokens=True)
+        assert before.endswith("assistant:") or before.endswith("assistant :")
+
+
+@pytest.mark.parametrize(
+    "media", [{"image": True, "prefix": True}, {"audio": True}, {"image": True, "audio": True, "prefix": True}, {}]
+)
+def test_labels_cover_answer_and_end_token(avworld_processor, rows, media):
+    batch = CaptionCollator(avworld_processor, **media)(rows)
+    assert_labels_are_the_answers(batch, rows, avworld_processor)
+    tokenizer = avworld_processor.tokenizer
+    expanded = {"<image>": GRID, "<audio>": HEARD, "<prefix>": 16}
+    for token, count in expanded.items():
+        placeholder = batch["input_ids"] == tokenizer.convert_tokens_to_ids(token)
+        present = media.get(token.strip("<>"), False)
+        assert placeholder.sum(-1).tolist() == [count * present] * len(rows)
+        assert (batch["labels"][placeholder] == IGNORED).all()
+    padding = batch["attention_mask"] == 0
+    assert padding.any() and not padding[:, -1].any()  # answers differ in length; the padding is left of them
+    assert (batch["labels"][padding] == IGNORED).all()
+    assert ("pixel_values" in batch) == media.get("image", False)
+    assert ("input_features" in batch) == media.get("audio", False)
+
+
+def test_caption_batches_hold_the_rows_own_media(avworld_processor, rows):
+    batch = CaptionCollator(avworld_processor, image=True, audio=True, frame=2)(rows)
+    for index, row in enumerate(rows):
+        alone = avworld_processor(
+            text="<image><audio>",
+            images=Image.open(io.BytesIO(row["frames"][2]["bytes"])).convert("RGB"),
+            audio=load_audio(row["audio"]["bytes"]),
+            return_tensors="pt",
+        )
+        assert torch.equal(batch["pixel_values"][index], alone["pixel_values"][0])
+        assert torch.equal(batch["input_features"][index], alone["input_features"][0])
+
+
+def test_random_frame_reaches_every_frame(rows):
+    torch.manual_seed(0)
+    frames = [frame["bytes"] for frame in rows[0]["frames"]]
+    pixels = [Image.open(io.BytesIO(frame)).convert("RGB").tobytes() for frame in frames]
+    drawn = {open_frame(rows[0]).tobytes() for _ in range(60)}
+    assert drawn == set(pixels)
+    assert open_frame(rows[0], 1).tobytes() == pixels[1]
+
+
+def test_sound_is_opened_at_the_rate_asked_for(rows):
+    assert open_audio(rows[0]).shape == (40_960,) and open_audio(rows[0], 8_000).shape == (20_480,)
+
+
+def view_rows(rows, seen: list[bool]) -> list[dict]:
+    return [row | {"frames": row["frames"][:1] if see else []} for row, see in zip(rows, seen, strict=True)]
+
+
+@pytest.mark.parametrize("view", [(True, 0), (False, 50), (True, 41)])
+def test_token_views_have_their_placeholders(avworld_processor, rows, view, monkeypatch):
+    collator = TokenViewCollator(avworld_processor, drawn=(36, 64))
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: view)
+    mixed = view_rows(rows, [True, False, True, True])
+    batch = collator(mixed)
+    placeholders = (batch["input_ids"] == avworld_processor.image_token_id).sum(-1).tolist()
+    tokens = GRID * view[0] + view[1]
+    assert placeholders == [tokens, 0, tokens, tokens]
+    assert batch["view"] == view and batch["pixel_values"].shape == (3, 3, 48, 48)
+    assert_labels_are_the_answers(batch, mixed, avworld_processor)
+    assert "token_type_ids" not in batch
+
+
+def test_rows_of_text_alone_have_no_view(avworld_processor, rows):
+    mixed = view_rows(rows, [False] * 4)
+    batch = TokenViewCollator(avworld_processor, drawn=(36, 64))(mixed)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert_labels_are_the_answers(batch, mixed, avworld_processor)
+
+
+def test_views_are_grid_drawn_and_both_a_third_each(avworld_processor):
+    torch.manual_seed(0)
+    collator = TokenViewCollator(avworld_processor, drawn=(5, 8))
+    views = [collator.draw_view() for _ in range(600)]
+    kinds = [(grid, extra > 0) for grid, extra in views]
+    counts = [kinds.count(kind) for kind in ((True, False), (False, True), (True, True))]
+    assert sum(counts) == 600 and all(abs(count - 200) < 60 for count in counts)
+    assert {extra for _, extra in views if extra} == {5, 6, 7, 8}
+
+
+def spectrograms(batch: int = 6, frames: int = 32, mels: int = 4) -> torch.Tensor:
+    return torch.randn(batch, frames, mels, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("limit", [None, 3, 0])
+def test_roll_permutes_time_and_nothing_else(limit):
+    features = spectrograms(batch=40)
+    before = features.clone()
+    torch.manual_seed(0)
+    rolled = augment_spectrograms(features, noise=0.0, roll=limit)
+    shifts = range(-3, 4) if limit == 3 else range(1) if limit == 0 else range(32)
+    found = []
+    for clip, moved in zip(features, rolled, strict=True):
+        matches = [shift for shift in shifts if torch.equal(torch.roll(clip, shift, dims=0), moved)]
+        assert len(matches) == 1
+        found += matches
+    assert len(set(found)) == {None: 20, 3: 7, 0: 1}[limit] or (limit is None and len(set(found)) > 12)
+    assert torch.equal(features, before) and rolled.data_ptr() != features.data_ptr()
+
+
+def test_noise_is_non_negative_and_bounded_by_each_clips_amplitude():
+    torch.manual_seed(1)
+    features = torch.zeros(200, 16, 8)
+    noise = augment_spectrograms(features, noise=0.1, roll=0)
+    assert noise.min() >= 0 and noise.max() <= 0.1
+    amplitudes = noise.amax((1, 2))  # of 128 uniform draws: close to the amplitude
+    assert amplitudes.min() < 0.01 and amplitudes.max() > 0.09  # U(0, 0.1) over the clips
+    assert amplitudes.mean() == pytest.approx(0.05, abs=0.01)
+    relative = (noise / amplitudes[:, None, None]).flatten()
+    assert relative.mean() == pytest.approx(0.5, abs=0.02) and relative.var() == pytest.approx(1 / 12, abs=0.01)
+
+
+def test_augmentation_depends_on_the_seed_alone():
+    augmented = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        augmented.append(augment_spectrograms(spectrograms()))
+    assert torch.equal(augmented[0], augmented[1]) and not torch.equal(augmented[0], augmented[2])
+
+
+def test_pairs_without_augmentation_are_first_frame_and_clean_sound(avworld_processor, rows):
+    batch = AlignmentCollator(avworld_processor, augment=False)(rows)
+    extractor = avworld_processor.feature_extractor
+    expected = extractor([load_audio(row["audio"]["bytes"]) for row in rows])["input_features"]
+    frames = [Image.open(io.BytesIO(row["frames"][0]["bytes"])).convert("RGB") for row in rows]
+    assert torch.equal(batch["input_features"], expected) and expected.shape == (4, 256, 64)
+    assert torch.equal(batch["pixel_values"], pixel_values(frames, avworld_processor))
+    assert set(batch) == {"pixel_values", "input_features"}
+
+
+def test_augmented_pairs_keep_frame_and_sound_of_one_clip(avworld_processor, rows):
+    torch.manual_seed(0)
+    clean = AlignmentCollator(avworld_processor, augment=False)(rows)["input_features"]
+    batch = AlignmentCollator(avworld_processor, noise=0.0)(rows)
+    for index, row in enumerate(rows):
+        frames = [Image.open(io.BytesIO(frame["bytes"])).convert("RGB") for frame in row["frames"]]
+        own = pixel_values(frames, avworld_processor)
+        assert any(torch.equal(batch["pixel_values"][index], pixels) for pixels in own)
+        # a roll keeps the multiset of frames
+        torch.testing.assert_close(batch["input_features"][index].sum(0), clean[index].sum(0), rtol=1e-4, atol=1e-3)
+    assert not torch.equal(batch["input_features"], clean)
+
+
+def test_stored_spectrograms_give_the_same_batch(avworld_processor, rows):
+    stored = with_features(Dataset.from_list(rows), avworld_processor)
+    assert np.asarray(stored[0]["input_features"]).dtype == np.float32
+    collator = AlignmentCollator(avworld_processor, augment=False)
+    expected, batch = collator(rows), collator([stored[index] for index in range(len(rows))])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)

@@ -1,0 +1,169 @@
+"""Every stage from its command line: it trains what it should, saves a stage that loads, and repeats itself."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.processing import SEE_PROMPT, LlavaAudioProcessor
+from dali_llava.train.align import build_objective
+from dali_llava.train.collators import open_frame
+from dali_llava.train.losses import LOSSES
+
+
+TRAINED = {"prefix": "model.prefix.", "aligned": "model.audio_tower.", "distilled": "model.audio_projector."}
+BEFORE = {"prefix": "captioner", "aligned": "prefix", "distilled": "aligned"}
+
+
+@pytest.fixture(scope="module")
+def loaded(run_dir) -> dict[str, LlavaAudioForConditionalGeneration]:
+    """The captioner after each stage."""
+    return {
+        stage: LlavaAudioForConditionalGeneration.from_pretrained(run_dir / stage).eval()
+        for stage in ("captioner", *TRAINED)
+    }
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_stage_changes_what_it_trains_and_nothing_else(loaded, stage):
+    before, after = loaded[BEFORE[stage]].state_dict(), loaded[stage].state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    part = {name for name in after if name.startswith(TRAINED[stage])}
+    assert changed and changed <= part
+    # a key's bias has no gradient but for rounding, and may stay
+    assert all(name.endswith("k_proj.bias") for name in part - changed)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_stage_saves_what_it_trained_and_its_base(run_dir, stage):
+    description = json.loads((run_dir / stage / "stage.json").read_text())
+    assert description["base_model_name_or_path"] == f"../{BEFORE[stage]}"
+    assert all(name.startswith(TRAINED[stage]) for name in description["trained"])
+    assert sorted(load_file(run_dir / stage / "stage.safetensors")) == description["trained"]
+    assert not (run_dir / stage / "model.safetensors").exists()
+    assert not list((run_dir / stage).rglob("*.bin")) + list((run_dir / stage).rglob("*.pt"))
+
+
+def test_stages_are_named(run_dir):
+    names = [json.loads((run_dir / stage / "stage.json").read_text())["stage"] for stage in TRAINED]
+    assert names == ["prefix", "align:mmd", "distill"]
+
+
+@pytest.mark.parametrize("stage", ["captioner", *TRAINED])
+def test_stage_saves_its_processor(run_dir, avworld_processor, rows, stage):
+    processor = LlavaAudioProcessor.from_pretrained(run_dir / stage)
+    prompt = {"text": "<image>", "images": open_frame(rows[0], 0), "return_tensors": "pt"}
+    ours, expected = processor(**prompt), avworld_processor(**prompt)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_picture_logits_are_untouched_by_every_stage(loaded, avworld_processor, rows):
+    text = [avworld_processor.format_prompt(SEE_PROMPT, image=True)] * len(rows)
+    inputs = avworld_processor(text=text, images=[open_frame(row, 0) for row in rows], return_tensors="pt")
+    with torch.no_grad():
+        expected = loaded["captioner"](**inputs).logits
+        assert all(torch.equal(loaded[stage](**inputs).logits, expected) for stage in TRAINED)
+
+
+def test_captioner_never_trains_its_ears(loaded):
+    """The audio projector is a copy of the image projector; prefix and audio tower are as they were drawn."""
+    model = loaded["captioner"].model
+    image, audio = model.multi_modal_projector.state_dict(), model.audio_projector.state_dict()
+    assert all(torch.equal(audio[name], image[name]) for name in image)
+    assert model.prefix.weight.detach().std() == pytest.approx(0.01, rel=0.1)
+    assert not model.audio_tower.proj.bias.any() and torch.equal(model.audio_tower.norm.weight, torch.ones(32))
+
+
+def test_distilled_model_asks_sound_without_prefix(loaded):
+    assert list(loaded["aligned"].config.prefix_modalities) == ["audio", "audiovisual"]
+    assert list(loaded["distilled"].config.prefix_modalities) == ["audiovisual"]
+
+
+def test_pseudo_captions_are_kept_and_used_again(run_stage, run_dir, tmp_path):
+    captions = (run_dir / "distilled" / "pseudo_captions.jsonl").read_bytes()
+    lines = [json.loads(line) for line in captions.splitlines()]
+    assert [line["id"] for line in lines] == [f"balanced-{index:06d}" for index in range(8)]
+    assert {line["modality"] for line in lines} == {"audiovisual"}
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "pseudo_captions.jsonl").write_bytes(captions)
+    trainer = run_stage("distilled", run_dir / "aligned", tmp_path / "again")
+    assert (tmp_path / "again" / "pseudo_captions.jsonl").read_bytes() == captions
+    said = {line["id"]: line["caption"] for line in lines if line["caption"]}
+    assert {row["id"]: row["answer"] for row in trainer.train_dataset} == said
+
+
+@pytest.mark.parametrize("stage", ["captioner", *TRAINED])
+def test_same_seed_gives_the_same_weights(run_stage, run_dir, tmp_path, stage):
+    base = run_dir / BEFORE[stage] if stage in BEFORE else None
+    weights = "stage.safetensors" if stage in BEFORE else "model.safetensors"
+    run_stage(stage, base, tmp_path / "again")
+    assert (tmp_path / "again" / weights).read_bytes() == (run_dir / stage / weights).read_bytes()
+
+
+def test_another_seed_gives_other_weights(run_stage, run_dir, tmp_path):
+    run_stage("aligned", run_dir / "prefix", tmp_path / "other", "--seed", "1")
+    weights = [load_file(folder / "stage.safetensors") for folder in (tmp_path / "other", run_dir / "aligned")]
+    assert not torch.equal(*(each["model.audio_tower.proj.weight"] for each in weights))
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_missing_base_is_an_error_with_its_remedy(run_stage, tmp_path, stage):
+    with pytest.raises(ValueError, match="no base_model.*--base_model DIR"):
+        run_stage(stage, None, tmp_path / "out")
+    gone = tmp_path / "gone"
+    with pytest.raises(ValueError, match=re.escape(f"base_model {gone}: no such directory; run the stage")):
+        run_stage(stage, gone, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_objective_lists_those_there_are(run_stage, run_dir, tmp_path):
+    with pytest.raises(ValueError, match=f"unknown objective 'mdd'; there are {', '.join(LOSSES)}"):
+        run_stage("aligned", run_dir / "prefix", tmp_path / "out", "--objective", "mdd")
+
+
+def test_unknown_objective_option_is_named(run_stage, run_dir, tmp_path):
+    options = ["--objective", "contrastive", "--objective_options", '{"temprature": 0.1}']
+    with pytest.raises(
+        ValueError, match=r"objective contrastive: unknown option temprature; there are \[.*temperature"
+    ):
+        run_stage("aligned", run_dir / "prefix", tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "avwrld"], "unknown corpus 'avwrld'; known: avworld"),
+        (["--split", "trian"], "has no split 'trian'; known: .*train"),
+        (["--dataset_options", '{"size": 3}'], "has no option 'size'; known: .*sizes"),
+    ],
+)
+def test_unknown_corpus_split_or_option_is_named(run_stage, run_dir, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        run_stage("aligned", run_dir / "prefix", tmp_path / "out", *words)
+
+
+def test_too_few_shots_are_an_error(run_stage, run_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"split shots: 16 shots, fewer than max_samples \(17\); lower it"):
+        run_stage("prefix", run_dir / "captioner", tmp_path / "out", "--max_samples", "17")
+
+
+def test_objectives_take_the_tokens_width_and_their_options(run_dir):
+    class Arguments:
+        objective = "ot_att"
+        objective_options = {"num_heads": 4}
+
+    objective = build_objective(Arguments(), width=32)
+    assert objective.attention.audio_query.in_features == 32
+    assert objective.attention.audio_attention.num_heads == 4
+
+
+@pytest.mark.parametrize("objective", sorted(set(LOSSES) - {"mmd"}))
+def test_every_objective_aligns(run_stage, run_dir, tmp_path, objective):
+    trainer = run_stage("aligned", run_dir / "prefix", tmp_path / objective, "--objective", objective)
+    assert trainer.state.global_step == 2
+    assert sorted(load_file(tmp_path / objective / "stage.safetensors")) == sorted(
+        name for name, _ in trainer.captioner.named_parameters() if name.startswith("model.audio_tower.")
+    )

@@ -1,0 +1,146 @@
+"""The alignment's model, its one Adam with coupled decay, and the rate that halves."""
+
+import pytest
+import torch
+
+from dali_llava.train.collators import AlignmentCollator
+from dali_llava.train.losses import AttentiveTransportLoss, MMDLoss
+from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer
+
+
+@pytest.fixture
+def make_trainer(captioner, avworld_processor, tmp_path):
+    """`make_trainer(objective, **arguments)`: an alignment of the run's captioner."""
+
+    def make_trainer(objective, **arguments) -> AlignmentTrainer:
+        return AlignmentTrainer(
+            model=AlignmentModel(captioner, objective),
+            args=AlignmentArguments(output_dir=str(tmp_path), use_cpu=True, **arguments),
+            data_collator=AlignmentCollator(avworld_processor, augment=False),
+            stage="align",
+        )
+
+    return make_trainer
+
+
+def test_optimiser_is_one_adam_over_the_tower(make_trainer):
+    trainer = make_trainer(MMDLoss())
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.Adam and trainer.create_optimizer() is optimizer
+    (group,) = optimizer.param_groups
+    tower = list(trainer.captioner.model.audio_tower.parameters())
+    assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in tower]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.95, 0.999), 5e-7)
+    assert not group["decoupled_weight_decay"]
+
+
+def test_objectives_own_parameters_are_a_group_at_a_constant_rate(make_trainer):
+    trainer = make_trainer(AttentiveTransportLoss(width=32, num_heads=4), halve_every=5)
+    tower, own = trainer.create_optimizer().param_groups
+    assert {id(p) for p in own["params"]} == {id(p) for p in trainer.model.objective.parameters()}
+    assert len(own["params"]) == 6 * 2 + 2 * 4  # six linears, two attentions
+    assert own["constant_rate"] and "constant_rate" not in tower
+    assert own["lr"] == tower["lr"] == 1e-4
+
+
+def test_weight_decay_is_added_to_the_gradient(make_trainer):
+    """One step moves every weight by rate * g / (|g| + eps), with g = gradient + decay * weight."""
+    trainer = make_trainer(MMDLoss(), weight_decay=0.1, learning_rate=1e-3)
+    optimizer = trainer.create_optimizer()
+    weight = trainer.captioner.model.audio_tower.proj.weight
+    before = weight.detach().double().clone()
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.01
+    weight.grad = gradient.clone()
+    optimizer.step()
+    coupled = gradient.double() + 0.1 * before
+    expected = before - 1e-3 * coupled / (coupled.abs() + 1e-8)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-6)
+    opposed = coupled.sign() != gradient.double().sign()
+    assert opposed.any()  # where decoupled decay would have gone the other way
+
+
+def rates(trainer, steps: int) -> list[list[float]]:
+    """The groups' rates at every step of a training."""
+    optimizer = trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(steps, optimizer)
+    found = []
+    for _ in range(steps):
+        found.append(scheduler.get_last_lr())
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_rate_halves_at_epochs_10_and_15(make_trainer):
+    objective = AttentiveTransportLoss(width=32, num_heads=4)
+    trainer = make_trainer(objective, learning_rate=2e-4, num_train_epochs=20, halve_from=10, halve_every=5)
+    per_epoch = 7
+    found = rates(trainer, 20 * per_epoch)
+    for step, (tower, own) in enumerate(found):
+        epoch = step // per_epoch
+        factor = 1.0 if epoch < 10 else 0.5 if epoch < 15 else 0.25
+        assert tower == pytest.approx(2e-4 * factor, rel=1e-12), epoch
+        assert own == 2e-4
+
+
+def test_without_halving_the_rate_follows_the_named_schedule(make_trainer):
+    trainer = make_trainer(MMDLoss(), learning_rate=2e-4, lr_scheduler_type="linear", warmup_steps=0)
+    found = [tower for (tower,) in rates(trainer, 8)]
+    assert found == pytest.approx([2e-4 * (1 - step / 8) for step in range(8)])
+
+
+def test_model_compares_the_tokens_of_both_towers(captioner, avworld_processor, rows):
+    batch = AlignmentCollator(avworld_processor, augment=False)(rows)
+    objective = MMDLoss()
+    output = AlignmentModel(captioner, objective).eval()(**batch)
+    image = captioner.model.encode_image(batch["pixel_values"])
+    audio = captioner.model.encode_audio(batch["input_features"])
+    assert (audio.shape, image.shape) == ((4, 64, 32), (4, 36, 32))
+    expected = objective(audio, image)
+    assert torch.equal(output.loss, expected.loss) and output.logs == expected.logs
+
+
+def test_padded_clips_align_as_they_would_alone(captioner, avworld_processor, rows):
+    batch = AlignmentCollator(avworld_processor, augment=False)(rows[:2])
+    model = AlignmentModel(captioner, MMDLoss()).eval()
+    mask = torch.arange(256)[None] < torch.tensor([[256], [96]])
+    pixels, features = batch["pixel_values"], batch["input_features"]
+    with torch.no_grad():
+        together = model(pixels, features, mask).loss
+        alone = [model(pixels[:1], features[:1]).loss, model(pixels[1:], features[1:, :96]).loss]
+    torch.testing.assert_close(together, torch.stack(alone).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_vision_tower_stays_in_eval_mode(captioner):
+    model = AlignmentModel(captioner, MMDLoss())
+    model.train()
+    assert captioner.model.audio_tower.training and not captioner.model.vision_tower.training
+    model.eval()
+    assert not captioner.model.audio_tower.training
+
+
+def test_evaluation_gives_the_loss_and_no_gradient(make_trainer, avworld_processor, rows):
+    trainer = make_trainer(MMDLoss())
+    batch = trainer.data_collator(rows)
+    trainer.model.eval()
+    loss, logits, labels = trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=True)
+    assert (logits, labels) == (None, None) and not loss.requires_grad
+    assert torch.equal(loss, trainer.model(**batch).loss.detach())
+
+
+def test_alignment_lowers_its_loss(run_stage, run_dir, tmp_path):
+    """Twelve steps on four clips, without augmentation or warm-up."""
+    words = ["--max_steps", "12", "--max_samples", "4", "--augmentation_noise", "0", "--augmentation_roll", "0"]
+    rate = [
+        "--learning_rate",
+        "3e-3",
+        "--lr_scheduler_type",
+        "constant",
+        "--warmup_steps",
+        "0",
+        "--logging_steps",
+        "1",
+    ]
+    trainer = run_stage("aligned", run_dir / "prefix", tmp_path / "out", *words, *rate)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 12 and losses[-1] < 0.8 * losses[0]

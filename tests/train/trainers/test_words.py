@@ -1,0 +1,34 @@
+"""The vision tower's pre-training: the words of a picture's caption, read off its tokens."""
+
+import torch
+from torch import nn
+
+from dali_llava.train.collators import WordCollator, open_frame, pixel_values
+from dali_llava.train.trainers import word_loss
+from dali_llava.train.trainers.words import WORD_PRIOR
+
+
+def test_loss_is_cross_entropy_of_each_words_best_token():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    head = nn.Linear(3, 4, bias=False, dtype=torch.float64)
+    words = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
+    expected = 0.0
+    for picture in range(2):
+        for word in range(4):
+            scores = [token @ head.weight[word] / token.square().mean().sqrt() for token in tokens[picture]]
+            probability = torch.sigmoid(max(scores) - WORD_PRIOR)
+            expected = expected - torch.log(probability if words[picture, word] else 1 - probability) / 2
+    torch.testing.assert_close(word_loss(tokens, words, head), expected)
+
+
+def test_words_are_those_of_each_pictures_caption(avworld_processor, rows):
+    rows = [row | {"frames": row["frames"][:1]} for row in rows]
+    batch = WordCollator(avworld_processor)(rows)
+    tokenizer = avworld_processor.tokenizer
+    assert set(batch) == {"pixel_values", "words"}
+    assert batch["words"].shape == (4, len(tokenizer)) and set(batch["words"].unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(batch["pixel_values"], pixel_values([open_frame(row, 0) for row in rows], avworld_processor))
+    for present, row in zip(batch["words"], rows, strict=True):
+        found = tokenizer.convert_ids_to_tokens(present.nonzero().flatten())
+        assert set(found) == set(tokenizer.tokenize(row["visual_captions"][0]))
