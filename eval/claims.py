@@ -38,8 +38,8 @@ def hears(row: Row, untrained: Row) -> Claim:
     """The aligned audio tower names what sounds, an untrained one does not."""
     recall, chance = row.metrics["sound_recall"], untrained.metrics["sound_recall"]
     return claim(
-        f"{row.method}, audio only: sound_recall at least {AUDIO_SOUND_RECALL:.2f} and {AUDIO_OVER_UNTRAINED:.0f} times "
-        "an untrained audio tower's",
+        f"{row.method}, audio only: sound_recall at least {AUDIO_SOUND_RECALL:.2f} and {AUDIO_OVER_UNTRAINED:.0f} "
+        "times an untrained audio tower's",
         recall >= AUDIO_SOUND_RECALL and recall >= AUDIO_OVER_UNTRAINED * chance,
         f"{recall:.3f} against {chance:.3f}",
     )

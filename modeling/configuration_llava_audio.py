@@ -137,7 +137,9 @@ class LlavaAudioConfig(LlavaConfig):
             )
         ids = (self.image_token_index, self.audio_token_index, self.prefix_token_index)
         if len(set(ids)) < 3:
-            raise ValueError(f"image, audio and prefix need a placeholder id each; image/audio/prefix_token_index are {ids}.")
+            raise ValueError(
+                f"image, audio and prefix need a placeholder id each; image/audio/prefix_token_index are {ids}."
+            )
 
     def save_pretrained(self, save_directory, **kwargs):
         # `_auto_class` holds a single name; the others are ours to write, or AutoModel would not find its class.

@@ -169,8 +169,10 @@ class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
         mask = input_ids == token_id
         torch_compilable_check(
             mask.sum() == features.shape[0],
-            lambda: f"the text holds {int(mask.sum())} {name} placeholders for {features.shape[0]} {name} tokens; "
-            "let the processor write the placeholders.",
+            lambda: (
+                f"the text holds {int(mask.sum())} {name} placeholders for {features.shape[0]} {name} tokens; "
+                "let the processor write the placeholders."
+            ),
         )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features.to(inputs_embeds))
 
@@ -245,8 +247,10 @@ class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
         mask = input_ids == self.config.prefix_token_id
         torch_compilable_check(
             (mask.sum(-1) % length == 0).all(),
-            lambda: f"a sample holds {sorted(set(mask.sum(-1).tolist()))} prefix placeholders; the model's prefix is "
-            f"{length} long (prefix_length).",
+            lambda: (
+                f"a sample holds {sorted(set(mask.sum(-1).tolist()))} prefix placeholders; the model's prefix is "
+                f"{length} long (prefix_length)."
+            ),
         )
         vectors = self.prefix.weight.repeat(mask.numel() // length, 1)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), vectors.to(inputs_embeds))

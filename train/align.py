@@ -27,7 +27,9 @@ def build_objective(arguments: AlignmentArguments, width: int):
     known = set(inspect.signature(loss).parameters)
     unknown = sorted(set(arguments.objective_options) - known)
     if unknown:
-        raise ValueError(f"objective {arguments.objective}: unknown option {', '.join(unknown)}; there are {sorted(known)}.")
+        raise ValueError(
+            f"objective {arguments.objective}: unknown option {', '.join(unknown)}; there are {sorted(known)}."
+        )
     options = {"width": width, **arguments.objective_options} if "width" in known else arguments.objective_options
     return loss(**options)
 

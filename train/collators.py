@@ -93,7 +93,7 @@ class CaptionCollator:
 
 @dataclass
 class WordCollator:
-    """Rows with `frames` and `visual_captions` into `pixel_values` and `words` (B, vocabulary), 1 for words present."""
+    """Rows with `frames` and `visual_captions` into `pixel_values` and `words` (B, vocabulary), 1 where present."""
 
     processor: LlavaAudioProcessor
 
@@ -109,45 +109,49 @@ class WordCollator:
 @dataclass
 class TokenViewCollator:
     """
-    Rows with `question`, `answer` and perhaps `frames` into batches for `TokenViewTrainer`.
+    Tokenised dialogues and the image tokens of their pictures into batches for `TokenViewTrainer`.
 
-    A batch shows its pictures in one view: a third of the batches the grid as it is, a third tokens drawn from it, as
-    sound alone brings them, a third the grid followed by drawn tokens, as sound after picture does. One view a batch
-    leaves little to pad.
+    A row holds `prompt_ids`, `answer_ids` and `picture`, an index into `image_tokens`, -1 for a dialogue without. A
+    batch shows its pictures in one view: half of the batches the grid as it is, a quarter tokens drawn from it, as
+    sound alone brings them, a quarter the grid followed by drawn tokens, as sound after picture does. One view a
+    batch leaves little to pad.
 
     Args:
         processor: of the model to train.
+        image_tokens: (pictures, N, vision width), from the frozen vision tower.
         drawn: least and largest number of tokens to draw.
     """
 
     processor: LlavaAudioProcessor
+    image_tokens: torch.Tensor
     drawn: tuple[int, int]
 
     def draw_view(self) -> tuple[bool, int]:
         """(grid, extra): see `token_view`."""
-        kind = int(torch.randint(3, ()))
-        extra = int(torch.randint(self.drawn[0], self.drawn[1] + 1, ())) if kind else 0
-        return kind != 1, extra
+        kind = int(torch.randint(4, ()))
+        extra = int(torch.randint(self.drawn[0], self.drawn[1] + 1, ())) if kind > 1 else 0
+        return kind != 2, extra
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        processor, tokenizer = self.processor, self.processor.tokenizer
-        grid = processor(text=processor.image_token, images=Image.new("RGB", (8, 8)), return_tensors="pt")["input_ids"]
-        grid_length = int((grid == processor.image_token_id).sum())
-        view = self.draw_view()
-        placeholders = processor.image_token * (grid_length * view[0] + view[1])
-        prompts, texts = [], []
+        image_id = self.processor.image_token_id
+        grid, extra = self.draw_view()
+        length = self.image_tokens.shape[1] * grid + extra
+        prompts = []
         for row in rows:
-            seen = bool(row["frames"])
-            prompt = processor.format_prompt(row["question"], image=seen)
-            text = processor.format_prompt(row["question"], image=seen, answer=row["answer"])
-            prompts.append(prompt.replace(processor.image_token, placeholders))
-            texts.append(text.replace(processor.image_token, placeholders))
-        batch = dict(tokenizer(texts, padding=True, padding_side="left", return_tensors="pt"))
-        batch.pop("token_type_ids", None)
-        batch["labels"] = answer_labels(batch["input_ids"], tokenizer, prompts, texts)
-        images = [open_frame(row) for row in rows if row["frames"]]
-        if images:
-            batch.update(pixel_values=pixel_values(images, processor), view=view)
+            ids = torch.tensor(row["prompt_ids"])
+            prompts.append(ids.repeat_interleave(torch.where(ids == image_id, length, 1)))
+        answers = [torch.tensor(row["answer_ids"]) for row in rows]
+        longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+        input_ids = torch.full((len(rows), longest), self.processor.tokenizer.pad_token_id)
+        attention_mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORED)
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            input_ids[index, -len(prompt) - len(answer) :] = torch.cat([prompt, answer])
+            attention_mask[index, -len(prompt) - len(answer) :] = 1
+            labels[index, -len(answer) :] = answer
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        pictures = [row["picture"] for row in rows if row["picture"] >= 0]
+        if pictures:
+            batch.update(image_tokens=self.image_tokens[pictures], view=(grid, extra))
         return batch
 
 

@@ -1,6 +1,6 @@
 """The corpus of a stage: its rows, chosen and prepared as the stage's arguments say."""
 
-from datasets import Dataset
+from datasets import Array2D, Dataset, Features
 
 from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.processing.corpora import load_corpus
@@ -31,6 +31,12 @@ def with_features(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset:
     def compute(batch: dict) -> dict:
         return {"input_features": input_features([{"audio": audio} for audio in batch["audio"]], processor).numpy()}
 
-    return rows.map(compute, batched=True, batch_size=64, desc="Spectrograms").with_format(
-        "numpy", columns=["input_features"], output_all_columns=True
+    rows = rows.select_columns(["id", "audio", "frames"])
+    extractor = processor.feature_extractor
+    shape = (extractor.max_length, extractor.num_mel_bins)
+    features = Features({**rows.features, "input_features": Array2D(shape, "float32")})
+    del features["audio"]
+    rows = rows.map(
+        compute, batched=True, batch_size=64, remove_columns="audio", features=features, desc="Spectrograms"
     )
+    return rows.with_format("numpy", columns=["input_features"], output_all_columns=True)

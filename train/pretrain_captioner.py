@@ -10,14 +10,16 @@ import math
 import sys
 from dataclasses import dataclass, field, replace
 
+import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, set_seed
 
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
 from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcessor
 from dali_llava.processing.corpora.avworld.vocabulary import build_tokenizer
 from dali_llava.processing.processing_llava_audio import PLAIN_CHAT_TEMPLATE
-from dali_llava.train.collators import TokenViewCollator, WordCollator
+from dali_llava.train.collators import TokenViewCollator, WordCollator, open_frame, pixel_values
 from dali_llava.train.configuration import parse_stage_arguments
 from dali_llava.train.corpus import load_rows
 from dali_llava.train.trainers import StageArguments, TokenViewTrainer, WordTrainer, train_only
@@ -32,6 +34,8 @@ class CaptionerArguments(StageArguments):
     vision_config: dict | str | None = field(default=None, metadata={"help": "Vision tower, as JSON."})
     text_config: dict | str | None = field(default=None, metadata={"help": "Language model, as JSON."})
     audio_config: dict | str | None = field(default=None, metadata={"help": "Audio tower, as JSON."})
+    audio_mean: float = field(default=-5.081, metadata={"help": "Mean of the log-mel spectrograms, to be removed."})
+    audio_std: float = field(default=4.4849, metadata={"help": "Their standard deviation, to be divided by."})
     vision_steps: int = field(default=300, metadata={"help": "Steps of the vision tower, before the captioner's."})
     vision_batch_size: int = field(default=64, metadata={"help": "Pictures a step, in those."})
     vision_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate, in those."})
@@ -64,7 +68,11 @@ def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditi
         image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer=tokenizer,
         feature_extractor=LlavaAudioFeatureExtractor(
-            num_mel_bins=config.audio_config.num_mel_bins, max_length=config.audio_config.max_length
+            num_mel_bins=config.audio_config.num_mel_bins,
+            max_length=config.audio_config.max_length,
+            patch_size=config.audio_config.patch_size,
+            mean=arguments.audio_mean,
+            std=arguments.audio_std,
         ),
         patch_size=vision["patch_size"],
         prefix_length=config.prefix_length,
@@ -74,19 +82,40 @@ def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditi
     return captioner, processor
 
 
-def one_dialogue_a_row(rows: Dataset) -> Dataset:
-    """Rows with a list of `dialogues` into rows with one `question` and `answer`."""
+def tokenize_dialogues(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset:
+    """Rows with a list of `dialogues` into a row a dialogue: `picture` (the row's index, or -1), and token ids."""
+    tokenizer = processor.tokenizer
 
-    def split(batch: dict) -> dict:
-        pairs = [
-            (frames, turn["question"], turn["answer"])
-            for frames, turns in zip(batch["frames"], batch["dialogues"], strict=True)
-            for turn in turns
+    def split(batch: dict, indices: list[int]) -> dict:
+        turns = [
+            (index if frames else -1, turn["question"], turn["answer"])
+            for index, frames, dialogue in zip(indices, batch["frames"], batch["dialogues"], strict=True)
+            for turn in dialogue
         ]
-        frames, questions, answers = zip(*pairs, strict=True)
-        return {"frames": list(frames), "question": list(questions), "answer": list(answers)}
+        prompts = [processor.format_prompt(question, image=index >= 0) for index, question, _ in turns]
+        texts = [processor.format_prompt(q, image=index >= 0, answer=answer) for index, q, answer in turns]
+        prompt_ids = tokenizer(prompts)["input_ids"]
+        answer_ids = [
+            ids[len(prompt) :] for ids, prompt in zip(tokenizer(texts)["input_ids"], prompt_ids, strict=True)
+        ]
+        return {"picture": [index for index, *_ in turns], "prompt_ids": prompt_ids, "answer_ids": answer_ids}
 
-    return rows.map(split, batched=True, remove_columns=rows.column_names, desc="Dialogues")
+    columns = rows.column_names
+    return rows.map(split, batched=True, with_indices=True, remove_columns=columns, desc="Dialogues")
+
+
+@torch.no_grad()
+def encode_pictures(captioner, processor, rows: Dataset, batch_size: int = 256) -> torch.Tensor:
+    """Image tokens of the rows' first frames, (rows, N, vision width); zeros for rows without one."""
+    tower, config = captioner.model.eval(), captioner.config
+    tokens = torch.zeros(len(rows), config.image_seq_length, config.vision_config.hidden_size)
+    shown = [index for index, frames in enumerate(rows["frames"]) if frames]
+    for start in tqdm(range(0, len(shown), batch_size), desc="Image tokens", delay=2):
+        indices = shown[start : start + batch_size]
+        pictures = [open_frame(row, 0) for row in rows.select(indices)]
+        pixels = pixel_values(pictures, processor).to(captioner.device)
+        tokens[indices] = tower.encode_image(pixels).float().cpu()
+    return tokens
 
 
 def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArguments) -> None:
@@ -116,12 +145,14 @@ def main(argv: list[str] | None = None) -> TokenViewTrainer:
     rows = load_rows(arguments)
     pretrain_vision(captioner, processor, rows, arguments)
     train_only(captioner, model.multi_modal_projector, model.language_model, captioner.lm_head)
-    grid, heard = captioner.config.image_seq_length, math.prod(captioner.config.audio_config.grid_size)
+    heard = math.prod(captioner.config.audio_config.grid_size)
     trainer = TokenViewTrainer(
         model=captioner,
         args=arguments,
-        train_dataset=one_dialogue_a_row(rows),
-        data_collator=TokenViewCollator(processor, drawn=(min(grid, heard), max(grid, heard))),
+        train_dataset=tokenize_dialogues(rows, processor),
+        data_collator=TokenViewCollator(
+            processor, encode_pictures(captioner, processor, rows), drawn=(heard // 2, heard)
+        ),
         processing_class=processor,
         stage="captioner",
     )

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix",
         action=argparse.BooleanOptionalAction,
-        help="put the learned prefix before the prompt, or not; default: only where sound is captioned",
+        help="put the learned prefix before the prompt, or not; default: as the checkpoint asks (prefix_modalities)",
     )
     parser.add_argument("--timestamps", action="store_true", help="caption window after window of each whole file")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
         num_beams=args.num_beams,
     )
     extractor = processor.feature_extractor
-    session = _Session(args, window=extractor.max_length * extractor.hop_length / extractor.sampling_rate)
+    window = extractor.max_length * extractor.hop_length / extractor.sampling_rate
+    session = _Session(args, window, model.config.prefix_modalities)
     total = None if args.timestamps else len(args.inputs)
     for result in runner.run(session.samples(), total=total):
         session.report(result)
@@ -100,8 +101,9 @@ def run(args: argparse.Namespace) -> int:
 class _Session:
     """One call of the command: turns its inputs into samples and prints what becomes of them."""
 
-    def __init__(self, args: argparse.Namespace, window: float):
+    def __init__(self, args: argparse.Namespace, window: float, prefixed: Sequence[str]):
         self.args = args
+        self.prefixed = prefixed
         self.window = window
         self.failed = False
         self.numbers = count()
@@ -177,7 +179,7 @@ class _Session:
             prompt=default_prompt if self.args.prompt is None else self.args.prompt,
             image=image,
             audio=audio,
-            prefix=modality != "image" if self.args.prefix is None else self.args.prefix,
+            prefix=modality in self.prefixed if self.args.prefix is None else self.args.prefix,
         )
 
     def _fail(self, file: str, error: Exception | str) -> None:

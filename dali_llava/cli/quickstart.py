@@ -1,4 +1,5 @@
-"""Run the whole pipeline on the built-in AVWorld: captioner, prefix, alignment, distillation, evaluation.
+"""Run the whole pipeline on the built-in AVWorld: captioner, audio tower, prefix, alignment,
+distillation, evaluation.
 
 Everything trains here, in minutes on two cores, through the classes and scripts of the full-size model. The captioner
 is trained once and cached. Writes results.json, results.md, every caption, each stage's checkpoint, and the final
@@ -24,7 +25,9 @@ SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dali-llava quickstart`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the stages; default: %(default)s")
     parser.add_argument(
         "--methods",
@@ -54,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
     write_results(results, args.out)
     print_results(results)
     print_examples(examples)
-    print(f"\nwritten: {args.out}/results.md, {args.out}/model\n"
-          f"next:    dali-llava caption {args.out}/model FILE ...")
+    print(f"\nwritten: {args.out}/results.md, {args.out}/model\nnext:    dali-llava caption {args.out}/model FILE ...")
     return 0 if all(one.verdict == "holds" for one in claims) else 1
 
 
@@ -85,9 +87,11 @@ def train(out: Path, seed: int, methods: list[str]) -> dict[str, Path]:
 
     announce("prefix: 16 pictures with a caption of their sound")
     stage(prefix_tune.main, "prefix_tune.yaml", "captioner", "prefix")
+    announce("audio tower: sound against picture, contrastive, as CAV-MAE comes to DALI")
+    stage(align.main, "audio.yaml", "prefix", "audio")
     for method in methods:
         announce(f"{method}: audio tokens onto image tokens")
-        stage(align.main, "align.yaml", "prefix", f"{method}-aligned", "--objective", method)
+        stage(align.main, "align.yaml", "audio", f"{method}-aligned", "--objective", method)
         announce(f"{method}: captions from sound and picture, distilled into the audio projector")
         stage(distill.main, "distill.yaml", f"{method}-aligned", f"{method}-distilled")
     return folders
@@ -165,7 +169,9 @@ def evaluate(out: Path, seed: int, methods: list[str], folders: dict[str, Path])
 def show_examples(rows, said) -> list[tuple[str, dict[str, str]]]:
     """The first reference of a few clips, and what each system that hears said of them."""
     for row in rows.select(range(min(SHOWN, len(rows)))):
-        captions = {one.system.name: one.captions.get(row["id"], "-") for one in said if one.system.modality != "image"}
+        captions = {
+            one.system.name: one.captions.get(row["id"], "-") for one in said if one.system.modality != "image"
+        }
         yield row["captions"][0], captions
 
 

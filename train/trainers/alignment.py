@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
 from transformers.modeling_outputs import ModelOutput
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
@@ -24,9 +25,16 @@ class AlignmentArguments(StageArguments):
     objective: str = field(default="mmd", metadata={"help": "What is minimised: a name in train.losses.LOSSES."})
     objective_options: dict | str | None = field(default=None, metadata={"help": "Its options, as JSON."})
 
+    schedule_epochs: int | None = field(
+        default=None,
+        metadata={"help": "Epochs of the objective's schedule in a run of max_steps; default: the data's."},
+    )
+
     # Augmentation of the spectrogram
     augmentation_noise: float = field(default=0.1, metadata={"help": "Noise of amplitude U(0, this)."})
-    augmentation_roll: int | None = field(default=None, metadata={"help": "Roll by up to so many frames; default all."})
+    augmentation_roll: int | None = field(
+        default=None, metadata={"help": "Roll by up to so many frames; default all."}
+    )
 
     # Optimiser: Adam with coupled weight decay, the rate halved every few epochs (reference implementation)
     learning_rate: float = field(default=1e-4, metadata={"help": "Rate of the audio tower."})
@@ -78,6 +86,24 @@ class AlignmentModel(nn.Module):
         return AlignmentOutput(loss=output.loss, logs=output.logs)
 
 
+class ScheduleEpochs(TrainerCallback):
+    """
+    Tells the objective its epoch, from 1, where it has a schedule (the entropy weight of `AttentiveTransportLoss`).
+
+    Args:
+        epochs: into how many epochs to divide a run that counts steps (`max_steps`); those of the data by default.
+    """
+
+    def __init__(self, objective: nn.Module, epochs: int | None = None):
+        self.objective, self.epochs = objective, epochs
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.epochs is not None:
+            self.objective.set_epoch(1 + self.epochs * state.global_step // state.max_steps)
+        else:
+            self.objective.set_epoch(1 + int(state.epoch or 0))
+
+
 class AlignmentTrainer(StageTrainer):
     """
     Trainer of an `AlignmentModel`; the objective's own parameters, if any, are a group of the one optimiser.
@@ -85,6 +111,8 @@ class AlignmentTrainer(StageTrainer):
 
     def __init__(self, model: AlignmentModel, **kwargs):
         super().__init__(model=model, captioner=model.captioner, **kwargs)
+        if hasattr(model.objective, "set_epoch"):
+            self.add_callback(ScheduleEpochs(model.objective, self.args.schedule_epochs))
         self.loss_is_scaled_for_ga = False  # a mean over the pairs of a batch, not a sum over tokens
 
     def create_optimizer(self, model=None):
@@ -108,7 +136,10 @@ class AlignmentTrainer(StageTrainer):
         if not args.halve_every:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            steps_per_epoch = max(1, num_training_steps / args.num_train_epochs)
+            if args.max_steps > 0:  # then num_train_epochs says nothing
+                steps_per_epoch = max(1, len(self.get_train_dataloader()) // args.gradient_accumulation_steps)
+            else:
+                steps_per_epoch = max(1, num_training_steps / args.num_train_epochs)
 
             def halved(step: int) -> float:
                 epochs = step / steps_per_epoch - args.halve_from

@@ -25,9 +25,9 @@ class TokenViewTrainer(CaptioningTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         view = inputs.pop("view", None)
         if view is not None:
-            image = self.captioner.get_image_features(inputs.pop("pixel_values"))
-            tokens = [token_view(tokens, *view) for tokens in image.pooler_output]
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
+            projected = self.captioner.model.multi_modal_projector(inputs.pop("image_tokens"))
+            views = [token_view(tokens, *view) for tokens in projected]
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=views)}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 

@@ -3,11 +3,10 @@
 from .avworld import AVWorld, AVWorldConfig
 from .captions import SEE_PROMPT, SOUND_PROMPT, SOUND_WORDS, VISUAL_PROMPTS, VISUAL_WORDS
 from .classes import names
-from .vocabulary import AVWORLD_CHAT_TEMPLATE, build_tokenizer
+from .vocabulary import build_tokenizer
 
 
 __all__ = [
-    "AVWORLD_CHAT_TEMPLATE",
     "SEE_PROMPT",
     "SOUND_PROMPT",
     "SOUND_WORDS",

@@ -117,7 +117,10 @@ def scene_of(split: str, index: int, seed: int = 0) -> tuple[Scene, list[np.rand
     """
     streams = np.random.SeedSequence([seed, SPLITS.index(split), index]).spawn(4)
     draws, *others = (np.random.default_rng(stream) for stream in streams)
-    return sample_scene(draws, shifted=split == "test_shifted", curated=split == "shots"), others
+    scene = sample_scene(
+        draws, shifted=split == "test_shifted", curated=split == "shots", flattened=split == "captioner"
+    )
+    return scene, others
 
 
 def make_row(split: str, index: int, seed: int = 0) -> dict:
@@ -154,7 +157,8 @@ def make_row(split: str, index: int, seed: int = 0) -> dict:
         for number, frame in enumerate(render_frames(scene, sight))
     ]
     if split in CAPTIONED_SPLITS:
-        row |= {"captions": audio_captions(scene, text), "visual_captions": visual_captions(scene)}
+        captions = audio_captions(scene, text, as_seen=split == "shots")
+        row |= {"captions": captions, "visual_captions": visual_captions(scene)}
     return row
 
 

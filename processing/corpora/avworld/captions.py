@@ -35,6 +35,7 @@ VISUAL_PROMPTS: tuple[str, ...] = (
 NUM_AUDIO_CAPTIONS = 5
 SYNONYMS = 0.3  # share of mentions in paraphrases that leave the primary noun or verb
 CANONICAL_ANSWERS = 0.6  # share of the captioner's answers in the first form of their grammar
+QUESTIONS = 0.4  # share of the captioner's pictures that bring a question about a detail as well
 
 # Words of a caption that speaks of sound.
 _HEARING_WORDS = {"sound", "sounds", "noise", "noises", "hear", "hears", "heard", "loud", "quiet", "audible"}
@@ -127,9 +128,11 @@ def activity_captions(
     return captions
 
 
-def audio_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Five paraphrases of what is heard, the first canonical and from the loudest to the faintest source."""
-    return activity_captions([entity.name for entity in scene.audible], rng)
+def audio_captions(scene: Scene, rng: np.random.Generator, as_seen: bool = False) -> list[str]:
+    """Five paraphrases of what is heard. The first is canonical and goes from the loudest to the faintest source, or,
+    `as_seen`, in reading order of the picture, as somebody writes who looks at it (everything heard must show)."""
+    sources = [entity for entity in scene.visible if entity.span is not None] if as_seen else scene.audible
+    return activity_captions([entity.name for entity in sources], rng)
 
 
 def visual_captions(scene: Scene) -> list[str]:
@@ -178,7 +181,7 @@ def _colour_dialogue(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
 
 
 def image_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Three dialogues about a picture: a caption, what everything does (where anything could), and a question.
+    """Dialogues about a picture: a caption, what everything does (where anything could), and perhaps a question.
 
     Returns:
         list of {"question", "answer"}.
@@ -193,6 +196,8 @@ def image_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, st
     able = [entity.name for entity in scene.visible if entity.name in CLASSES]
     if able:
         dialogues.append({"question": ACTIVITY_PROMPT, "answer": _activity_answer(able, rng)})
+    if rng.random() >= QUESTIONS:
+        return dialogues
     kind = rng.integers(3)
     if kind == 0:
         dialogues.append(_presence_dialogue(scene, rng))

@@ -13,7 +13,8 @@ class SoundingClass:
     """One class of sounding things.
 
     nouns: the primary noun, then at most one synonym; verbs: pairs of gerund and finite form; weight: relative
-    frequency among sources; countable: takes "a"; plural: takes "are".
+    frequency among sources; colour and place: how and where it mostly shows; countable: takes "a"; plural: takes
+    "are".
     """
 
     nouns: tuple[str, ...]
@@ -21,6 +22,8 @@ class SoundingClass:
     synthesiser: str
     sprite: str
     weight: float
+    colour: str
+    place: str
     countable: bool = True
     plural: bool = False
 
@@ -30,43 +33,49 @@ class SoundingClass:
         return self.nouns[0]
 
 
-def _sounding(nouns: str, verbs: str, synthesiser: str, sprite: str, weight: float, **flags) -> SoundingClass:
+def _sounding(
+    nouns: str, verbs: str, synthesiser: str, sprite: str, weight: float, colour: str, place: str, **flags
+) -> SoundingClass:
     pairs = tuple(tuple(pair.split()) for pair in verbs.split(", "))
-    return SoundingClass(tuple(nouns.split(", ")), pairs, synthesiser, sprite, weight, **flags)
+    return SoundingClass(tuple(nouns.split(", ")), pairs, synthesiser, sprite, weight, colour, place, **flags)
 
 
 # Weights are percentages of all sources, up to rounding. The head is unambiguous; the pairs hold about a third.
 SOUNDING_CLASSES: tuple[SoundingClass, ...] = (
-    _sounding("dog, puppy", "barking barks, yapping yaps", "bark", "dog", 10.0),
-    _sounding("siren, ambulance", "wailing wails, blaring blares", "siren", "siren", 8.5),
-    _sounding("baby, infant", "crying cries, bawling bawls", "cry", "baby", 7.5),
-    _sounding("rooster, cockerel", "crowing crows, screeching screeches", "crow", "rooster", 6.5),
-    _sounding("cat, kitten", "meowing meows, mewing mews", "meow", "cat", 6.0),
-    _sounding("helicopter, chopper", "whirring whirrs, thudding thuds", "rotor", "helicopter", 5.2),
-    _sounding("chainsaw, saw", "roaring roars, revving revs", "chainsaw", "chainsaw", 4.6),
-    _sounding("fire, campfire", "crackling crackles, popping pops", "crackle", "fire", 4.2),
-    _sounding("waves", "crashing crash, breaking break", "surf", "waves", 3.8, countable=False, plural=True),
-    _sounding("person, man", "sneezing sneezes, sniffling sniffles", "sneeze", "person", 3.4),
-    _sounding("drum", "beating beats, thumping thumps", "drum", "drum", 3.0),
-    _sounding("owl", "hooting hoots, calling calls", "hoot", "owl", 2.7),
+    _sounding("dog, puppy", "barking barks, yapping yaps", "bark", "dog", 10.0, "orange", "grass"),
+    _sounding("siren, ambulance", "wailing wails, blaring blares", "siren", "siren", 8.5, "red", "street"),
+    _sounding("baby, infant", "crying cries, bawling bawls", "cry", "baby", 7.5, "yellow", "room"),
+    _sounding("rooster, cockerel", "crowing crows, screeching screeches", "crow", "rooster", 6.5, "red", "grass"),
+    _sounding("cat, kitten", "meowing meows, mewing mews", "meow", "cat", 6.0, "orange", "room"),
+    _sounding("helicopter, chopper", "whirring whirrs, thudding thuds", "rotor", "helicopter", 5.2, "green", "sand"),
+    _sounding("chainsaw, saw", "roaring roars, revving revs", "chainsaw", "chainsaw", 4.6, "orange", "snow"),
+    _sounding("fire, campfire", "crackling crackles, popping pops", "crackle", "fire", 4.2, "red", "cave"),
+    _sounding(
+        "waves", "crashing crash, breaking break", "surf", "waves", 3.8, "blue", "sand", countable=False, plural=True
+    ),
+    _sounding("person, man", "sneezing sneezes, sniffling sniffles", "sneeze", "person", 3.4, "purple", "street"),
+    _sounding("drum", "beating beats, thumping thumps", "drum", "drum", 3.0, "red", "cave"),
+    _sounding("owl", "hooting hoots, calling calls", "hoot", "owl", 2.7, "purple", "snow"),
     # Alike in sound: a shared synthesiser.
-    _sounding("rain, drizzle", "falling falls, pattering patters", "patter", "cloud", 4.8, countable=False),
-    _sounding("pan, skillet", "sizzling sizzles, frying fries", "patter", "pan", 1.6),
-    _sounding("car, automobile", "idling idles, rumbling rumbles", "engine", "car", 4.2),
-    _sounding("generator, dynamo", "humming hums, rumbling rumbles", "engine", "generator", 1.4),
-    _sounding("kettle, teapot", "whistling whistles, boiling boils", "whistle", "kettle", 2.4),
-    _sounding("train, locomotive", "whistling whistles, tooting toots", "whistle", "train", 0.8),
-    _sounding("truck, lorry", "beeping beeps, reversing reverses", "beep", "truck", 1.8),
-    _sounding("microwave, oven", "beeping beeps, bleeping bleeps", "beep", "microwave", 0.6),
+    _sounding(
+        "rain, drizzle", "falling falls, pattering patters", "patter", "cloud", 4.8, "blue", "grass", countable=False
+    ),
+    _sounding("pan, skillet", "sizzling sizzles, frying fries", "patter", "pan", 1.6, "green", "room"),
+    _sounding("car, automobile", "idling idles, rumbling rumbles", "engine", "car", 4.2, "green", "street"),
+    _sounding("generator, dynamo", "humming hums, rumbling rumbles", "engine", "generator", 1.4, "yellow", "snow"),
+    _sounding("kettle, teapot", "whistling whistles, boiling boils", "whistle", "kettle", 2.4, "purple", "room"),
+    _sounding("train, locomotive", "whistling whistles, tooting toots", "whistle", "train", 0.8, "green", "snow"),
+    _sounding("truck, lorry", "beeping beeps, reversing reverses", "beep", "truck", 1.8, "yellow", "street"),
+    _sounding("microwave, oven", "beeping beeps, bleeping bleeps", "beep", "microwave", 0.6, "blue", "room"),
     # Alike in look: a shared sprite.
-    _sounding("clock", "ticking ticks, tocking tocks", "tick", "clock", 3.6),
-    _sounding("cuckoo", "cuckooing cuckoos, chiming chimes", "cuckoo", "clock", 1.2),
-    _sounding("sparrow", "chirping chirps, tweeting tweets", "chirp", "bird", 3.3),
-    _sounding("canary", "trilling trills, singing sings", "trill", "bird", 1.1),
-    _sounding("telephone, landline", "ringing rings, jangling jangles", "ring", "phone", 3.0),
-    _sounding("smartphone, cellphone", "vibrating vibrates, buzzing buzzes", "buzz", "phone", 1.0),
-    _sounding("church bell, belfry", "tolling tolls, pealing peals", "toll", "bell", 2.1),
-    _sounding("handbell", "jingling jingles, tinkling tinkles", "jingle", "bell", 0.7),
+    _sounding("clock", "ticking ticks, tocking tocks", "tick", "clock", 3.6, "purple", "room"),
+    _sounding("cuckoo", "cuckooing cuckoos, chiming chimes", "cuckoo", "clock", 1.2, "orange", "grass"),
+    _sounding("sparrow", "chirping chirps, tweeting tweets", "chirp", "bird", 3.3, "yellow", "grass"),
+    _sounding("canary", "trilling trills, singing sings", "trill", "bird", 1.1, "yellow", "room"),
+    _sounding("telephone, landline", "ringing rings, jangling jangles", "ring", "phone", 3.0, "green", "room"),
+    _sounding("smartphone, cellphone", "vibrating vibrates, buzzing buzzes", "buzz", "phone", 1.0, "blue", "street"),
+    _sounding("church bell, belfry", "tolling tolls, pealing peals", "toll", "bell", 2.1, "yellow", "snow"),
+    _sounding("handbell", "jingling jingles, tinkling tinkles", "jingle", "bell", 0.7, "purple", "cave"),
 )
 
 # Silent objects: each has a sprite of its own name.

@@ -16,15 +16,16 @@ SAMPLING_RATE = 16000
 NUM_SAMPLES = 40960  # 2.56 s: 256 frames of 10 ms
 DURATION = NUM_SAMPLES / SAMPLING_RATE
 IMAGE_SIZE = 48
-GRID = 3
+GRID = 2
 CELL = IMAGE_SIZE // GRID
 NUM_FRAMES = 4
 
 # What a scene holds.
-SOURCE_COUNTS = (0.45, 0.35, 0.20)  # probabilities of 1, 2, 3 audible sources
-SILENT_OBJECT_COUNTS = (0.45, 0.35, 0.20)  # of 0, 1, 2 silent objects
+SOURCE_COUNTS = (0.60, 0.30, 0.10)  # probabilities of 1, 2, 3 audible sources
+SILENT_OBJECT_COUNTS = (0.65, 0.25, 0.10)  # of 0, 1, 2 silent objects
 OFF_SCREEN = 0.15  # share of audible sources that are out of sight
 SILENT_SOURCE = 0.10  # share of visible sounding objects that keep silent
+TYPICAL = 0.7  # share of sounding objects in their class's colour, and of scenes in the place of their first source
 
 # How hard it is to hear.
 MIN_SECONDS = 1.0  # a source sounds at least this long
@@ -51,7 +52,7 @@ GRAIN = 8  # standard deviation of the frames' noise, of 255
 class Entity:
     """One thing in a scene.
 
-    name: a class or a silent object; colour; cell: 0 to 8, reading order, None off screen; span: when it sounds
+    name: a class or a silent object; colour; cell: 0 to 3, reading order, None off screen; span: when it sounds
     (start, end) in seconds, None if it keeps silent; level: dB relative to the loudest source.
     """
 
@@ -88,13 +89,13 @@ class Scene:
 
 
 _NAMES = tuple(CLASSES)
-_CUMULATIVE = np.cumsum([sounding.weight for sounding in CLASSES.values()])
+_WEIGHTS = np.array([sounding.weight for sounding in CLASSES.values()])
 
 
-def _draw_class(rng: np.random.Generator, excluded: set[str]) -> str:
-    """A class by weight, and its exclusion and its rival's from further draws."""
+def _draw_class(rng: np.random.Generator, excluded: set[str], cumulative: np.ndarray) -> str:
+    """A class by cumulative weight, and its exclusion and its rival's from further draws."""
     while True:
-        name = _NAMES[int(np.searchsorted(_CUMULATIVE, rng.random() * _CUMULATIVE[-1], side="right"))]
+        name = _NAMES[int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))]
         if name not in excluded:
             excluded.update({name, RIVALS.get(name, name)})
             return name
@@ -106,13 +107,17 @@ def _draw_span(rng: np.random.Generator) -> tuple[float, float]:
     return start, start + length
 
 
-def sample_scene(rng: np.random.Generator, shifted: bool = False, curated: bool = False) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, shifted: bool = False, curated: bool = False, flattened: bool = False
+) -> Scene:
     """Draw a scene.
 
     Each visible sound brings a silent sounding object with such a probability that SILENT_SOURCE of all visible
     sounding objects keep silent. At least one thing sounds and one shows. `shifted` draws what `test_shifted` holds;
     `curated` draws what a user would choose as an example: all that sounds shows, all that could sound does.
+    `flattened` draws classes by the square root of their weights, as a corpus of pictures has a shorter tail.
     """
+    cumulative = np.cumsum(np.sqrt(_WEIGHTS) if flattened else _WEIGHTS)
     excluded: set[str] = set()
     count = 1 + int(rng.choice(len(SOURCE_COUNTS), p=SOURCE_COUNTS))
     levels = -LEVEL_SPREAD * rng.random(count)
@@ -121,22 +126,27 @@ def sample_scene(rng: np.random.Generator, shifted: bool = False, curated: bool 
     things: list[tuple[str, tuple[float, float] | None, float, bool]] = []
     for level in levels:
         shows = curated or rng.random() >= OFF_SCREEN
-        things.append((_draw_class(rng, excluded), _draw_span(rng), float(level), shows))
+        things.append((_draw_class(rng, excluded, cumulative), _draw_span(rng), float(level), shows))
+    room = GRID * GRID - sum(shows for *_, shows in things)
     for _ in range(0 if curated else sum(shows for *_, shows in things)):
-        if rng.random() < SILENT_SOURCE / (1 - SILENT_SOURCE):
-            things.append((_draw_class(rng, excluded), None, 0.0, True))
+        if room and rng.random() < SILENT_SOURCE / (1 - SILENT_SOURCE):
+            things.append((_draw_class(rng, excluded, cumulative), None, 0.0, True))
+            room -= 1
     objects = int(rng.choice(len(SILENT_OBJECT_COUNTS), p=SILENT_OBJECT_COUNTS))
-    if not any(shows for *_, shows in things):
-        objects = max(objects, 1)
+    objects = min(max(objects, int(room == GRID * GRID)), room)
     things += [(str(name), None, 0.0, True) for name in rng.choice(SILENT_OBJECTS, objects, replace=False)]
 
     cells = iter(rng.permutation(GRID * GRID).tolist())
-    colours = rng.choice(tuple(COLOURS), len(things))
+    colours = [
+        CLASSES[name].colour if name in CLASSES and rng.random() < TYPICAL else str(rng.choice(tuple(COLOURS)))
+        for name, *_ in things
+    ]
     entities = tuple(
-        Entity(name, str(colour), next(cells) if shows else None, span, level)
+        Entity(name, colour, next(cells) if shows else None, span, level)
         for (name, span, level, shows), colour in zip(things, colours, strict=True)
     )
-    background = str(rng.choice(tuple(BACKGROUNDS)))
+    typical = rng.random() < TYPICAL
+    background = CLASSES[things[0][0]].place if typical else str(rng.choice(tuple(BACKGROUNDS)))
     return Scene(entities, background, float(rng.uniform(*(SHIFTED_SNR if shifted else SNR))), float(shifted))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 
 SPRITE_SIZE = 8
-SCALE = 2  # a sprite pixel covers SCALE x SCALE image pixels
+SCALE = 3  # a sprite pixel covers SCALE x SCALE image pixels
 
 _SHEET = """
 dog      siren    baby     rooster  cat      helicopter
@@ -84,7 +84,7 @@ def _parse(sheet: str) -> dict[str, np.ndarray]:
 # name -> (8, 8) bool
 SPRITES: dict[str, np.ndarray] = _parse(_SHEET)
 
-# name -> (16, 16) bool, as drawn into the image
+# name -> (24, 24) bool, as drawn into the image
 MASKS: dict[str, np.ndarray] = {
     name: np.kron(sprite, np.ones((SCALE, SCALE), dtype=bool)) for name, sprite in SPRITES.items()
 }

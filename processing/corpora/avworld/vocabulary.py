@@ -1,4 +1,4 @@
-"""The word-level tokenizer of AVWorld and its chat template."""
+"""The word-level tokenizer of AVWorld."""
 
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -19,41 +19,6 @@ COMMON_WORDS: tuple[str, ...] = tuple(
     "four five some many more other with without from to at by for under over near behind beside between left right "
     "top bottom middle big small happening happens event events audio clip video photo please list name tell me "
     "about has have not only every thing things object objects animal animals".split()
-)
-
-# "USER: <image><audio><prefix>\nQUESTION ASSISTANT: ANSWER</s>": media first, in this order, however they come.
-AVWORLD_CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- set content = message['content'] -%}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{{- ' ' -}}"
-    "{%- generation -%}"
-    "{%- if content is string -%}{{- content -}}{%- else -%}"
-    "{%- for block in content if block['type'] == 'text' -%}"
-    "{%- if not loop.first -%}{{- ' ' -}}{%- endif -%}{{- block['text'] -}}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{{- eos_token -}}"
-    "{%- endgeneration -%}"
-    "{%- elif message['role'] == 'user' -%}"
-    "{{- 'USER: ' -}}"
-    "{%- if content is string -%}{{- content -}}{%- else -%}"
-    "{%- set media = namespace(present=false) -%}"
-    "{%- for kind in ['image', 'audio', 'prefix'] -%}"
-    "{%- for block in content if block['type'] == kind -%}"
-    "{{- '<' + kind + '>' -}}{%- set media.present = true -%}"
-    "{%- endfor -%}"
-    "{%- endfor -%}"
-    "{%- if media.present -%}{{- '\\n' -}}{%- endif -%}"
-    "{%- for block in content if block['type'] == 'text' -%}"
-    "{%- if not loop.first -%}{{- ' ' -}}{%- endif -%}{{- block['text'] -}}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{%- if not loop.last or add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
-    "{%- else -%}"
-    "{{- raise_exception('AVWorld knows the roles user and assistant, not ' + message['role']) -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
 )
 
 
@@ -85,5 +50,4 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=list(SPECIAL_TOKENS[4:]),
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        chat_template=AVWORLD_CHAT_TEMPLATE,
     )

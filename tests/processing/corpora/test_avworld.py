@@ -114,7 +114,8 @@ def test_captioner_rows(tmp_path):
     assert 2 <= lengths.count(0) <= 18  # 15% of 60, within three deviations
     for row in corpus:
         assert row["audio"] is None and row["captions"] == []
-        assert 2 <= len(row["dialogues"]) <= 3
+        # A caption, what everything does unless nothing could, a question for some; three without a picture.
+        assert 1 <= len(row["dialogues"]) <= 3
         assert bool(row["visible"]) == bool(row["frames"])
 
 

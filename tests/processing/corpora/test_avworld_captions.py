@@ -3,11 +3,9 @@
 import re
 
 import numpy as np
-import pytest
 from transformers import AutoTokenizer
 
 from dali_llava.processing.corpora.avworld import (
-    AVWORLD_CHAT_TEMPLATE,
     SEE_PROMPT,
     SOUND_PROMPT,
     SOUND_WORDS,
@@ -193,35 +191,4 @@ def test_tokenizer_is_the_same_every_time_and_after_saving(tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded(SOUND_PROMPT)["input_ids"] == tokenizer(SOUND_PROMPT)["input_ids"]
-    assert loaded.chat_template == AVWORLD_CHAT_TEMPLATE
     assert loaded.padding_side == "left"
-
-
-def test_chat_template_orders_media_and_ends_answers():
-    tokenizer = build_tokenizer()
-    text = {"type": "text", "text": "What is this ?"}
-    blocks = [text, {"type": "prefix"}, {"type": "audio"}, {"type": "image"}]
-
-    def render(messages, **options):
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-
-    question = [{"role": "user", "content": blocks}]
-    assert render(question, add_generation_prompt=True) == "USER: <image><audio><prefix>\nWhat is this ? ASSISTANT:"
-    bare = [{"role": "user", "content": "What is this ?"}]
-    assert render(bare, add_generation_prompt=True) == "USER: What is this ? ASSISTANT:"
-    answered = [{"role": "user", "content": blocks[:1] + blocks[2:3]}, {"role": "assistant", "content": "a dog"}]
-    assert render(answered) == "USER: <audio>\nWhat is this ? ASSISTANT: a dog</s>"
-    answered[1]["content"] = [{"type": "text", "text": "a dog"}]
-    assert render(answered + bare, add_generation_prompt=True) == (
-        "USER: <audio>\nWhat is this ? ASSISTANT: a dog</s>USER: What is this ? ASSISTANT:"
-    )
-    with pytest.raises(Exception, match="roles user and assistant, not system"):
-        render([{"role": "system", "content": "be brief"}])
-
-
-def test_chat_template_marks_the_assistant_tokens():
-    tokenizer = build_tokenizer()
-    messages = [{"role": "user", "content": "What is this ?"}, {"role": "assistant", "content": "a dog"}]
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    marked = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-    assert tokenizer.convert_ids_to_tokens(marked) == ["a", "dog", "</s>"]

@@ -153,7 +153,7 @@ def test_shift_adds_a_tail_after_the_source():
 
 def test_frames_show_each_object_in_its_cell_and_colour():
     scene = Scene(
-        (Entity("key", "red", 0, None), Entity("house", "blue", 8, None), Entity("dog", "green", None, (0.0, 2.0))),
+        (Entity("key", "red", 0, None), Entity("house", "blue", 3, None), Entity("dog", "green", None, (0.0, 2.0))),
         "cave",
         snr=10.0,
     )
