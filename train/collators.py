@@ -93,15 +93,15 @@ class CaptionCollator:
 
 @dataclass
 class WordCollator:
-    """Rows with `frames` and `visual_captions` into `pixel_values` and `words` (B, vocabulary), 1 where present."""
+    """Rows with `frames` and `visible` into `pixel_values` and `words` (B, vocabulary), 1 for the nouns that show."""
 
     processor: LlavaAudioProcessor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
         words = torch.zeros(len(rows), len(tokenizer))
-        captions = [row["visual_captions"][0] for row in rows]
-        for index, ids in enumerate(tokenizer(captions, add_special_tokens=False)["input_ids"]):
+        nouns = [" ".join(row["visible"]) for row in rows]
+        for index, ids in enumerate(tokenizer(nouns, add_special_tokens=False)["input_ids"]):
             words[index, ids] = 1.0
         return {"pixel_values": pixel_values([open_frame(row) for row in rows], self.processor), "words": words}
 

@@ -105,6 +105,26 @@ def test_modality_prompt_and_prefix_reach_the_model(caption, media_dir):
     assert len(set(captions)) >= 5  # random weights may agree once, by chance
 
 
+def test_prefix_is_the_checkpoints_by_default(caption, media_dir, tiny_model_dir, tmp_path):
+    """A distilled checkpoint hears sound alone without it; what the option says still wins."""
+    distilled = shutil.copytree(tiny_model_dir, tmp_path / "distilled")
+    config = json.loads((distilled / "config.json").read_text())
+    (distilled / "config.json").write_text(json.dumps(config | {"prefix_modalities": ["audiovisual"]}))
+    clip = media_dir / "clip.mp4"
+
+    def said(model: Path, *options: str) -> str:
+        return caption(clip, *options, model=model)[1][0]
+
+    for modality in ("audio", "audiovisual"):
+        with_prefix, without = (
+            said(tiny_model_dir, "--modality", modality, option) for option in ("--prefix", "--no-prefix")
+        )
+        assert with_prefix != without
+        assert said(tiny_model_dir, "--modality", modality) == with_prefix
+        assert said(distilled, "--modality", modality) == (without if modality == "audio" else with_prefix)
+        assert said(distilled, "--modality", modality, "--prefix") == with_prefix
+
+
 def test_timestamps_cover_the_whole_file(caption, media_dir):
     code, out, err = caption(media_dir / "long.flac", "--timestamps", "--json")
     rows = [json.loads(line) for line in out]

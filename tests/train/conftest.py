@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing import SOUND_PROMPT, LlavaAudioProcessor
 from dali_llava.processing.corpora.avworld.avworld import make_row
 from dali_llava.train import align, distill, prefix_tune, pretrain_captioner
 from dali_llava.train.configuration import CONFIGS
+from dali_llava.train.pretrain_captioner import tokenize_dialogues
 
 
 AVWORLD = CONFIGS / "avworld"
@@ -82,3 +84,20 @@ def rows() -> list[dict]:
     """Four rows of AVWorld with sound, frames and captions, and a question and an answer each."""
     rows = [make_row("shots", index) for index in range(4)]
     return [row | {"question": SOUND_PROMPT, "answer": row["captions"][index]} for index, row in enumerate(rows)]
+
+
+@pytest.fixture
+def view_rows(rows, avworld_processor):
+    """`view_rows(seen)`: the rows' dialogues as the captioner learns them, with their picture where `seen` says so."""
+
+    def view_rows(seen: list[bool]) -> list[dict]:
+        corpus = [
+            {
+                "frames": row["frames"][:1] if see else [],
+                "dialogues": [{"question": row["question"], "answer": row["answer"]}],
+            }
+            for row, see in zip(rows, seen, strict=True)
+        ]
+        return list(tokenize_dialogues(Dataset.from_list(corpus), avworld_processor))
+
+    return view_rows

@@ -2,10 +2,8 @@
 
 import io
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from PIL import Image
 
 from dali_llava.processing.media import load_audio
@@ -19,7 +17,6 @@ from dali_llava.train.collators import (
     open_frame,
     pixel_values,
 )
-from dali_llava.train.corpus import with_features
 
 
 GRID = 36  # image tokens of 48 px in patches of 8
@@ -88,38 +85,56 @@ def test_sound_is_opened_at_the_rate_asked_for(rows):
     assert open_audio(rows[0]).shape == (40_960,) and open_audio(rows[0], 8_000).shape == (20_480,)
 
 
-def view_rows(rows, seen: list[bool]) -> list[dict]:
-    return [row | {"frames": row["frames"][:1] if see else []} for row, see in zip(rows, seen, strict=True)]
+@pytest.fixture
+def image_tokens() -> torch.Tensor:
+    """A picture a row: (4, 36, 32)."""
+    return torch.randn(4, GRID, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("view", [(True, 0), (False, 50), (True, 41)])
-def test_token_views_have_their_placeholders(avworld_processor, rows, view, monkeypatch):
-    collator = TokenViewCollator(avworld_processor, drawn=(36, 64))
+def test_token_views_have_their_placeholders(avworld_processor, rows, view_rows, image_tokens, view, monkeypatch):
+    collator = TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64))
     monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: view)
-    mixed = view_rows(rows, [True, False, True, True])
+    mixed = view_rows([True, False, True, True])
     batch = collator(mixed)
     placeholders = (batch["input_ids"] == avworld_processor.image_token_id).sum(-1).tolist()
     tokens = GRID * view[0] + view[1]
     assert placeholders == [tokens, 0, tokens, tokens]
-    assert batch["view"] == view and batch["pixel_values"].shape == (3, 3, 48, 48)
-    assert_labels_are_the_answers(batch, mixed, avworld_processor)
-    assert "token_type_ids" not in batch
+    assert batch["view"] == view and torch.equal(batch["image_tokens"], image_tokens[[0, 2, 3]])
+    assert_labels_are_the_answers(batch, rows, avworld_processor)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "image_tokens", "view"}
 
 
-def test_rows_of_text_alone_have_no_view(avworld_processor, rows):
-    mixed = view_rows(rows, [False] * 4)
-    batch = TokenViewCollator(avworld_processor, drawn=(36, 64))(mixed)
+def test_pictures_follow_the_batchs_order(avworld_processor, view_rows, image_tokens):
+    dialogues = view_rows([True, False, True, True])
+    batch = TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64))([dialogues[i] for i in (3, 1, 0, 3)])
+    assert torch.equal(batch["image_tokens"], image_tokens[[3, 0, 3]])
+
+
+def test_view_of_the_grid_is_what_the_processor_writes(avworld_processor, rows, view_rows, image_tokens, monkeypatch):
+    """Ids, padding and labels, those of plain captioning."""
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
+    batch = TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64))(view_rows([True] * 4))
+    plain = CaptionCollator(avworld_processor, image=True)(rows)
+    assert plain["attention_mask"].min() == 0
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(batch[name], plain[name]), name
+
+
+def test_rows_of_text_alone_have_no_view(avworld_processor, rows, view_rows, image_tokens):
+    batch = TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64))(view_rows([False] * 4))
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    assert_labels_are_the_answers(batch, mixed, avworld_processor)
+    assert_labels_are_the_answers(batch, rows, avworld_processor)
 
 
-def test_views_are_grid_drawn_and_both_a_third_each(avworld_processor):
+def test_half_the_views_are_the_grid_a_quarter_drawn_a_quarter_both(avworld_processor, image_tokens):
     torch.manual_seed(0)
-    collator = TokenViewCollator(avworld_processor, drawn=(5, 8))
-    views = [collator.draw_view() for _ in range(600)]
+    collator = TokenViewCollator(avworld_processor, image_tokens, drawn=(5, 8))
+    views = [collator.draw_view() for _ in range(800)]
     kinds = [(grid, extra > 0) for grid, extra in views]
     counts = [kinds.count(kind) for kind in ((True, False), (False, True), (True, True))]
-    assert sum(counts) == 600 and all(abs(count - 200) < 60 for count in counts)
+    assert sum(counts) == 800
+    assert all(abs(count - mean) < 60 for count, mean in zip(counts, (400, 200, 200), strict=True))
     assert {extra for _, extra in views if extra} == {5, 6, 7, 8}
 
 
@@ -184,11 +199,3 @@ def test_augmented_pairs_keep_frame_and_sound_of_one_clip(avworld_processor, row
         # a roll keeps the multiset of frames
         torch.testing.assert_close(batch["input_features"][index].sum(0), clean[index].sum(0), rtol=1e-4, atol=1e-3)
     assert not torch.equal(batch["input_features"], clean)
-
-
-def test_stored_spectrograms_give_the_same_batch(avworld_processor, rows):
-    stored = with_features(Dataset.from_list(rows), avworld_processor)
-    assert np.asarray(stored[0]["input_features"]).dtype == np.float32
-    collator = AlignmentCollator(avworld_processor, augment=False)
-    expected, batch = collator(rows), collator([stored[index] for index in range(len(rows))])
-    assert all(torch.equal(batch[name], expected[name]) for name in expected)

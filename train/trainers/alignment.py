@@ -1,5 +1,6 @@
 """Stage 1b: move the distribution of a clip's audio tokens onto that of its image tokens."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -137,7 +138,8 @@ class AlignmentTrainer(StageTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             if args.max_steps > 0:  # then num_train_epochs says nothing
-                steps_per_epoch = max(1, len(self.get_train_dataloader()) // args.gradient_accumulation_steps)
+                batches = max(1, len(self.get_train_dataloader()))
+                steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
             else:
                 steps_per_epoch = max(1, num_training_steps / args.num_train_epochs)
 

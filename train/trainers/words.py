@@ -1,4 +1,4 @@
-"""The vision tower before the captioner: pictures and the words that describe them, as CLIP stands before LLaVA."""
+"""The vision tower before the captioner: pictures and the nouns of what they show, as CLIP stands before LLaVA."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ WORD_PRIOR = 4.0  # log-odds against a word; few of the vocabulary describe a pi
 
 
 class WordTrainer(StageTrainer):
-    """Every word that describes a picture is to be read off one of its image tokens; see `word_loss`."""
+    """Every noun that a picture shows is to be read off one of its image tokens; see `word_loss`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = torch.stack(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
@@ -27,7 +27,7 @@ def word_loss(tokens: torch.Tensor, words: torch.Tensor, lm_head: nn.Module) -> 
 
     Args:
         tokens: projected image tokens, (B, N, width).
-        words: (B, vocabulary), 1 for the words that describe the picture.
+        words: (B, vocabulary), 1 for the nouns that the picture shows.
         lm_head: (..., width) -> (..., vocabulary).
 
     Returns:

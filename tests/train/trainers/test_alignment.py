@@ -2,21 +2,25 @@
 
 import pytest
 import torch
+from transformers import TrainerState
 
+from dali_llava.train import align
 from dali_llava.train.collators import AlignmentCollator
 from dali_llava.train.losses import AttentiveTransportLoss, MMDLoss
 from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer
+from dali_llava.train.trainers.alignment import ScheduleEpochs
 
 
 @pytest.fixture
 def make_trainer(captioner, avworld_processor, tmp_path):
-    """`make_trainer(objective, **arguments)`: an alignment of the run's captioner."""
+    """`make_trainer(objective, rows, **arguments)`: an alignment of the run's captioner, on so many rows."""
 
-    def make_trainer(objective, **arguments) -> AlignmentTrainer:
+    def make_trainer(objective, rows: int = 0, **arguments) -> AlignmentTrainer:
         return AlignmentTrainer(
             model=AlignmentModel(captioner, objective),
             args=AlignmentArguments(output_dir=str(tmp_path), use_cpu=True, **arguments),
             data_collator=AlignmentCollator(avworld_processor, augment=False),
+            train_dataset=list(range(rows)) or None,
             stage="align",
         )
 
@@ -71,9 +75,20 @@ def rates(trainer, steps: int) -> list[list[float]]:
     return found
 
 
-def test_rate_halves_at_epochs_10_and_15(make_trainer):
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"num_train_epochs": 20},
+        {"max_steps": 140, "num_train_epochs": 3},  # num_train_epochs then says nothing
+        {"max_steps": 140, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        # thirteen batches: seven steps, the last of one batch
+        {"max_steps": 140, "rows": 26, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_rate_halves_at_epochs_10_and_15(make_trainer, length):
     objective = AttentiveTransportLoss(width=32, num_heads=4)
-    trainer = make_trainer(objective, learning_rate=2e-4, num_train_epochs=20, halve_from=10, halve_every=5)
+    options = {"rows": 28, "per_device_train_batch_size": 4} | length
+    trainer = make_trainer(objective, learning_rate=2e-4, halve_from=10, halve_every=5, **options)
     per_epoch = 7
     found = rates(trainer, 20 * per_epoch)
     for step, (tower, own) in enumerate(found):
@@ -144,3 +159,58 @@ def test_alignment_lowers_its_loss(run_stage, run_dir, tmp_path):
     trainer = run_stage("aligned", run_dir / "prefix", tmp_path / "out", *words, *rate)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 12 and losses[-1] < 0.8 * losses[0]
+
+
+@pytest.fixture
+def epochs(monkeypatch) -> list[int]:
+    """The epochs that `AttentiveTransportLoss` is told, a step each."""
+    told = []
+    set_epoch = AttentiveTransportLoss.set_epoch
+
+    def note(self, epoch: int) -> None:
+        told.append(epoch)
+        set_epoch(self, epoch)
+
+    monkeypatch.setattr(AttentiveTransportLoss, "set_epoch", note)
+    return told
+
+
+def align_attentively(run_stage, run_dir, output, *words: str) -> AlignmentTrainer:
+    return run_stage("aligned", run_dir / "prefix", output, "--objective", "ot_att", "--logging_steps", "1", *words)
+
+
+def test_schedule_spreads_its_epochs_over_the_steps(run_stage, run_dir, tmp_path, epochs):
+    """Epochs 1 to 6 in twelve steps, though the data run three times; lambda follows in mean distances."""
+    trainer = align_attentively(run_stage, run_dir, tmp_path / "out", "--max_steps", "12")
+    assert trainer.args.schedule_epochs == 6
+    assert epochs == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    logs = [entry for entry in trainer.state.log_history if "lambda" in entry]
+    relative = [entry["lambda"] / entry["mean_distance"] for entry in logs]
+    expected = [weight for weight in (0, 0.25, 0.2, 0.15, 0.1, 0.05) for _ in range(2)]
+    assert relative == pytest.approx(expected, abs=1e-6)
+
+
+def test_schedule_follows_the_datas_epochs_by_default(run_stage, run_dir, tmp_path, epochs):
+    """Sixteen rows, four a step."""
+    config = tmp_path / "align.yaml"
+    config.write_text("split: train\n")
+    words = ["--output_dir", str(tmp_path / "out"), "--base_model", str(run_dir / "prefix"), "--objective", "ot_att"]
+    size = ["--dataset_options", '{"sizes": {"train": 16}}', "--per_device_train_batch_size", "4", "--use_cpu", "true"]
+    align.main([str(config), *words, *size, "--max_steps", "10", "--disable_tqdm", "true"])
+    assert epochs == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+
+
+def test_uneven_steps_still_reach_the_last_epoch(epochs):
+    objective = AttentiveTransportLoss(width=32, num_heads=4)
+    callback = ScheduleEpochs(objective, epochs=3)
+    for step in range(7):
+        callback.on_step_begin(None, TrainerState(global_step=step, max_steps=7), None)
+    assert epochs == [1, 1, 1, 2, 2, 3, 3] and objective.epoch == 3
+
+
+def test_objectives_without_a_schedule_are_told_no_epoch(make_trainer):
+    def told(trainer) -> bool:
+        return any(isinstance(callback, ScheduleEpochs) for callback in trainer.callback_handler.callbacks)
+
+    assert not told(make_trainer(MMDLoss(), schedule_epochs=6))
+    assert told(make_trainer(AttentiveTransportLoss(width=32, num_heads=4)))

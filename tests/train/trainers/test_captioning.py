@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dali_llava.train.collators import CaptionCollator, TokenViewCollator
-from dali_llava.train.pretrain_captioner import CaptionerArguments
+from dali_llava.train.collators import CaptionCollator, TokenViewCollator, open_frame, pixel_values
+from dali_llava.train.pretrain_captioner import CaptionerArguments, encode_pictures
 from dali_llava.train.trainers import TokenViewTrainer, token_view
 
 
@@ -33,38 +34,61 @@ def test_views_carry_gradients_to_their_tokens():
 
 
 @pytest.fixture
-def trainer(captioner, avworld_processor, tmp_path) -> TokenViewTrainer:
+def trainer(captioner, avworld_processor, rows, tmp_path) -> TokenViewTrainer:
     arguments = CaptionerArguments(output_dir=str(tmp_path), use_cpu=True)
+    frames = [{"frames": row["frames"][:1]} for row in rows]
+    image_tokens = encode_pictures(captioner, avworld_processor, Dataset.from_list(frames))
     return TokenViewTrainer(
         model=captioner.eval(),
         args=arguments,
-        data_collator=TokenViewCollator(avworld_processor, drawn=(36, 64)),
+        data_collator=TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64)),
         processing_class=avworld_processor,
         stage="captioner",
     )
 
 
-def test_loss_of_the_grid_is_plain_captionings(trainer, captioner, avworld_processor, rows, monkeypatch):
+def test_loss_of_the_grid_is_plain_captionings(trainer, captioner, avworld_processor, rows, view_rows, monkeypatch):
     monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
-    rows = [row | {"frames": row["frames"][:1]} for row in rows]
-    loss = trainer.compute_loss(captioner, trainer.data_collator(rows))
+    loss = trainer.compute_loss(captioner, trainer.data_collator(view_rows([True] * 4)))
     plain = CaptionCollator(avworld_processor, image=True, frame=0)(rows)
     assert torch.equal(loss, captioner(**plain).loss)
 
 
-def test_loss_is_of_the_tokens_drawn(trainer, captioner, avworld_processor, rows, monkeypatch):
+def test_loss_is_of_the_tokens_drawn(trainer, captioner, avworld_processor, rows, view_rows, monkeypatch):
     monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (False, 40))
-    batch = trainer.data_collator([row | {"frames": row["frames"][:1]} for row in rows])
+    batch = trainer.data_collator(view_rows([True] * 4))
     torch.manual_seed(5)
     loss = trainer.compute_loss(captioner, dict(batch))
     torch.manual_seed(5)
-    grid = captioner.get_image_features(batch["pixel_values"]).pooler_output
+    pixels = pixel_values([open_frame(row, 0) for row in rows], avworld_processor)
+    grid = captioner.get_image_features(pixels).pooler_output
     drawn = [tokens[torch.randint(36, (40,))] for tokens in grid]
     words = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     image = BaseModelOutputWithPooling(pooler_output=drawn)
     assert torch.equal(loss, captioner(**words, mm_encoder_outputs={"image": image}).loss)
 
 
-def test_rows_of_text_alone_train_too(trainer, captioner, rows):
-    batch = trainer.data_collator([row | {"frames": []} for row in rows])
-    assert torch.isfinite(trainer.compute_loss(captioner, batch))
+def test_rows_of_text_alone_train_too(trainer, captioner, view_rows):
+    batch = trainer.data_collator(view_rows([False] * 4))
+    loss = trainer.compute_loss(captioner, dict(batch))
+    assert torch.equal(loss, captioner(**batch).loss) and torch.isfinite(loss)
+
+
+def test_pictures_of_a_mixed_batch_stay_with_their_rows(trainer, captioner, view_rows, monkeypatch):
+    """A batch's loss is that of its rows alone, each weighed by its answer's tokens."""
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
+    dialogues = view_rows([True, False, True, True])
+    losses = [trainer.compute_loss(captioner, trainer.data_collator([row])) for row in dialogues]
+    lengths = torch.tensor([len(row["answer_ids"]) for row in dialogues])
+    together = trainer.compute_loss(captioner, trainer.data_collator(dialogues))
+    expected = (torch.stack(losses) * lengths).sum() / lengths.sum()
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-4)
+
+
+def test_projector_learns_from_every_view(trainer, captioner, view_rows, monkeypatch):
+    for view in ((True, 0), (False, 40), (True, 40)):
+        monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self, view=view: view)
+        captioner.zero_grad()
+        trainer.compute_loss(captioner, trainer.data_collator(view_rows([True] * 4))).backward()
+        assert all(weight.grad.any() for weight in captioner.model.multi_modal_projector.parameters()), view
+        assert all(weight.grad is None for weight in captioner.model.vision_tower.parameters()), view
