@@ -30,9 +30,10 @@ def captioner_key(config: Path, overrides: list[str]) -> str:
     versions = [torch.__version__, transformers.__version__, str(torch.get_num_threads())]
     for part in (config.read_text(), *overrides, content_hash(), *versions):
         digest.update(part.encode() + b"\0")
-    train = Path(__file__).parent
-    modules = [train / "pretrain_captioner.py", train / "collators.py", train / "trainers" / "captioning.py"]
-    for path in (*modules, *sorted((train.parent / "modeling").glob("*.py"))):
+    root = Path(__file__).parent.parent
+    modules = [root / "train" / name for name in ("pretrain_captioner.py", "collators.py", "corpus.py")]
+    modules += [root / "train" / "trainers" / name for name in ("captioning.py", "stage.py", "words.py")]
+    for path in (*modules, *sorted(root.glob("modeling/*.py")), *sorted(root.glob("processing/*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
 

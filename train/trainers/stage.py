@@ -40,6 +40,7 @@ class StageArguments(TrainingArguments):
     # Other defaults than transformers': a stage keeps its own columns, and saves once, at its end.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})
     save_strategy: str = field(default="no", metadata={"help": "When to checkpoint: no, steps or epoch."})
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "Show no progress bar."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
 
     def __post_init__(self):

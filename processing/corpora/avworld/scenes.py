@@ -21,11 +21,11 @@ CELL = IMAGE_SIZE // GRID
 NUM_FRAMES = 4
 
 # What a scene holds.
-SOURCE_COUNTS = (0.60, 0.30, 0.10)  # probabilities of 1, 2, 3 audible sources
-SILENT_OBJECT_COUNTS = (0.65, 0.25, 0.10)  # of 0, 1, 2 silent objects
+SOURCE_COUNTS = (0.72, 0.20, 0.08)  # probabilities of 1, 2, 3 audible sources
+SILENT_OBJECT_COUNTS = (0.75, 0.20, 0.05)  # of 0, 1, 2 silent objects
 OFF_SCREEN = 0.15  # share of audible sources that are out of sight
 SILENT_SOURCE = 0.10  # share of visible sounding objects that keep silent
-TYPICAL = 0.7  # share of sounding objects in their class's colour, and of scenes in the place of their first source
+TYPICAL = 0.8  # share of sounding objects in their class's colour, and of scenes in the place of their first source
 
 # How hard it is to hear.
 MIN_SECONDS = 1.0  # a source sounds at least this long
