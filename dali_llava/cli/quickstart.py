@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, evaluate, print and write; 0 when every claim holds, else 1."""
+    """Train, evaluate, print and write; a claim that fails is a result, not an error."""
     from dali_llava.eval.results import Results, print_results, versions, write_results
     from dali_llava.train.losses import LOSSES
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     print_results(results)
     print_examples(examples)
     print(f"\nwritten: {args.out}/results.md, {args.out}/model\nnext:    dali-llava caption {args.out}/model FILE ...")
-    return 0 if all(one.verdict == "holds" for one in claims) else 1
+    return 0
 
 
 def announce(text: str) -> None:
