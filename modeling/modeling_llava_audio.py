@@ -75,6 +75,7 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         Raises:
             ValueError: when the stage's weights do not fit the base, with the first name that differs.
         """
+        kwargs.setdefault("use_safetensors", True)  # weights are never unpickled
         hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "subfolder") if key in kwargs}
         stage = read_stage(pretrained_model_name_or_path, **hub_kwargs)
         if stage is None:
