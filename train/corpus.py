@@ -1,5 +1,7 @@
 """The corpus of a stage: its rows, chosen and prepared as the stage's arguments say."""
 
+import os
+
 from datasets import Array2D, Dataset, Features
 
 from dali_llava.processing import LlavaAudioProcessor
@@ -17,7 +19,7 @@ def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
         ValueError: when corpus, split or an option is unknown, or the split is empty.
     """
     split = split or arguments.split
-    rows = load_corpus(arguments.dataset, split, **arguments.dataset_options)
+    rows = load_corpus(arguments.dataset, split, **{"num_proc": os.cpu_count(), **arguments.dataset_options})
     if arguments.max_samples is not None:
         rows = rows.select(range(min(arguments.max_samples, len(rows))))
     if len(rows) == 0:

@@ -119,7 +119,7 @@ def encode_pictures(captioner, processor, rows: Dataset, batch_size: int = 256) 
 
 
 def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArguments) -> None:
-    """Train vision tower, projector and word embeddings until every word is read off some image token."""
+    """Train vision tower, projector and word embeddings until every noun is read off some image token."""
     model = captioner.model
     train_only(captioner, model.vision_tower, model.multi_modal_projector, captioner.lm_head)
     WordTrainer(

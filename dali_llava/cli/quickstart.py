@@ -11,6 +11,7 @@ examples:
 """
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -112,7 +113,7 @@ def evaluate(out: Path, seed: int, methods: list[str], folders: dict[str, Path])
 
     announce("evaluation")
     processor = LlavaAudioProcessor.from_pretrained(folders["captioner"])
-    splits = {split: load_corpus("avworld", split) for split in ("test", "test_shifted")}
+    splits = {split: load_corpus("avworld", split, num_proc=os.cpu_count()) for split in ("test", "test_shifted")}
     said = {split: [] for split in splits}
     bias = {}
 
