@@ -8,12 +8,11 @@ Only the audio tower trains (86M parameters at full size).
 """
 
 import inspect
-import sys
 
 from transformers import set_seed
 
 from dali_llava.train.collators import AlignmentCollator
-from dali_llava.train.configuration import parse_stage_arguments
+from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import load_rows, with_features
 from dali_llava.train.losses import LOSSES
 from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer, load_base
@@ -58,4 +57,4 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -51,6 +52,14 @@ def parse_stage_arguments(arguments: type[Arguments], description: str, argv: li
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     return parsed
+
+
+def run_stage(main: Callable[[list[str]], object]) -> None:
+    """Run a stage's `main` as a script: bad input ends it with one line on stderr and exit code 1, no traceback."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
 
 
 def read_stage_config(path: Path, known: set[str]) -> dict:

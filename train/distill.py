@@ -9,7 +9,6 @@ sound: no image, no prefix.
         --base_model runs/mmd --output_dir runs/mmd-distilled
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import set_seed
 from dali_llava.eval.runner import CaptionRunner, Sample
 from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 from dali_llava.train.collators import CaptionCollator, open_audio, open_frame
-from dali_llava.train.configuration import parse_stage_arguments
+from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import load_rows
 from dali_llava.train.trainers import CaptioningTrainer, StageArguments, load_base, train_only
 
@@ -88,4 +87,4 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main)

@@ -7,14 +7,13 @@ Everything is frozen but the prefix (16 vectors).
         --base_model runs/captioner --output_dir runs/prefix
 """
 
-import sys
 from dataclasses import dataclass, field
 
 from transformers import set_seed
 
 from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 from dali_llava.train.collators import CaptionCollator
-from dali_llava.train.configuration import parse_stage_arguments
+from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import load_rows
 from dali_llava.train.trainers import CaptioningTrainer, StageArguments, load_base, train_only
 
@@ -54,4 +53,4 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main)

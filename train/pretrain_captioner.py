@@ -7,7 +7,6 @@ The captioner never hears: audio tower, audio projector and prefix keep their in
 """
 
 import math
-import sys
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +19,7 @@ from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcesso
 from dali_llava.processing.corpora.avworld.vocabulary import build_tokenizer
 from dali_llava.processing.processing_llava_audio import PLAIN_CHAT_TEMPLATE
 from dali_llava.train.collators import TokenViewCollator, WordCollator, open_frame, pixel_values
-from dali_llava.train.configuration import parse_stage_arguments
+from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import load_rows
 from dali_llava.train.trainers import StageArguments, TokenViewTrainer, WordTrainer, train_only
 
@@ -163,4 +162,4 @@ def main(argv: list[str] | None = None) -> TokenViewTrainer:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main)

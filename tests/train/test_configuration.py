@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from dali_llava.train.configuration import CONFIGS, parse_stage_arguments, read_stage_config
+from dali_llava.train.configuration import CONFIGS, parse_stage_arguments, read_stage_config, run_stage
 from dali_llava.train.distill import DistillationArguments
 from dali_llava.train.prefix_tune import PrefixArguments
 from dali_llava.train.pretrain_captioner import CaptionerArguments
@@ -159,3 +159,13 @@ def test_full_size_configurations_are_the_papers():
     assert (distill["learning_rate"], distill["per_device_train_batch_size"]) == (2e-4, 40)
     assert (distill["warmup_steps"], distill["num_train_epochs"]) == (0.03, 1)
     assert (prefix["learning_rate"], prefix["max_samples"]) == (2e-4, 16)
+
+
+def test_script_tells_bad_input_in_one_line(monkeypatch):
+    def main(argv: list[str]) -> None:
+        raise ValueError(f"{argv[0]}: unknown key\n  bogus")
+
+    monkeypatch.setattr("sys.argv", ["train/align.py", "stage.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        run_stage(main)
+    assert ended.value.code == "align.py: error: stage.yaml: unknown key bogus"  # Python prints it, and exits with 1
