@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     objective = build_objective(arguments, captioner.config.audio_config.output_size)
     rows = load_rows(arguments)
     if arguments.cache_features:
-        rows = with_features(rows, processor)
+        rows = with_features(rows, captioner, processor)
     trainer = AlignmentTrainer(
         model=AlignmentModel(captioner, objective),
         args=arguments,

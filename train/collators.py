@@ -127,7 +127,7 @@ class TokenViewCollator:
     drawn: tuple[int, int]
 
     def draw_view(self) -> tuple[bool, int]:
-        """(grid, extra): see `token_view`."""
+        """(grid, extra): see `token_views`."""
         kind = int(torch.randint(4, ()))
         extra = int(torch.randint(self.drawn[0], self.drawn[1] + 1, ())) if kind > 1 else 0
         return kind != 2, extra
@@ -181,6 +181,8 @@ class AlignmentCollator:
     """
     Rows into pairs of picture and sound: `pixel_values` (B, 3, H, W) of a random frame, `input_features`.
 
+    Rows of `train.corpus.with_features` hold `image_tokens` in place of frames, and so do their batches: (B, N, width).
+
     Args:
         processor: of the model to train.
         augment: draw the frame, and augment the spectrogram; else the first frame and the spectrogram as it is.
@@ -194,7 +196,13 @@ class AlignmentCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         features = input_features(rows, self.processor)
-        frames = [open_frame(row, None if self.augment else 0) for row in rows]
         if self.augment:
             features = augment_spectrograms(features, self.noise, self.roll)
-        return {"pixel_values": pixel_values(frames, self.processor), "input_features": features}
+        if "image_tokens" in rows[0]:
+            tokens = [torch.as_tensor(row["image_tokens"]) for row in rows]
+            chosen = [int(torch.randint(len(frames), ())) if self.augment else 0 for frames in tokens]
+            picture = {"image_tokens": torch.stack([frames[i] for frames, i in zip(tokens, chosen, strict=True)])}
+        else:
+            frames = [open_frame(row, None if self.augment else 0) for row in rows]
+            picture = {"pixel_values": pixel_values(frames, self.processor)}
+        return {**picture, "input_features": features}

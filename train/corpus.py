@@ -2,12 +2,14 @@
 
 import os
 
-from datasets import Array2D, Dataset, Features
+import torch
+from datasets import Array2D, Array3D, Dataset, Features
 
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.processing.corpora import load_corpus
 
-from .collators import input_features
+from .collators import input_features, open_frame, pixel_values
 from .trainers.stage import StageArguments
 
 
@@ -27,18 +29,37 @@ def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
     return rows
 
 
-def with_features(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset:
-    """The rows with an `input_features` column, (frames, mels) each, computed once and cached by `datasets`."""
+def with_features(
+    rows: Dataset, captioner: LlavaAudioForConditionalGeneration, processor: LlavaAudioProcessor
+) -> Dataset:
+    """
+    What an alignment needs of the rows, computed once and kept on disk by `datasets`.
+
+    Returns:
+        `id`; `input_features` (T, mels); `image_tokens` (frames, N, vision width), each frame's from the frozen tower.
+    """
+    extractor, tower = processor.feature_extractor, captioner.model.eval()
 
     def compute(batch: dict) -> dict:
-        return {"input_features": input_features([{"audio": audio} for audio in batch["audio"]], processor).numpy()}
+        frames = [
+            open_frame({"frames": frames}, index) for frames in batch["frames"] for index in range(len(frames))
+        ]
+        with torch.no_grad():
+            tokens = tower.encode_image(pixel_values(frames, processor).to(captioner.device)).float().cpu()
+        return {
+            "input_features": input_features([{"audio": audio} for audio in batch["audio"]], processor).numpy(),
+            "image_tokens": [part.numpy() for part in tokens.split([len(frames) for frames in batch["frames"]])],
+        }
 
-    rows = rows.select_columns(["id", "audio", "frames"])
-    extractor = processor.feature_extractor
-    shape = (extractor.max_length, extractor.num_mel_bins)
-    features = Features({**rows.features, "input_features": Array2D(shape, "float32")})
-    del features["audio"]
-    rows = rows.map(
-        compute, batched=True, batch_size=64, remove_columns="audio", features=features, desc="Spectrograms"
+    config = captioner.config
+    features = Features(
+        {
+            "id": rows.features["id"],
+            "input_features": Array2D((extractor.max_length, extractor.num_mel_bins), "float32"),
+            "image_tokens": Array3D((None, config.image_seq_length, config.vision_config.hidden_size), "float32"),
+        }
     )
-    return rows.with_format("numpy", columns=["input_features"], output_all_columns=True)
+    rows = rows.select_columns(["id", "audio", "frames"]).map(
+        compute, batched=True, batch_size=64, remove_columns=["audio", "frames"], features=features, desc="Features"
+    )
+    return rows.with_format("numpy", columns=["input_features", "image_tokens"], output_all_columns=True)

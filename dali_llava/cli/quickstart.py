@@ -1,4 +1,4 @@
-"""Run the whole pipeline on the built-in AVWorld: captioner, audio tower, prefix, alignment,
+"""Run the whole pipeline on the built-in AVWorld: captioner, prefix, alignment,
 distillation, evaluation.
 
 Everything trains here, in minutes on two cores, through the classes and scripts of the full-size model. The captioner
@@ -88,11 +88,9 @@ def train(out: Path, seed: int, methods: list[str]) -> dict[str, Path]:
 
     announce("prefix: 16 pictures with a caption of their sound")
     stage(prefix_tune.main, "prefix_tune.yaml", "captioner", "prefix")
-    announce("audio tower: sound against picture, contrastive, as CAV-MAE comes to DALI")
-    stage(align.main, "audio.yaml", "prefix", "audio")
     for method in methods:
         announce(f"{method}: audio tokens onto image tokens")
-        stage(align.main, "align.yaml", "audio", f"{method}-aligned", "--objective", method)
+        stage(align.main, "align.yaml", "prefix", f"{method}-aligned", "--objective", method)
         announce(f"{method}: captions from sound and picture, distilled into the audio projector")
         stage(distill.main, "distill.yaml", f"{method}-aligned", f"{method}-distilled")
     return folders

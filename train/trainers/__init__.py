@@ -1,7 +1,7 @@
 """Trainer subclasses, one a kind of objective."""
 
 from .alignment import AlignmentArguments, AlignmentModel, AlignmentTrainer
-from .captioning import CaptioningTrainer, TokenViewTrainer, token_view
+from .captioning import CaptioningTrainer, TokenViewTrainer, token_views
 from .stage import StageArguments, StageTrainer, load_base, train_only
 from .words import WordTrainer, word_loss
 
@@ -16,7 +16,7 @@ __all__ = [
     "TokenViewTrainer",
     "WordTrainer",
     "load_base",
-    "token_view",
+    "token_views",
     "train_only",
     "word_loss",
 ]

@@ -31,6 +31,12 @@ class AlignmentArguments(StageArguments):
         metadata={"help": "Epochs of the objective's schedule in a run of max_steps; default: the data's."},
     )
 
+    # Input
+    cache_features: bool = field(
+        default=False,
+        metadata={"help": "Compute spectrograms and image tokens once, onto disk: a small corpus, many epochs."},
+    )
+
     # Augmentation of the spectrogram
     augmentation_noise: float = field(default=0.1, metadata={"help": "Noise of amplitude U(0, this)."})
     augmentation_roll: int | None = field(
@@ -77,10 +83,14 @@ class AlignmentModel(nn.Module):
         self.captioner.model.vision_tower.eval()  # frozen: no dropout
         return self
 
-    def forward(self, pixel_values, input_features, input_features_mask=None) -> AlignmentOutput:
+    def forward(
+        self, input_features, pixel_values=None, image_tokens=None, input_features_mask=None
+    ) -> AlignmentOutput:
+        """The objective between the sounds and the pictures, given as pixels or as the vision tower's tokens."""
         model = self.captioner.model
-        with torch.no_grad():
-            image_tokens = model.encode_image(pixel_values)
+        if image_tokens is None:
+            with torch.no_grad():
+                image_tokens = model.encode_image(pixel_values)
         audio_tokens = model.encode_audio(input_features, input_features_mask)
         audio_mask = None if input_features_mask is None else model.audio_tower.token_mask(input_features_mask)
         output = self.objective(audio_tokens, image_tokens, audio_mask=audio_mask)
@@ -128,6 +138,7 @@ class AlignmentTrainer(StageTrainer):
                 lr=args.learning_rate,
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
+                fused=True,
                 weight_decay=args.weight_decay,
             )
         return self.optimizer

@@ -32,10 +32,6 @@ class StageArguments(TrainingArguments):
     )
     split: str = field(default="train", metadata={"help": "Split to train on."})
     max_samples: int | None = field(default=None, metadata={"help": "Use the first so many rows; all by default."})
-    cache_features: bool = field(
-        default=False,
-        metadata={"help": "Compute spectrograms once and keep them on disk: for small corpora and many epochs."},
-    )
 
     # Other defaults than transformers': a stage keeps its own columns, and saves once, at its end.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})

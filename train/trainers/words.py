@@ -7,10 +7,11 @@ from .stage import StageTrainer
 
 
 WORD_PRIOR = 4.0  # log-odds against a word; few of the vocabulary describe a picture
+GLOBAL_SHARE = 0.1  # of the loss that every token bears, not only a word's best
 
 
 class WordTrainer(StageTrainer):
-    """Every noun that a picture shows is to be read off one of its image tokens; see `word_loss`."""
+    """Every noun that a picture shows is to be read off its image tokens; see `word_loss`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = torch.stack(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
@@ -18,20 +19,28 @@ class WordTrainer(StageTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
-def word_loss(tokens: torch.Tensor, words: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
+def word_loss(
+    tokens: torch.Tensor, words: torch.Tensor, lm_head: nn.Module, global_share: float = GLOBAL_SHARE
+) -> torch.Tensor:
     """
-    Multiple-instance binary cross-entropy of words, an image token the instance, through the language model's head.
+    Binary cross-entropy of words, read off image tokens through the language model's head.
 
-    In a picture of three things the gradient of "dog" reaches the dog's patches at once, and the projected tokens
-    come to lie near the embeddings of their words, where a language model can pick them up.
+    Mostly multiple-instance, an image token the instance: in a picture of three things the gradient of "dog" reaches
+    the dog's patches at once, and the projected tokens come to lie near the embeddings of their words, where a language
+    model can pick them up. For the rest every token is to name all that the picture shows: CLIP's patch tokens carry
+    their picture's content too, and an audio tower can only match a distribution that depends on the clip.
 
     Args:
         tokens: projected image tokens, (B, N, width).
         words: (B, vocabulary), 1 for the nouns that the picture shows.
         lm_head: (..., width) -> (..., vocabulary).
+        global_share: weight of the second part, in [0, 1].
 
     Returns:
-        scalar, summed over the vocabulary, averaged over the pictures.
+        scalar, summed over the vocabulary, averaged over the pictures (and over the tokens, in the second part).
     """
-    logits = lm_head(nn.functional.rms_norm(tokens, tokens.shape[-1:])).amax(dim=1) - WORD_PRIOR
-    return nn.functional.binary_cross_entropy_with_logits(logits, words, reduction="sum") / len(words)
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits
+    logits = lm_head(nn.functional.rms_norm(tokens, tokens.shape[-1:])) - WORD_PRIOR
+    best = cross_entropy(logits.amax(dim=1), words, reduction="sum")
+    every = cross_entropy(logits, words[:, None].expand_as(logits), reduction="sum") / tokens.shape[1]
+    return torch.lerp(best, every, global_share) / len(words)

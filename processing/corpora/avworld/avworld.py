@@ -118,7 +118,7 @@ def scene_of(split: str, index: int, seed: int = 0) -> tuple[Scene, list[np.rand
     streams = np.random.SeedSequence([seed, SPLITS.index(split), index]).spawn(4)
     draws, *others = (np.random.default_rng(stream) for stream in streams)
     scene = sample_scene(
-        draws, shifted=split == "test_shifted", curated=split == "shots", flattened=split == "captioner"
+        draws, shifted=split == "test_shifted", curated=split == "shots", flattened=split in ("captioner", "shots")
     )
     return scene, others
 

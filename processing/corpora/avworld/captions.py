@@ -18,7 +18,12 @@ SOUND_PROMPT = "What sound can be heard in this scene ?"
 SEE_PROMPT = "What can you see ?"
 CONCISE_PROMPT = "What can you see ? Answer concisely ."
 PLACE_PROMPT = "Where is this ?"
-ACTIVITY_PROMPT = "What is everything doing ?"
+ACTIVITY_PROMPTS: tuple[str, ...] = (
+    "What is everything doing ?",
+    "What is going on in this scene ?",
+    "Describe what everything does .",
+    "Write what each thing in the picture is doing .",
+)
 
 # All answered with a caption of the look.
 VISUAL_PROMPTS: tuple[str, ...] = (
@@ -195,7 +200,7 @@ def image_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, st
     dialogues.append({"question": prompt, "answer": answer})
     able = [entity.name for entity in scene.visible if entity.name in CLASSES]
     if able:
-        dialogues.append({"question": ACTIVITY_PROMPT, "answer": _activity_answer(able, rng)})
+        dialogues.append({"question": str(rng.choice(ACTIVITY_PROMPTS)), "answer": _activity_answer(able, rng)})
     if rng.random() >= QUESTIONS:
         return dialogues
     kind = rng.integers(3)
@@ -226,7 +231,7 @@ def text_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, str
 
 def grammar_texts() -> list[str]:
     """Sentences that together hold every word that the grammar can say or ask."""
-    texts = [*VISUAL_PROMPTS, CONCISE_PROMPT, PLACE_PROMPT, ACTIVITY_PROMPT, "yes no a an and , ."]
+    texts = [*VISUAL_PROMPTS, CONCISE_PROMPT, PLACE_PROMPT, *ACTIVITY_PROMPTS, "yes no a an and , ."]
     texts += ["What colour is the", "What colour are the", "Is there", "Are there", "there is", "a picture of"]
     texts += ["What does do ?", "How does sound ?", "How do sound ?"]
     texts += [*COLOURS, *(background.phrase for background in BACKGROUNDS.values()), *SILENT_OBJECTS]

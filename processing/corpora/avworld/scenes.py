@@ -30,7 +30,7 @@ TYPICAL = 0.8  # share of sounding objects in their class's colour, and of scene
 # How hard it is to hear.
 MIN_SECONDS = 1.0  # a source sounds at least this long
 FULL_LENGTH = 0.35  # share of sources that sound throughout
-LEVEL_SPREAD = 8.0  # dB between the loudest source and the faintest possible one
+LEVEL_SPREAD = 6.0  # dB between the loudest source and the faintest possible one
 SNR = (4.0, 20.0)  # dB, the loudest source over the noise
 NOISE_POLE = (0.0, 0.95)  # of the one-pole filter that colours the noise
 FADE = 0.02  # seconds at either end of a source
@@ -115,11 +115,13 @@ def sample_scene(
     Each visible sound brings a silent sounding object with such a probability that SILENT_SOURCE of all visible
     sounding objects keep silent. At least one thing sounds and one shows. `shifted` draws what `test_shifted` holds;
     `curated` draws what a user would choose as an example: all that sounds shows, all that could sound does.
-    `flattened` draws classes by the square root of their weights, as a corpus of pictures has a shorter tail.
+    `flattened` draws classes and numbers of sources by the square root of their weights: pictures of several things,
+    and a shorter tail.
     """
     cumulative = np.cumsum(np.sqrt(_WEIGHTS) if flattened else _WEIGHTS)
+    counts = np.sqrt(SOURCE_COUNTS) if flattened else np.asarray(SOURCE_COUNTS)
     excluded: set[str] = set()
-    count = 1 + int(rng.choice(len(SOURCE_COUNTS), p=SOURCE_COUNTS))
+    count = 1 + int(rng.choice(len(counts), p=counts / counts.sum()))
     levels = -LEVEL_SPREAD * rng.random(count)
     levels -= levels.max()
     # (name, span, level, shows)

@@ -7,30 +7,44 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dali_llava.train.collators import CaptionCollator, TokenViewCollator, open_frame, pixel_values
 from dali_llava.train.pretrain_captioner import CaptionerArguments, encode_pictures
-from dali_llava.train.trainers import TokenViewTrainer, token_view
+from dali_llava.train.trainers import TokenViewTrainer, token_views
 
 
 @pytest.mark.parametrize(("grid", "extra"), [(True, 0), (False, 7), (True, 5), (False, 40)])
 def test_view_is_the_grid_and_then_tokens_drawn_from_it(grid, extra):
     torch.manual_seed(0)
-    tokens = torch.arange(12.0)[:, None].expand(12, 3)
-    view = token_view(tokens, grid, extra)
-    assert view.shape == (12 * grid + extra, 3)
-    if grid:
-        assert torch.equal(view[:12], tokens)
-    drawn = view[12 * grid :]
-    assert all((tokens == token).all(-1).any() for token in drawn)
-    if extra == 40:
-        assert len(drawn[:, 0].unique()) < 40  # with replacement
-        assert (drawn[:, 0].diff() < 0).any()  # in no order
+    tokens = torch.arange(24.0).view(2, 12, 1).expand(2, 12, 3)
+    views = token_views(tokens, grid, extra, strays=0.0)
+    assert views.shape == (2, 12 * grid + extra, 3)
+    for own, view in zip(tokens, views, strict=True):
+        if grid:
+            assert torch.equal(view[:12], own)
+        drawn = view[12 * grid :]
+        assert all((own == token).all(-1).any() for token in drawn)
+        if extra == 40:
+            assert len(drawn[:, 0].unique()) < 40  # with replacement
+            assert (drawn[:, 0].diff() < 0).any()  # in no order
+
+
+def test_strays_come_from_the_other_pictures():
+    """Of a picture's drawn tokens half of `strays` are replaced on average, one in four of those by its own again."""
+    torch.manual_seed(0)
+    pictures = torch.arange(4.0)[:, None, None].expand(4, 5, 2)
+    views = token_views(pictures, grid=False, extra=20000, strays=0.8)
+    foreign = (views[..., 0] != torch.arange(4.0)[:, None]).float().mean(1)
+    assert foreign.max() <= 0.8 * 0.75 + 0.02 and len(foreign.unique()) == 4  # a share of its own each
+    torch.manual_seed(0)
+    many = token_views(torch.arange(500.0)[:, None, None].expand(500, 5, 2), grid=False, extra=200, strays=0.8)
+    share = (many[..., 0] != torch.arange(500.0)[:, None]).float().mean()
+    assert share.item() == pytest.approx(0.4, abs=0.03)  # standard error 0.01
 
 
 def test_views_carry_gradients_to_their_tokens():
     torch.manual_seed(0)
-    tokens = torch.randn(6, 3, requires_grad=True)
-    token_view(tokens, grid=True, extra=4).sum().backward()
-    times = tokens.grad[:, 0]
-    assert times.min() >= 1 and times.sum() == 6 + 4  # once in the grid, and once for every draw
+    tokens = torch.randn(2, 6, 3, requires_grad=True)
+    token_views(tokens, grid=True, extra=4).sum().backward()
+    times = tokens.grad[..., 0]
+    assert times.min() >= 1 and times.sum() == 2 * (6 + 4)  # once in the grid, and once for every draw
 
 
 @pytest.fixture
@@ -61,8 +75,7 @@ def test_loss_is_of_the_tokens_drawn(trainer, captioner, avworld_processor, rows
     loss = trainer.compute_loss(captioner, dict(batch))
     torch.manual_seed(5)
     pixels = pixel_values([open_frame(row, 0) for row in rows], avworld_processor)
-    grid = captioner.get_image_features(pixels).pooler_output
-    drawn = [tokens[torch.randint(36, (40,))] for tokens in grid]
+    drawn = list(captioner.model.multi_modal_projector(token_views(captioner.model.encode_image(pixels), False, 40)))
     words = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     image = BaseModelOutputWithPooling(pooler_output=drawn)
     assert torch.equal(loss, captioner(**words, mm_encoder_outputs={"image": image}).loss)
