@@ -112,8 +112,8 @@ class TokenViewCollator:
     Tokenised dialogues and the image tokens of their pictures into batches for `TokenViewTrainer`.
 
     A row holds `prompt_ids`, `answer_ids` and `picture`, an index into `image_tokens`, -1 for a dialogue without. A
-    batch shows its pictures in one view: half of the batches the grid as it is, a quarter tokens drawn from it, as
-    sound alone brings them, a quarter the grid followed by drawn tokens, as sound after picture does. One view a
+    batch shows its pictures in one view: a quarter of the batches the grid as it is, half of them tokens drawn from it,
+    as sound alone brings them, a quarter the grid followed by drawn tokens, as sound after picture does. One view a
     batch leaves little to pad.
 
     Args:
@@ -129,8 +129,8 @@ class TokenViewCollator:
     def draw_view(self) -> tuple[bool, int]:
         """(grid, extra): see `token_views`."""
         kind = int(torch.randint(4, ()))
-        extra = int(torch.randint(self.drawn[0], self.drawn[1] + 1, ())) if kind > 1 else 0
-        return kind != 2, extra
+        extra = int(torch.randint(self.drawn[0], self.drawn[1] + 1, ())) if kind > 0 else 0
+        return kind in (0, 1), extra
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         image_id = self.processor.image_token_id

@@ -13,7 +13,7 @@ class CaptioningTrainer(StageTrainer):
         super().__init__(model=model, captioner=model, **kwargs)
 
 
-STRAYS = 0.5  # largest share of a picture's drawn tokens that come from other pictures
+STRAYS = 0.4  # largest share of a picture's drawn tokens that come from other pictures
 
 
 class TokenViewTrainer(CaptioningTrainer):

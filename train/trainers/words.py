@@ -7,7 +7,7 @@ from .stage import StageTrainer
 
 
 WORD_PRIOR = 4.0  # log-odds against a word; few of the vocabulary describe a picture
-GLOBAL_SHARE = 0.1  # of the loss that every token bears, not only a word's best
+GLOBAL_SHARE = 0.08  # of the loss that every token bears, not only a word's best
 
 
 class WordTrainer(StageTrainer):
