@@ -112,9 +112,9 @@ class TokenViewCollator:
     Tokenised dialogues and the image tokens of their pictures into batches for `TokenViewTrainer`.
 
     A row holds `prompt_ids`, `answer_ids` and `picture`, an index into `image_tokens`, -1 for a dialogue without. A
-    batch shows its pictures in one view: a quarter of the batches the grid as it is, half of them tokens drawn from it,
-    as sound alone brings them, a quarter the grid followed by drawn tokens, as sound after picture does. One view a
-    batch leaves little to pad.
+    batch shows its pictures in one view: a quarter of the batches the grid as it is, half of them tokens drawn from
+    it, as sound alone brings them, a quarter the grid followed by drawn tokens, as sound after picture does. One view
+    a batch leaves little to pad.
 
     Args:
         processor: of the model to train.
@@ -181,7 +181,7 @@ class AlignmentCollator:
     """
     Rows into pairs of picture and sound: `pixel_values` (B, 3, H, W) of a random frame, `input_features`.
 
-    Rows of `train.corpus.with_features` hold `image_tokens` in place of frames, and so do their batches: (B, N, width).
+    Rows of `train.corpus.with_features` hold `image_tokens` in place of frames; so do their batches: (B, N, width).
 
     Args:
         processor: of the model to train.

@@ -41,9 +41,7 @@ def with_features(
     extractor, tower = processor.feature_extractor, captioner.model.eval()
 
     def compute(batch: dict) -> dict:
-        frames = [
-            open_frame({"frames": frames}, index) for frames in batch["frames"] for index in range(len(frames))
-        ]
+        frames = [open_frame({"frames": frames}, index) for frames in batch["frames"] for index in range(len(frames))]
         with torch.no_grad():
             tokens = tower.encode_image(pixel_values(frames, processor).to(captioner.device)).float().cpu()
         return {

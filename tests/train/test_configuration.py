@@ -15,7 +15,6 @@ from dali_llava.train.trainers import AlignmentArguments
 
 ARGUMENTS = {
     "captioner": CaptionerArguments,
-    "audio": AlignmentArguments,  # the align stage too, before it
     "prefix_tune": PrefixArguments,
     "align": AlignmentArguments,
     "distill": DistillationArguments,
@@ -126,7 +125,7 @@ def test_help_describes_the_stage_and_its_fields(argv, capsys):
 def test_all_stages_have_configurations():
     assert {(path.parent.name, path.stem) for path in FILES} == {
         *(("avworld", stage) for stage in ARGUMENTS),
-        *(("full", stage) for stage in ARGUMENTS if stage not in ("captioner", "audio")),
+        *(("full", stage) for stage in ARGUMENTS if stage != "captioner"),
     }
 
 
@@ -141,12 +140,9 @@ def test_every_configuration_parses_into_what_it_says(path, tmp_path):
         assert getattr(arguments, key) == value, key
 
 
-def test_avworlds_alignment_has_the_attentive_schedules_six_epochs_and_its_audio_tower_none():
-    known = set(AlignmentArguments.__dataclass_fields__)
-    align, audio = (read_stage_config(CONFIGS / "avworld" / f"{name}.yaml", known) for name in ("align", "audio"))
+def test_avworlds_alignment_has_the_attentive_schedules_six_epochs():
+    align = read_stage_config(CONFIGS / "avworld" / "align.yaml", set(AlignmentArguments.__dataclass_fields__))
     assert align["schedule_epochs"] == 6 and "objective" not in align  # chosen on the command line
-    assert audio["objective"] == "contrastive" and "schedule_epochs" not in audio
-    assert audio["split"] == align["split"] == "train"
 
 
 def test_full_size_configurations_are_the_papers():

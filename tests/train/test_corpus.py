@@ -1,4 +1,4 @@
-"""A stage's rows: as many as asked for, and spectrograms that are stored as they would be computed."""
+"""A stage's rows: as many as asked for; spectrograms and image tokens that are stored as they would be computed."""
 
 import numpy as np
 import pytest
@@ -6,18 +6,20 @@ import torch
 from datasets import Dataset
 
 from dali_llava.processing.media import load_audio
-from dali_llava.train.collators import AlignmentCollator
+from dali_llava.train.collators import AlignmentCollator, open_frame, pixel_values
 from dali_llava.train.corpus import load_rows, with_features
 from dali_llava.train.trainers import StageArguments
 
 
 @pytest.fixture
-def stored(avworld_processor, rows) -> Dataset:
-    return with_features(Dataset.from_list(rows), avworld_processor)
+def stored(captioner, avworld_processor, rows) -> Dataset:
+    """The last row has one frame only, the others four."""
+    rows = [*rows[:-1], rows[-1] | {"frames": rows[-1]["frames"][:1]}]
+    return with_features(Dataset.from_list(rows), captioner.train(), avworld_processor)
 
 
 def test_stored_spectrograms_are_the_extractors(stored, avworld_processor, rows):
-    assert set(stored.column_names) == {"id", "frames", "input_features"}
+    assert set(stored.column_names) == {"id", "input_features", "image_tokens"}
     extractor = avworld_processor.feature_extractor
     for index, row in enumerate(rows):
         expected = extractor(load_audio(row["audio"]["bytes"]), return_tensors="np")["input_features"][0]
@@ -25,14 +27,37 @@ def test_stored_spectrograms_are_the_extractors(stored, avworld_processor, rows)
         assert found.dtype == np.float32 and found.shape == (256, 64)
         # filter banks of a clip alone and of a batch add up in another order
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-        assert (stored[index]["id"], stored[index]["frames"]) == (row["id"], row["frames"])
+        assert stored[index]["id"] == row["id"]
 
 
-def test_stored_spectrograms_give_the_same_batch(stored, avworld_processor, rows):
+def test_stored_image_tokens_are_every_frames(stored, captioner, avworld_processor, rows):
+    for index, row in enumerate(rows):
+        found = torch.as_tensor(stored[index]["image_tokens"])
+        assert found.shape == (1 if index == len(rows) - 1 else 4, 36, 32)
+        for frame, tokens in enumerate(found):
+            pixels = pixel_values([open_frame(row, frame)], avworld_processor)
+            with torch.no_grad():
+                expected = captioner.eval().model.encode_image(pixels)
+            torch.testing.assert_close(tokens[None], expected, rtol=0, atol=1e-5)
+
+
+def test_stored_features_give_the_same_pairs(stored, captioner, avworld_processor, rows):
     collator = AlignmentCollator(avworld_processor, augment=False)
     expected, batch = collator(rows), collator([stored[index] for index in range(len(rows))])
-    assert set(batch) == set(expected)
-    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    assert set(batch) == {"input_features", "image_tokens"}
+    assert torch.equal(batch["input_features"], expected["input_features"])
+    with torch.no_grad():
+        tokens = captioner.eval().model.encode_image(expected["pixel_values"])
+    torch.testing.assert_close(batch["image_tokens"], tokens, rtol=0, atol=1e-5)
+
+
+def test_augmented_pairs_draw_a_stored_frame(stored, avworld_processor):
+    collator = AlignmentCollator(avworld_processor)
+    torch.manual_seed(0)
+    drawn = [collator([stored[0]])["image_tokens"][0] for _ in range(40)]
+    frames = torch.as_tensor(stored[0]["image_tokens"])
+    chosen = {index for tokens in drawn for index, frame in enumerate(frames) if torch.equal(tokens, frame)}
+    assert chosen == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(("max_samples", "count"), [(None, 6), (4, 4), (9, 6)])

@@ -84,7 +84,7 @@ class AlignmentModel(nn.Module):
         return self
 
     def forward(
-        self, input_features, pixel_values=None, image_tokens=None, input_features_mask=None
+        self, pixel_values=None, input_features=None, input_features_mask=None, image_tokens=None
     ) -> AlignmentOutput:
         """The objective between the sounds and the pictures, given as pixels or as the vision tower's tokens."""
         model = self.captioner.model

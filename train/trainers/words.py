@@ -26,9 +26,9 @@ def word_loss(
     Binary cross-entropy of words, read off image tokens through the language model's head.
 
     Mostly multiple-instance, an image token the instance: in a picture of three things the gradient of "dog" reaches
-    the dog's patches at once, and the projected tokens come to lie near the embeddings of their words, where a language
-    model can pick them up. For the rest every token is to name all that the picture shows: CLIP's patch tokens carry
-    their picture's content too, and an audio tower can only match a distribution that depends on the clip.
+    the dog's patches at once, and the projected tokens come to lie near the embeddings of their words, where a
+    language model can pick them up. For the rest every token is to name all that the picture shows: CLIP's patch
+    tokens carry their picture's content too, and what they share between pictures says nothing about a sound.
 
     Args:
         tokens: projected image tokens, (B, N, width).

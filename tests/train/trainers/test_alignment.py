@@ -104,6 +104,15 @@ def test_without_halving_the_rate_follows_the_named_schedule(make_trainer):
     assert found == pytest.approx([2e-4 * (1 - step / 8) for step in range(8)])
 
 
+def test_image_tokens_stand_for_their_pictures(captioner, avworld_processor, rows):
+    model = AlignmentModel(captioner, MMDLoss()).eval()
+    batch = AlignmentCollator(avworld_processor, augment=False)(rows)
+    expected = model(**batch).loss
+    with torch.no_grad():
+        tokens = captioner.model.encode_image(batch.pop("pixel_values"))
+    assert torch.equal(model(**batch, image_tokens=tokens).loss, expected)
+
+
 def test_model_compares_the_tokens_of_both_towers(captioner, avworld_processor, rows):
     batch = AlignmentCollator(avworld_processor, augment=False)(rows)
     objective = MMDLoss()

@@ -1,5 +1,6 @@
 """The vision tower's pre-training: the nouns of what a picture shows, read off its tokens."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -8,7 +9,8 @@ from dali_llava.train.trainers import word_loss
 from dali_llava.train.trainers.words import WORD_PRIOR
 
 
-def test_loss_is_cross_entropy_of_each_words_best_token():
+@pytest.mark.parametrize("global_share", [0.0, 0.3, 1.0])
+def test_loss_is_cross_entropy_of_each_words_best_token_and_of_every_token(global_share):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
     head = nn.Linear(3, 4, bias=False, dtype=torch.float64)
@@ -17,9 +19,12 @@ def test_loss_is_cross_entropy_of_each_words_best_token():
     for picture in range(2):
         for word in range(4):
             scores = [token @ head.weight[word] / token.square().mean().sqrt() for token in tokens[picture]]
-            probability = torch.sigmoid(max(scores) - WORD_PRIOR)
-            expected = expected - torch.log(probability if words[picture, word] else 1 - probability) / 2
-    torch.testing.assert_close(word_loss(tokens, words, head), expected)
+            weights = [(1 - global_share, max(scores)), *((global_share / 5, score) for score in scores)]
+            for weight, score in weights:
+                probability = torch.sigmoid(score - WORD_PRIOR)
+                probability = probability if words[picture, word] else 1 - probability
+                expected = expected - weight * torch.log(probability) / 2
+    torch.testing.assert_close(word_loss(tokens, words, head, global_share), expected)
 
 
 def test_words_are_the_nouns_of_what_each_picture_shows(avworld_processor, rows):
