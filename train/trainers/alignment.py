@@ -1,6 +1,7 @@
 """Stage 1b: move the distribution of a clip's audio tokens onto that of its image tokens."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,9 @@ class AlignmentArguments(StageArguments):
 
     # Optimiser: Adam with coupled weight decay, the rate halved every few epochs (reference implementation)
     learning_rate: float = field(default=1e-4, metadata={"help": "Rate of the audio tower."})
+    objective_learning_rate: float = field(
+        default=1e-4, metadata={"help": "Constant rate of the objective's own parameters, without weight decay."}
+    )
     adam_beta1: float = field(default=0.95, metadata={"help": "Adam's beta1."})
     weight_decay: float = field(default=5e-7, metadata={"help": "Weight decay, coupled: added to the gradient."})
     halve_from: float = field(default=10, metadata={"help": "Epoch at which the rate is halved for the first time."})
@@ -132,7 +136,9 @@ class AlignmentTrainer(StageTrainer):
             groups = [{"params": [p for p in module.captioner.parameters() if p.requires_grad]}]
             own = list(module.objective.parameters())
             if own:
-                groups.append({"params": own, "constant_rate": True})
+                # No decay: Adam would walk weights to zero on the decay alone, as long as they get no other gradient.
+                rate = args.objective_learning_rate
+                groups.append({"params": own, "lr": rate, "weight_decay": 0.0, "constant_rate": True})
             self.optimizer = torch.optim.Adam(
                 groups,
                 lr=args.learning_rate,
@@ -144,24 +150,30 @@ class AlignmentTrainer(StageTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        args = self.args
-        if not args.halve_every:
-            return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            if args.max_steps > 0:  # then num_train_epochs says nothing
-                batches = max(1, len(self.get_train_dataloader()))
-                steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-            else:
-                steps_per_epoch = max(1, num_training_steps / args.num_train_epochs)
-
-            def halved(step: int) -> float:
-                epochs = step / steps_per_epoch - args.halve_from
-                return 1.0 if epochs < 0 else 0.5 ** (1 + epochs // args.halve_every)
-
             optimizer = optimizer or self.optimizer
-            rates = [(lambda step: 1.0) if group.get("constant_rate") else halved for group in optimizer.param_groups]
-            self.lr_scheduler = LambdaLR(optimizer, rates)
+            if self.args.halve_every:
+                tower = self._halved(num_training_steps)
+            else:
+                tower = super().create_scheduler(num_training_steps, optimizer).lr_lambdas[0]
+            constant = [group.get("constant_rate", False) for group in optimizer.param_groups]
+            self.lr_scheduler = LambdaLR(optimizer, [(lambda step: 1.0) if each else tower for each in constant])
         return self.lr_scheduler
+
+    def _halved(self, num_training_steps: int) -> Callable[[int], float]:
+        """The factor of the rate at a step: halved at epoch `halve_from` and every `halve_every` epochs from there."""
+        args = self.args
+        if args.max_steps > 0:  # then num_train_epochs says nothing
+            batches = max(1, len(self.get_train_dataloader()))
+            steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+        else:
+            steps_per_epoch = max(1, num_training_steps / args.num_train_epochs)
+
+        def factor(step: int) -> float:
+            epochs = step / steps_per_epoch - args.halve_from
+            return 1.0 if epochs < 0 else 0.5 ** (1 + epochs // args.halve_every)
+
+        return factor
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = model(**inputs)

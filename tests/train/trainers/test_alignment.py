@@ -44,7 +44,35 @@ def test_objectives_own_parameters_are_a_group_at_a_constant_rate(make_trainer):
     assert {id(p) for p in own["params"]} == {id(p) for p in trainer.model.objective.parameters()}
     assert len(own["params"]) == 6 * 2 + 2 * 4  # six linears, two attentions
     assert own["constant_rate"] and "constant_rate" not in tower
-    assert own["lr"] == tower["lr"] == 1e-4
+    assert own["lr"] == tower["lr"] == 1e-4 and own["weight_decay"] == 0.0
+    assert make_trainer(AttentiveTransportLoss(width=32, num_heads=4)).args.objective_learning_rate == 1e-4
+
+
+def test_attention_waits_unchanged_through_the_first_epoch(make_trainer, captioner, avworld_processor, rows):
+    """Its gradient is zero there, and no decay walks it to zero; the tower learns."""
+    objective = AttentiveTransportLoss(width=32, num_heads=4)
+    trainer = make_trainer(objective, weight_decay=5e-7, learning_rate=1e-2, objective_learning_rate=1e-2)
+    optimizer = trainer.create_optimizer()
+    batch = AlignmentCollator(avworld_processor, augment=False)(rows)
+    before = [parameter.detach().clone() for parameter in objective.parameters()]
+    tower = captioner.model.audio_tower.proj.weight.detach().clone()
+    for epoch in (1, 1, 2):
+        objective.set_epoch(epoch)
+        optimizer.zero_grad()
+        trainer.model.train()(**batch).loss.backward()
+        optimizer.step()
+        unchanged = [torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True)]
+        assert all(unchanged) if epoch == 1 else not any(unchanged[:4])
+    assert not torch.equal(tower, captioner.model.audio_tower.proj.weight)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_objectives_rate_is_constant_under_any_schedule(make_trainer, kind):
+    objective = AttentiveTransportLoss(width=32, num_heads=4)
+    options = {"lr_scheduler_type": kind, "warmup_steps": 3, "objective_learning_rate": 3e-4}
+    found = rates(make_trainer(objective, learning_rate=2e-3, **options), 10)
+    assert [own for _, own in found] == [3e-4] * 10
+    assert found[0][0] == 0.0 and max(tower for tower, _ in found) == 2e-3
 
 
 def test_weight_decay_is_added_to_the_gradient(make_trainer):
@@ -95,7 +123,7 @@ def test_rate_halves_at_epochs_10_and_15(make_trainer, length):
         epoch = step // per_epoch
         factor = 1.0 if epoch < 10 else 0.5 if epoch < 15 else 0.25
         assert tower == pytest.approx(2e-4 * factor, rel=1e-12), epoch
-        assert own == 2e-4
+        assert own == 1e-4
 
 
 def test_without_halving_the_rate_follows_the_named_schedule(make_trainer):
