@@ -1,17 +1,21 @@
 """Exact transport: POT's network simplex, one problem a thread."""
 
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from dali_llava.train.transport.solution import Solution, sparse_coo
+from dali_llava.train.transport.solution import Solution, plan_of_samples
 
+
+T = TypeVar("T")
 
 # Bounds that agree to this share of the largest cost count as equal: it is float64's rounding in sums of some thousand
 # terms, far below any step the simplex could still take.
-_ROUNDING = 1e-12
+ROUNDING = 1e-12
 
 
 def solve_exact(
@@ -20,6 +24,7 @@ def solve_exact(
     b: torch.Tensor,
     num_threads: int | None = None,
     max_iterations: int = 10_000_000,
+    sample_names: Sequence[int] | None = None,
 ) -> Solution:
     """Solves each problem to optimality on the CPU and proves it with the potentials.
 
@@ -29,6 +34,7 @@ def solve_exact(
         b: (B, M) float64 weights, likewise.
         num_threads: how many problems are solved at a time; by default this process's share of the cores it may use.
         max_iterations: of the simplex, for one problem.
+        sample_names: what messages call the samples; 0, 1 and so on by default.
 
     Raises:
         RuntimeError: the simplex stopped without an optimum; the message names the sample.
@@ -42,33 +48,30 @@ def solve_exact(
     def solve(sample: int):
         costs, weights = np.split(packed[sample], [rows * columns])
         a, b = np.split(weights, [rows])
-        return _solve_one(costs.reshape(rows, columns), a, b, max_iterations, sample)
+        name = sample if sample_names is None else sample_names[sample]
+        return _solve_one(costs.reshape(rows, columns), a, b, max_iterations, name)
 
-    # POT releases the interpreter's lock while it solves.
-    threads = min(batch, num_threads or _available_cores())
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            solved = list(pool.map(solve, range(batch)))
-    else:
-        solved = [solve(sample) for sample in range(batch)]
-
-    bounds, indices, masses = zip(*solved, strict=True)
+    bounds, plans = zip(*in_threads(solve, batch, num_threads), strict=True)
     bounds = torch.from_numpy(np.stack(bounds)).to(cost.device) * scale[:, None]
     value, gap, u, v = bounds.split([1, 1, rows, columns], dim=1)
-    samples = np.repeat(np.arange(batch), [len(mass) for mass in masses])
-    indices = np.concatenate((samples[None], np.concatenate(indices, axis=1)))
-    # Sample by sample in row-major order, as COO wants it.
-    plan = sparse_coo(
-        torch.from_numpy(indices).to(cost.device),
-        torch.from_numpy(np.concatenate(masses)).to(cost.device),
-        (batch, rows, columns),
-    )
-    return Solution(value[:, 0], plan, u, v, gap[:, 0])
+    return Solution(value[:, 0], plan_of_samples(plans, cost.shape, cost.device), u, v, gap[:, 0])
+
+
+def in_threads(solve: Callable[[int], T], count: int, num_threads: int | None) -> list[T]:
+    """`solve(0)` to `solve(count - 1)`, at most `num_threads` at a time, by default this process's share of the cores.
+
+    Of use where `solve` releases the interpreter's lock, as POT's network simplex does.
+    """
+    threads = min(count, num_threads or _available_cores())
+    if threads <= 1:
+        return [solve(i) for i in range(count)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(solve, range(count)))
 
 
 def _solve_one(
     cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_iterations: int, sample: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Cost, gap, u and v in one vector (2 + N + M); the plan's indices (2, nnz) and masses (nnz)."""
     import ot  # takes a second to import, and most of the package has no use for it
 
@@ -91,10 +94,10 @@ def _solve_one(
     masses = plan[indices[0], indices[1]]
     value = masses @ inner[indices[0], indices[1]]
     gap = value - mass_a @ u[rows] - mass_b @ v[columns]
-    if gap < -_ROUNDING:
+    if gap < -ROUNDING:
         raise RuntimeError(f"no exact transport for sample {sample}: the plan's cost lies below the lower bound")
-    gap = gap if gap > _ROUNDING else 0.0
-    return np.concatenate(([value, gap], u, v)), np.stack((rows[indices[0]], columns[indices[1]])), masses
+    gap = gap if gap > ROUNDING else 0.0
+    return np.concatenate(([value, gap], u, v)), (np.stack((rows[indices[0]], columns[indices[1]])), masses)
 
 
 def _available_cores() -> int:

@@ -29,26 +29,64 @@ def solve_sinkhorn(
         num_iterations: how many iterations each eps gets.
         relative: eps counts in mean costs of the sample; otherwise in the cost's own unit.
     """
-    if not eps or len(eps) != len(num_iterations):
-        raise ValueError(f"eps and num_iterations must be of one length, not {len(eps)} and {len(num_iterations)}")
-    if not all(value > 0 for value in eps):
-        raise ValueError(f"eps must be positive, not {tuple(eps)}")
     # float32 holds costs in [0, 1] whatever their unit was.
     largest = cost.amax(dim=(1, 2))
     scale = torch.where(largest > 0, largest, 1.0)
     coarse = ((cost / scale[:, None, None]).float(), a.float(), b.float())
-    v = None
-    for value, count in zip(eps, num_iterations, strict=True):
-        strength = relative_eps(*coarse, value) if relative else (value / scale).float()
-        u, v = sinkhorn_potentials(*coarse, strength, count, v)
+    u, v, strength = anneal(*coarse, eps, num_iterations, None if relative else scale)
     plan = _round_onto(sinkhorn_log_plan(*coarse, strength, u, v).exp().double(), a, b)
 
-    v = v.double() * scale[:, None]
-    u = _c_transform(cost, v, b)
-    v = _c_transform(cost.mT, u, a)
+    u, v = feasible_potentials(cost, v.double() * scale[:, None], a, b)
     upper = (plan * cost).sum(dim=(1, 2))
     lower = (a * u).sum(dim=1) + (b * v).sum(dim=1)
     return Solution(upper, plan, u, v, (upper - lower).clamp(min=0))
+
+
+def anneal(
+    cost: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    eps: Sequence[float],
+    num_iterations: Sequence[int],
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sinkhorn with falling eps, each starting from the last one's potentials.
+
+    Args:
+        cost: (B, N, M) float32.
+        a: (B, N) weights; b: (B, M) weights.
+        eps: strengths of the entropy, one after the other, in mean costs of the sample.
+        num_iterations: how many iterations each eps gets.
+        scale: (B,) where eps counts in the costs' own unit, the size of `cost`'s unit in that.
+
+    Returns:
+        u (B, N) and v (B, M) in the cost's unit, and the last eps (B,) in that unit.
+
+    Raises:
+        ValueError: eps and num_iterations that do not go together, or an eps that is not positive.
+    """
+    if not eps or len(eps) != len(num_iterations):
+        raise ValueError(f"eps and num_iterations must be of one length, not {len(eps)} and {len(num_iterations)}")
+    if not all(value > 0 for value in eps):
+        raise ValueError(f"eps must be positive, not {tuple(eps)}")
+    v = None
+    for value, count in zip(eps, num_iterations, strict=True):
+        strength = relative_eps(cost, a, b, value) if scale is None else (value / scale).float()
+        # A mean that vanishes beside the largest cost would round eps to 0.
+        strength = strength.clamp(min=torch.finfo(cost.dtype).tiny)
+        u, v = sinkhorn_potentials(cost, a, b, strength, count, v)
+    return u, v, strength
+
+
+def feasible_potentials(
+    cost: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """u (B, N) and v (B, M) with `u_i + v_j <= C_ij` wherever one of the two has weight, made from a v (B, M).
+
+    u is the largest that v leaves room for, then v the largest for that u: a lower bound of the optimum.
+    """
+    u = _c_transform(cost, v, b)
+    return u, _c_transform(cost.mT, u, a)
 
 
 def _c_transform(cost: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

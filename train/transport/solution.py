@@ -1,7 +1,9 @@
 """What a transport solver hands back, and the form its plan takes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -29,3 +31,13 @@ def sparse_coo(indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ..
     # torch warns until someone has said whether to check; these indices need none.
     with torch.sparse.check_sparse_tensor_invariants(enable=False):
         return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True)
+
+
+def plan_of_samples(
+    plans: Sequence[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """(B, N, M) sparse plan from each sample's indices (2, nnz), in row-major order, and masses (nnz)."""
+    indices, masses = zip(*plans, strict=True)
+    samples = np.repeat(np.arange(len(plans)), [len(mass) for mass in masses])
+    indices = np.concatenate((samples[None], np.concatenate(indices, axis=1)))
+    return sparse_coo(torch.from_numpy(indices).to(device), torch.from_numpy(np.concatenate(masses)).to(device), shape)

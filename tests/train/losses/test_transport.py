@@ -49,5 +49,5 @@ def test_mean_distance():
 
 
 def test_unknown_solver_is_refused_at_once():
-    with pytest.raises(ValueError, match="unknown solver 'certified'"):
-        TransportLoss(solver="certified")
+    with pytest.raises(ValueError, match="unknown solver 'simplex'"):
+        TransportLoss(solver="simplex")

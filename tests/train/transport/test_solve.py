@@ -71,7 +71,7 @@ def test_a_shift_costs_its_square():
     torch.testing.assert_close(solve_transport(x, x + 3, a, a).cost, torch.full((3,), 36.0, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize("solver", ["exact", "certified", "sinkhorn"])
 def test_plan_has_the_marginals_and_the_cost(solver):
     x, y, a, b = random_problem(5)
     result = solve_transport(x, y, a, b, solver=solver)
@@ -83,7 +83,7 @@ def test_plan_has_the_marginals_and_the_cost(solver):
     torch.testing.assert_close((plan * squared_distances(x, y)).sum((1, 2)), result.cost, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize("solver", ["exact", "certified", "sinkhorn"])
 def test_potentials_are_feasible_and_their_value_is_the_cost_less_the_gap(solver):
     x, y, a, b = random_problem(6)
     result = solve_transport(x, y, a, b, solver=solver)
@@ -127,11 +127,11 @@ def test_sinkhorn_relative_eps_does_not_see_the_unit_and_absolute_eps_does():
     torch.testing.assert_close(absolute, solve_transport(*first, eps=(0.05,), **options).cost, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize("solver", ["exact", "certified", "sinkhorn"])
 def test_symmetric(solver):
     x, y, a, b = random_problem(10)
     forth, back = solve_transport(x, y, a, b, solver=solver), solve_transport(y, x, b, a, solver=solver)
-    rtol = 1e-12 if solver == "exact" else 0.05
+    rtol = 1e-12 if solver != "sinkhorn" else 0.05
     torch.testing.assert_close(forth.cost, back.cost, rtol=rtol, atol=0)
 
 
@@ -170,7 +170,7 @@ def test_weight_gradients_are_centred_potentials():
         torch.testing.assert_close(gradient, potential - potential.mean(1, keepdim=True), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize("solver", ["exact", "certified", "sinkhorn"])
 def test_point_gradients_are_those_of_a_fixed_plan(solver):
     x, y, a, b = random_problem(14)
     result = solve_transport(x.requires_grad_(), y.requires_grad_(), a, b, solver=solver)
@@ -188,7 +188,7 @@ def test_only_what_asks_for_a_gradient_gets_one():
     assert not solve_transport(x.detach(), y, a, b).cost.requires_grad
 
 
-@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize("solver", ["exact", "certified", "sinkhorn"])
 def test_weight_zero_is_as_good_as_removed(solver):
     x, y, a, b = random_problem(16, batch=1)
     a[0, [1, 4]] = 0
@@ -197,7 +197,7 @@ def test_weight_zero_is_as_good_as_removed(solver):
     x.requires_grad_()
     whole = solve_transport(x, y, a, b, solver=solver)
     part = solve_transport(x[:, kept_x], y[:, kept_y], a[:, kept_x], b[:, kept_y], solver=solver)
-    rtol = 1e-12 if solver == "exact" else 1e-5
+    rtol = 1e-12 if solver != "sinkhorn" else 1e-5
     torch.testing.assert_close(whole.cost, part.cost, rtol=rtol, atol=0)
     (of_whole,), (of_part,) = (torch.autograd.grad(result.cost.sum(), x) for result in (whole, part))
     torch.testing.assert_close(of_whole, of_part, rtol=rtol, atol=1e-4 if solver == "sinkhorn" else 1e-12)
@@ -242,7 +242,7 @@ def test_any_unit_will_do(scale):
     )
 
 
-@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize("solver", ["exact", "certified", "sinkhorn"])
 def test_points_that_are_all_one_cost_nothing(solver):
     x = torch.full((2, 4, 3), 1.1, requires_grad=True)
     result = solve_transport(x, x.detach()[:, :2], solver=solver)
@@ -275,7 +275,7 @@ def test_under_autocast():
 
 
 def test_unknown_solver_names_the_known():
-    with pytest.raises(ValueError, match="'simplex'.*'exact', 'sinkhorn'"):
+    with pytest.raises(ValueError, match="'simplex'.*'exact', 'sinkhorn', 'certified', 'auto'"):
         solve_transport(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), solver="simplex")
 
 
@@ -295,7 +295,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize("solver", ["exact", "certified", "sinkhorn"])
 @pytest.mark.parametrize(("name", "spoil", "message"), BAD)
 def test_bad_input_is_named(solver, name, spoil, message):
     arguments = dict(zip(("x", "y", "a", "b"), random_problem(24), strict=True))
