@@ -1,0 +1,221 @@
+"""How much faster is exact transport over a batch than POT's emd2 in a loop over the pairs?
+
+Forward and backward with respect to the audio tokens; 512 audio and 576 image tokens of width 1024, float32,
+synthetic. Differences are to the loop run in float64, as POT hands back float32 costs for float32 tokens: ours in
+float64 for the costs, and as timed for the gradients. Two cores, 4 GB of memory, some minutes:
+
+    python benchmarks/transport.py
+    python benchmarks/transport.py --families uniform lowrank --solvers exact sinkhorn --batch-sizes 8 --repeats 3
+
+Families of problems:
+    uniform     two Gaussian clouds, equal weights
+    softmax1    the same with weights softmax(z), z normal
+    softmax3    the same with weights softmax(3 z)
+    lowrank     clouds in 8 dimensions of the width, plus 1% of noise; equal weights
+    duplicate   each token four times; equal weights, many optimal plans
+"""
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import RESULTS, alternate, compare, format_spread, load_average, must, save, show
+from tqdm import tqdm
+
+from dali_llava.train.losses import TransportLoss
+from dali_llava.train.transport import solve_transport
+from dali_llava.train.transport.solve import SOLVERS
+
+
+# Of the exact solvers: times faster than the loop, and largest relative differences to it.
+TIMES_FASTER = 1.8
+COST_DIFFERENCE = 1e-9
+GRADIENT_DIFFERENCE = 1e-6
+# These leave a gap on purpose, so that they are held to nothing.
+APPROXIMATE = {"sinkhorn"}
+SHARPNESS = {"softmax1": 1.0, "softmax3": 3.0}
+FAMILIES = ("uniform", *SHARPNESS, "lowrank", "duplicate")
+LOOP = "POT loop"
+
+
+@dataclass
+class Problem:
+    """B pairs: x (B, N, D), which wants a gradient, y (B, M, D), weights (B, N) and (B, M) or None where equal."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    weights: tuple[torch.Tensor, torch.Tensor] | None
+
+    def double(self) -> "Problem":
+        """The same in float64, weights rescaled to sum to 1 in it: POT's cost grows with their sum, ours does not."""
+        weights = None
+        if self.weights is not None:
+            weights = tuple(part / part.sum(dim=1, keepdim=True) for part in map(torch.Tensor.double, self.weights))
+        return Problem(self.x.detach().double().requires_grad_(), self.y.double(), weights)
+
+
+def make_problem(family: str, batch: int, shape: tuple[int, int, int], device: str) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    *counts, width = shape
+
+    def cloud(count: int) -> torch.Tensor:
+        if family == "lowrank":
+            points = torch.randn(batch, count, 8, generator=generator) @ basis
+            return points + 0.01 * torch.randn(batch, count, width, generator=generator)
+        if family == "duplicate":
+            points = torch.randn(batch, -(-count // 4), width, generator=generator)
+            return points.repeat(1, 4, 1)[:, :count].contiguous()
+        return torch.randn(batch, count, width, generator=generator)
+
+    basis = torch.randn(batch, 8, width, generator=generator)
+    x, y = (cloud(count) for count in counts)
+    weights = None
+    if family in SHARPNESS:
+        weights = tuple(
+            (SHARPNESS[family] * torch.randn(batch, count, generator=generator)).softmax(dim=1).to(device)
+            for count in counts
+        )
+    return Problem(x.to(device).requires_grad_(), (0.9 * y + 0.1).to(device), weights)
+
+
+def loop_costs(problem: Problem) -> torch.Tensor:
+    """The baseline: (B,) costs, pair by pair, distances by torch, the plan and its cost by POT."""
+    import ot
+
+    costs = []
+    for sample, (x, y) in enumerate(zip(problem.x, problem.y, strict=True)):
+        if problem.weights is None:
+            a, b = x.new_full((len(x),), 1 / len(x)), y.new_full((len(y),), 1 / len(y))
+        else:
+            a, b = (part[sample] for part in problem.weights)
+        costs.append(ot.emd2(a, b, torch.cdist(x, y).square(), numItermax=10_000_000))
+    return torch.stack(costs)
+
+
+def run_loop(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Costs (B,) and the gradient of their mean (B, N, D)."""
+    costs = loop_costs(problem)
+    return costs.detach(), torch.autograd.grad(costs.mean(), problem.x)[0]
+
+
+def run_ours(problem: Problem, solver: str) -> torch.Tensor:
+    """Gradient (B, N, D) of the mean cost, as training takes it."""
+    if problem.weights is None:
+        loss = TransportLoss(solver=solver)(problem.x, problem.y).loss
+    else:
+        loss = solve_transport(problem.x, problem.y, *problem.weights, solver=solver).cost.mean()
+    return torch.autograd.grad(loss, problem.x)[0]
+
+
+def agreement(problem: Problem, solvers: list[str]) -> dict[str, dict[str, float]]:
+    """Largest differences to the loop in float64, of costs in float64 and of the gradients that were timed.
+
+    Costs relative to each pair's, gradients to the batch's largest entry, gaps to the cost.
+    """
+    wide = problem.double()
+    costs, gradient = run_loop(wide)
+
+    def gradient_difference(other: torch.Tensor) -> float:
+        return ((other.double() - gradient).abs().max() / gradient.abs().max()).item()
+
+    loop_costs_32, loop_gradient_32 = run_loop(problem)
+    found = {
+        LOOP: {
+            "cost_difference": ((loop_costs_32.double() - costs) / costs).abs().max().item(),
+            "gradient_difference": gradient_difference(loop_gradient_32),
+        }
+    }
+    for solver in solvers:
+        with torch.no_grad():
+            result = solve_transport(wide.x, wide.y, *(wide.weights or ()), solver=solver)
+        found[solver] = {
+            "cost_difference": ((result.cost - costs) / costs).abs().max().item(),
+            "gradient_difference": gradient_difference(run_ours(problem, solver)),
+            "gap_over_cost": (result.gap / result.cost).max().item(),
+        }
+    return found
+
+
+def measure_case(arguments: argparse.Namespace, family: str, batch: int) -> dict:
+    """One family and batch size: seconds, ratios and differences of the loop and each solver."""
+    problem = make_problem(family, batch, tuple(arguments.shape), arguments.device)
+    works = {LOOP: run_loop} | {solver: partial(run_ours, solver=solver) for solver in arguments.solvers}
+
+    def timed(work):
+        work(problem)
+        if arguments.device != "cpu":
+            torch.cuda.synchronize()
+
+    total = len(works) * (arguments.repeats + 1)
+    with tqdm(total=total, desc=f"{family}, B = {batch}", leave=False) as bar:
+        calls = {name: partial(timed, work) for name, work in works.items()}
+        figures = compare(alternate(calls, arguments.repeats, tick=bar.update), LOOP)
+    differences = agreement(problem, arguments.solvers)
+    return {
+        "family": family,
+        "batch": batch,
+        "figures": {name: own | differences[name] for name, own in figures.items()},
+    }
+
+
+def requirements(cases: list[dict]) -> list[dict]:
+    """What every exact solver must reach in every case."""
+    found = []
+    for case in cases:
+        for name, own in case["figures"].items():
+            if name == LOOP or name in APPROXIMATE:
+                continue
+            where = f"{name}, {case['family']}, B = {case['batch']}"
+            found.append(must(f"{where}, times faster", own["times_faster"]["median"], at_least=TIMES_FASTER))
+            found.append(must(f"{where}, cost difference", own["cost_difference"], at_most=COST_DIFFERENCE))
+            # Where several plans are optimal, each has a gradient of its own.
+            if case["family"] != "duplicate":
+                difference = own["gradient_difference"]
+                found.append(must(f"{where}, gradient difference", difference, at_most=GRADIENT_DIFFERENCE))
+    return found
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", choices=FAMILIES, nargs="+", default=["uniform"], help="(default: uniform)")
+    parser.add_argument("--solvers", choices=sorted(SOLVERS), nargs="+", default=["exact"], help="(default: exact)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32], help="pairs a batch (default: 8 32)")
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=[512, 576, 1024], help="audio tokens, image tokens, width"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS / "transport.json", help="record of the run")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return arguments
+
+
+def main() -> None:
+    arguments, load_before = parse_arguments(), load_average()
+    cases = [
+        measure_case(arguments, family, batch) for family in arguments.families for batch in arguments.batch_sizes
+    ]
+    musts, rows = requirements(cases), []
+    for case in cases:
+        for name, own in case["figures"].items():
+            rows.append(
+                [
+                    *(case["family"], str(case["batch"]), name),
+                    *(format_spread(own[column]) for column in ("seconds", "times_faster")),
+                    *(f"{own[column]:.1e}" for column in ("cost_difference", "gradient_difference")),
+                    f"{own['gap_over_cost']:.1e}" if "gap_over_cost" in own else "-",
+                ]
+            )
+    settings = {name: getattr(arguments, name) for name in ("shape", "repeats", "device")}
+    path = save(arguments.output, "transport", settings, cases, musts, load_before)
+    columns = ["family", "B", "solver", "seconds", "times faster", "cost diff.", "grad. diff.", "gap / cost"]
+    show("Transport, forward and backward (min / median / max)", columns, rows, musts)
+    print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    main()
