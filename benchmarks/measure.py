@@ -4,6 +4,7 @@ A figure here is a ratio within one run. Baseline and ours take turns, so that w
 both, and each round gives one ratio.
 """
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -24,6 +25,29 @@ from dali_llava.eval.results import versions, write_text
 RESULTS = Path(__file__).parent / "results"
 _LIBRARIES = ("POT", "scipy")
 _LOG_WIDTH = 140
+
+
+def benchmark_parser(description: str, name: str) -> argparse.ArgumentParser:
+    """A parser with the arguments of every benchmark of token pairs; the record goes to results/NAME.json."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32], help="pairs a batch (default: 8 32)")
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=[512, 576, 1024], help="audio tokens, image tokens, width"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="record of the run")
+    return parser
+
+
+def parse_benchmark(parser: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:
+    """The command line's arguments, or those of `words`; exits with 2 where torch sees no GPU and one is asked for."""
+    import torch
+
+    arguments = parser.parse_args(words)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return arguments
 
 
 def alternate(

@@ -9,10 +9,20 @@ synthetic. Both errors are against the loop in float64. Two cores, 6 GB of memor
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
-from measure import RESULTS, alternate, compare, format_spread, load_average, must, peak_memory, save, show
+from measure import (
+    alternate,
+    benchmark_parser,
+    compare,
+    format_spread,
+    load_average,
+    must,
+    parse_benchmark,
+    peak_memory,
+    save,
+    show,
+)
 from tqdm import tqdm
 
 from dali_llava.train.losses import MMDLoss
@@ -109,19 +119,9 @@ def measure_case(arguments: argparse.Namespace, batch: int) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32], help="pairs a batch (default: 8 32)")
-    parser.add_argument(
-        "--shape", type=int, nargs=3, default=[512, 576, 1024], help="audio tokens, image tokens, width"
-    )
+    parser = benchmark_parser(__doc__, "mmd")
     parser.add_argument("--baseline", choices=sorted(DISTANCES), default="gram", help="how the loop takes distances")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS / "mmd.json", help="record of the run")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
-    return arguments
+    return parse_benchmark(parser)
 
 
 def main() -> None:

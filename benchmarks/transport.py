@@ -18,10 +18,19 @@ Families of problems:
 import argparse
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from measure import RESULTS, alternate, compare, format_spread, load_average, must, save, show
+from measure import (
+    alternate,
+    benchmark_parser,
+    compare,
+    format_spread,
+    load_average,
+    must,
+    parse_benchmark,
+    save,
+    show,
+)
 from tqdm import tqdm
 
 from dali_llava.train.losses import TransportLoss
@@ -178,20 +187,10 @@ def requirements(cases: list[dict]) -> list[dict]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__, "transport")
     parser.add_argument("--families", choices=FAMILIES, nargs="+", default=["uniform"], help="(default: uniform)")
     parser.add_argument("--solvers", choices=sorted(SOLVERS), nargs="+", default=["exact"], help="(default: exact)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32], help="pairs a batch (default: 8 32)")
-    parser.add_argument(
-        "--shape", type=int, nargs=3, default=[512, 576, 1024], help="audio tokens, image tokens, width"
-    )
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS / "transport.json", help="record of the run")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
-    return arguments
+    return parse_benchmark(parser)
 
 
 def main() -> None:

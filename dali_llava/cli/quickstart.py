@@ -1,5 +1,4 @@
-"""Run the whole pipeline on the built-in AVWorld: captioner, prefix, alignment,
-distillation, evaluation.
+"""Run the whole pipeline on the built-in AVWorld: captioner, prefix, alignment, distillation, evaluation.
 
 Everything trains here, in minutes on two cores, through the classes and scripts of the full-size model. The captioner
 is trained once and cached. Writes results.json, results.md, every caption, each stage's checkpoint, and the final

@@ -110,3 +110,18 @@ def test_a_record_with_nan_is_not_written(measure, tmp_path):
     with pytest.raises(ValueError):
         measure.save(tmp_path / "record.json", "mmd", {}, [{"figure": float("nan")}], [], load_before=0.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_benchmarks_share_their_arguments(measure):
+    arguments = measure.parse_benchmark(
+        measure.benchmark_parser("about", "mmd"), ["--batch-sizes", "2", "--repeats", "3"]
+    )
+    assert (arguments.batch_sizes, arguments.shape, arguments.repeats) == ([2], [512, 576, 1024], 3)
+    assert (arguments.device, arguments.output) == ("cpu", measure.RESULTS / "mmd.json")
+
+
+def test_a_gpu_that_is_not_there_ends_the_benchmark(measure, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        measure.parse_benchmark(measure.benchmark_parser("about", "mmd"), ["--device", "cuda"])
+    assert ended.value.code == 2 and "--device cuda: torch sees no GPU here" in capsys.readouterr().err
