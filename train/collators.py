@@ -111,9 +111,9 @@ class TokenViewCollator:
     """
     Tokenised dialogues and the image tokens of their pictures into batches for `TokenViewTrainer`.
 
-    A row holds `prompt_ids`, `answer_ids` and `picture`, an index into `image_tokens`, -1 for a dialogue without. A
-    batch shows its pictures in one view: a quarter of the batches the grid as it is, half of them tokens drawn from
-    it, as sound alone brings them, a quarter the grid followed by drawn tokens, as sound after picture does. One view
+    A row holds `prompt_ids`, `answer_ids` and `pictures`, indices into `image_tokens`; none in a dialogue without. A
+    batch shows its pictures in one view: a quarter of the batches all tokens as they are, half of them tokens drawn
+    from these, as sound alone brings them, a quarter both one after the other, as sound after picture does. One view
     a batch leaves little to pad.
 
     Args:
@@ -135,11 +135,11 @@ class TokenViewCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         image_id = self.processor.image_token_id
         grid, extra = self.draw_view()
-        length = self.image_tokens.shape[1] * grid + extra
+        tokens = [self.image_tokens[row["pictures"]].flatten(0, 1) for row in rows]
         prompts = []
-        for row in rows:
+        for row, own in zip(rows, tokens, strict=True):
             ids = torch.tensor(row["prompt_ids"])
-            prompts.append(ids.repeat_interleave(torch.where(ids == image_id, length, 1)))
+            prompts.append(ids.repeat_interleave(torch.where(ids == image_id, len(own) * grid + extra, 1)))
         answers = [torch.tensor(row["answer_ids"]) for row in rows]
         longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
         input_ids = torch.full((len(rows), longest), self.processor.tokenizer.pad_token_id)
@@ -149,9 +149,9 @@ class TokenViewCollator:
             attention_mask[index, -len(prompt) - len(answer) :] = 1
             labels[index, -len(answer) :] = answer
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        pictures = [row["picture"] for row in rows if row["picture"] >= 0]
-        if pictures:
-            batch.update(image_tokens=self.image_tokens[pictures], view=(grid, extra))
+        tokens = [own for own in tokens if len(own)]
+        if tokens:
+            batch.update(image_tokens=tokens, view=(grid, extra))
         return batch
 
 

@@ -8,6 +8,7 @@ The captioner never hears: audio tower, audio projector and prefix keep their in
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from datasets import Dataset
@@ -82,22 +83,24 @@ def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditi
 
 
 def tokenize_dialogues(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset:
-    """Rows with a list of `dialogues` into a row a dialogue: `picture` (the row's index, or -1), and token ids."""
+    """Rows with `frames` and a list of `dialogues` into a row a dialogue: `pictures` (its frames' numbers, counted
+    over all rows), `prompt_ids` and `answer_ids`."""
     tokenizer = processor.tokenizer
+    first = [0, *accumulate(len(frames) for frames in rows["frames"])]
 
     def split(batch: dict, indices: list[int]) -> dict:
         turns = [
-            (index if frames else -1, turn["question"], turn["answer"])
-            for index, frames, dialogue in zip(indices, batch["frames"], batch["dialogues"], strict=True)
+            (list(range(first[index], first[index + 1])), turn["question"], turn["answer"])
+            for index, dialogue in zip(indices, batch["dialogues"], strict=True)
             for turn in dialogue
         ]
-        prompts = [processor.format_prompt(question, image=index >= 0) for index, question, _ in turns]
-        texts = [processor.format_prompt(q, image=index >= 0, answer=answer) for index, q, answer in turns]
+        prompts = [processor.format_prompt(question, image=bool(shown)) for shown, question, _ in turns]
+        texts = [processor.format_prompt(q, image=bool(shown), answer=answer) for shown, q, answer in turns]
         prompt_ids = tokenizer(prompts)["input_ids"]
         answer_ids = [
             ids[len(prompt) :] for ids, prompt in zip(tokenizer(texts)["input_ids"], prompt_ids, strict=True)
         ]
-        return {"picture": [index for index, *_ in turns], "prompt_ids": prompt_ids, "answer_ids": answer_ids}
+        return {"pictures": [shown for shown, *_ in turns], "prompt_ids": prompt_ids, "answer_ids": answer_ids}
 
     columns = rows.column_names
     return rows.map(split, batched=True, with_indices=True, remove_columns=columns, desc="Dialogues")
@@ -105,16 +108,13 @@ def tokenize_dialogues(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset
 
 @torch.no_grad()
 def encode_pictures(captioner, processor, rows: Dataset, batch_size: int = 256) -> torch.Tensor:
-    """Image tokens of the rows' first frames, (rows, N, vision width); zeros for rows without one."""
-    tower, config = captioner.model.eval(), captioner.config
-    tokens = torch.zeros(len(rows), config.image_seq_length, config.vision_config.hidden_size)
-    shown = [index for index, frames in enumerate(rows["frames"]) if frames]
-    for start in tqdm(range(0, len(shown), batch_size), desc="Image tokens", delay=2):
-        indices = shown[start : start + batch_size]
-        pictures = [open_frame(row, 0) for row in rows.select(indices)]
-        pixels = pixel_values(pictures, processor).to(captioner.device)
-        tokens[indices] = tower.encode_image(pixels).float().cpu()
-    return tokens
+    """Image tokens of all frames of all rows, one after the other: (frames, N, vision width)."""
+    tower, tokens = captioner.model.eval(), []
+    for batch in tqdm(rows.iter(batch_size), total=math.ceil(len(rows) / batch_size), desc="Image tokens", delay=2):
+        pictures = [open_frame({"frames": frames}, i) for frames in batch["frames"] for i in range(len(frames))]
+        if pictures:
+            tokens.append(tower.encode_image(pixel_values(pictures, processor).to(captioner.device)).float().cpu())
+    return torch.cat(tokens)
 
 
 def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArguments) -> None:
@@ -131,7 +131,7 @@ def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArg
             per_device_train_batch_size=arguments.vision_batch_size,
             learning_rate=arguments.vision_learning_rate,
         ),
-        train_dataset=rows.filter(lambda frames: len(frames) > 0, input_columns="frames", desc="Pictures"),
+        train_dataset=rows.filter(lambda frames: len(frames) == 1, input_columns="frames", desc="Pictures"),
         data_collator=WordCollator(processor),
     ).train()
 

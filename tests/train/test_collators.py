@@ -100,7 +100,7 @@ def test_token_views_have_their_placeholders(avworld_processor, rows, view_rows,
     placeholders = (batch["input_ids"] == avworld_processor.image_token_id).sum(-1).tolist()
     tokens = GRID * view[0] + view[1]
     assert placeholders == [tokens, 0, tokens, tokens]
-    assert batch["view"] == view and torch.equal(batch["image_tokens"], image_tokens[[0, 2, 3]])
+    assert batch["view"] == view and torch.equal(torch.stack(batch["image_tokens"]), image_tokens[:3])
     assert_labels_are_the_answers(batch, rows, avworld_processor)
     assert set(batch) == {"input_ids", "attention_mask", "labels", "image_tokens", "view"}
 
@@ -108,7 +108,17 @@ def test_token_views_have_their_placeholders(avworld_processor, rows, view_rows,
 def test_pictures_follow_the_batchs_order(avworld_processor, view_rows, image_tokens):
     dialogues = view_rows([True, False, True, True])
     batch = TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64))([dialogues[i] for i in (3, 1, 0, 3)])
-    assert torch.equal(batch["image_tokens"], image_tokens[[3, 0, 3]])
+    assert torch.equal(torch.stack(batch["image_tokens"]), image_tokens[[2, 0, 2]])  # row 1 has none
+
+
+def test_two_pictures_of_one_row_are_one_set_of_tokens(avworld_processor, view_rows, image_tokens, monkeypatch):
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 5))
+    dialogues = view_rows([True] * 4)
+    dialogues[1]["pictures"] = [1, 3]
+    batch = TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64))(dialogues[:2])
+    assert torch.equal(batch["image_tokens"][1], torch.cat([image_tokens[1], image_tokens[3]]))
+    placeholders = (batch["input_ids"] == avworld_processor.image_token_id).sum(-1).tolist()
+    assert placeholders == [GRID + 5, 2 * GRID + 5]
 
 
 def test_view_of_the_grid_is_what_the_processor_writes(avworld_processor, rows, view_rows, image_tokens, monkeypatch):

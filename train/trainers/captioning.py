@@ -13,41 +13,51 @@ class CaptioningTrainer(StageTrainer):
         super().__init__(model=model, captioner=model, **kwargs)
 
 
-STRAYS = 0.4  # largest share of a picture's drawn tokens that come from other pictures
+STRAYS = 0.3  # largest share of a picture's drawn tokens that come from other pictures
+CONTRACTION = 0.9  # largest share of the way that drawn tokens go to the mean of their picture
 
 
 class TokenViewTrainer(CaptioningTrainer):
     """
     Captioning from views of a picture's tokens, so that the captioner reads any set of them, not one fixed grid.
 
-    Audio tokens are another number of tokens in another order, and sound with picture is two sets at once; what a
-    sound leaves open, they spread over several pictures. A captioner that has only seen one grid in one order cannot
-    read that, however well they are aligned. The collator chooses the view and writes its placeholders; this trainer
-    fills them.
+    Audio tokens are another number of tokens in another order, and sound with picture is two sets at once. What a
+    sound leaves open they spread over several pictures, and they differ less among each other than image tokens do. A
+    captioner that has only seen one grid in one order cannot read that, however well they are aligned. The collator
+    chooses the view and writes its placeholders; this trainer fills them.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         view = inputs.pop("view", None)
         if view is not None:
-            views = self.captioner.model.multi_modal_projector(token_views(inputs.pop("image_tokens"), *view))
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(views))}
+            views = token_views(inputs.pop("image_tokens"), *view)
+            projected = self.captioner.model.multi_modal_projector(torch.cat(views))
+            tokens = list(projected.split([len(view) for view in views]))
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-def token_views(tokens: torch.Tensor, grid: bool, extra: int, strays: float = STRAYS) -> torch.Tensor:
+def token_views(
+    tokens: list[torch.Tensor], grid: bool, extra: int, strays: float = STRAYS, contraction: float = CONTRACTION
+) -> list[torch.Tensor]:
     """
-    A view of each picture: its grid in its order if `grid`, then `extra` tokens drawn at random with replacement.
+    A view of each set of tokens: all in their order if `grid`, then `extra` tokens drawn at random with replacement.
 
     Args:
-        tokens: (B, N, width).
-        strays: of the drawn tokens a share uniform in [0, strays], another one a picture, is from the whole batch.
+        tokens: of each row, (N_i, width): a picture's, or those of several pictures.
+        contraction: drawn tokens are moved towards the mean of their set by a share uniform in [0, contraction],
+            another one a row.
+        strays: of the drawn tokens a share uniform in [0, strays], another one a row, is then replaced by tokens of
+            the whole batch.
 
     Returns:
-        (B, N * grid + extra, width).
+        of each row, (N_i * grid + extra, width).
     """
-    pictures, count, width = tokens.shape
-    own = torch.arange(pictures)[:, None].expand(pictures, extra)
-    stray = torch.rand(pictures, extra) < strays * torch.rand(pictures, 1)
-    picture = torch.where(stray, torch.randint(pictures, (pictures, extra)), own)
-    drawn = tokens[picture, torch.randint(count, (pictures, extra))]
-    return torch.cat([tokens, drawn], dim=1) if grid else drawn
+    everything, views = torch.cat(tokens), []
+    for own in tokens:
+        drawn = own[torch.randint(len(own), (extra,))]
+        drawn = torch.lerp(drawn, own.mean(dim=0, keepdim=True), contraction * float(torch.rand(())))
+        stray = torch.rand(extra, 1) < strays * torch.rand(())
+        drawn = torch.where(stray, everything[torch.randint(len(everything), (extra,))], drawn)
+        views.append(torch.cat([own, drawn]) if grid else drawn)
+    return views

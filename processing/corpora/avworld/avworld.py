@@ -14,7 +14,7 @@ import soundfile
 from datasets.builder import Key
 from PIL import Image
 
-from .captions import audio_captions, image_dialogues, text_dialogues, visual_captions
+from .captions import audio_captions, image_dialogues, pair_dialogues, text_dialogues, visual_captions
 from .scenes import DURATION, SAMPLING_RATE, Scene, render_audio, render_frames, sample_scene
 
 
@@ -26,11 +26,12 @@ DEFAULT_SIZES: dict[str, int] = {
     "val": 300,
     "test": 400,
     "test_shifted": 400,
-    "captioner": 10000,
+    "captioner": 13500,
 }
 SPLITS: tuple[str, ...] = tuple(DEFAULT_SIZES)
 CAPTIONED_SPLITS = frozenset({"train_captioned", "shots", "val", "test", "test_shifted"})
-TEXT_ONLY = 0.15  # share of the captioner's rows without a picture
+TEXT_ONLY = 0.11  # share of the captioner's rows without a picture
+PAIRED = 0.26  # share of its rows with two pictures, of two scenes
 SHARD_SIZE = 100  # rows; the unit of work of download_and_prepare(num_proc=...)
 
 FEATURES = datasets.Features(
@@ -123,6 +124,27 @@ def scene_of(split: str, index: int, seed: int = 0) -> tuple[Scene, list[np.rand
     return scene, others
 
 
+def _captioner_columns(name: str, scene: Scene, sight: np.random.Generator, text: np.random.Generator) -> dict:
+    """What a row of `captioner` holds besides: text alone, a picture, or the scene's picture and another scene's."""
+    kind = text.random()
+    if kind < TEXT_ONLY:
+        return {"dialogues": text_dialogues(scene, text), "visible": [], "seen": []}
+    scenes = [scene]
+    if kind < TEXT_ONLY + PAIRED:
+        scenes.append(sample_scene(sight, flattened=True))
+        columns = {"dialogues": pair_dialogues(*scenes, text)}
+        for column in ("audible", "visible", "seen"):
+            together = [entity.name for each in scenes for entity in getattr(each, column)]
+            columns["labels" if column == "audible" else column] = list(dict.fromkeys(together))
+    else:
+        columns = {"dialogues": image_dialogues(scene, text), "visual_captions": visual_captions(scene)}
+    frames = [render_frames(each, sight, 1)[0] for each in scenes]
+    columns["frames"] = [
+        {"path": f"{name}-{number}.png", "bytes": _encode_frame(frame)} for number, frame in enumerate(frames)
+    ]
+    return columns
+
+
 def make_row(split: str, index: int, seed: int = 0) -> dict:
     """One row of a split, as described in `AVWorld`."""
     scene, (sound, sight, text) = scene_of(split, index, seed)
@@ -141,16 +163,7 @@ def make_row(split: str, index: int, seed: int = 0) -> dict:
         "dialogues": [],
     }
     if split == "captioner":
-        if text.random() < TEXT_ONLY:
-            row |= {"dialogues": text_dialogues(scene, text), "visible": [], "seen": []}
-        else:
-            frame = render_frames(scene, sight, 1)[0]
-            row |= {
-                "frames": [{"path": f"{row['id']}-0.png", "bytes": _encode_frame(frame)}],
-                "dialogues": image_dialogues(scene, text),
-                "visual_captions": visual_captions(scene),
-            }
-        return row
+        return row | _captioner_columns(row["id"], scene, sight, text)
     row["audio"] = {"path": f"{row['id']}.flac", "bytes": _encode_audio(render_audio(scene, sound))}
     row["frames"] = [
         {"path": f"{row['id']}-{number}.png", "bytes": _encode_frame(frame)}
@@ -168,13 +181,16 @@ class AVWorld(datasets.GeneratorBasedBuilder):
     A row is a clip of 2.56 s:
         id: str
         audio: {path, bytes}, FLAC, 16 kHz mono; None in `captioner`
-        frames: list of {path, bytes}, PNG, 48 x 48 RGB: four, one in `captioner`, none in its rows of text alone
+        frames: list of {path, bytes}, PNG, 48 x 48 RGB: four; in `captioner` one, or two of two scenes, or none
+            (text alone)
         captions: what is heard, five paraphrases, the first canonical; empty in `train`, `balanced`, `captioner`
         labels: the classes that sound, the loudest first
         start, end: of the clip within its source, in seconds
         source: "avworld"
-        visual_captions: what is seen, four paraphrases; empty where `captions` is, but not in `captioner`
-        visible: all that shows, in reading order, silent objects included
+        visual_captions: what is seen, four paraphrases; empty where `captions` is, but not in `captioner`'s rows with
+            one picture
+        visible: all that shows, in reading order, silent objects included; `labels`, `visible` and `seen` of a row
+            with two scenes are of both
         seen: the classes that sound and show and look like no other
         dialogues: {question, answer}, in `captioner` only
 

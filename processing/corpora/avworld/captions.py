@@ -213,6 +213,22 @@ def image_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, st
     return dialogues
 
 
+def pair_dialogues(first: Scene, second: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
+    """Three dialogues about two pictures at once, about all that could sound in either; where nothing could, one that
+    lists what they show.
+
+    Returns:
+        list of {"question", "answer"}.
+    """
+    shown = list(dict.fromkeys(entity.name for scene in (first, second) for entity in scene.visible))
+    able = [name for name in shown if name in CLASSES]
+    if not able:
+        listing = enumerate_phrases([with_article(name, _countable(name)) for name in shown])
+        return [{"question": CONCISE_PROMPT, "answer": listing}]
+    prompts = rng.choice(ACTIVITY_PROMPTS, 3, replace=False)
+    return [{"question": str(prompt), "answer": _activity_answer(able, rng)} for prompt in prompts]
+
+
 def text_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
     """Three dialogues without a picture, about how things sound: one about each of the scene's sources in turn, and
     one about all of them."""

@@ -20,7 +20,7 @@ from dali_llava.processing.corpora.avworld.avworld import (
     make_row,
     scene_of,
 )
-from dali_llava.processing.corpora.avworld.classes import CLASSES, LOOK_AMBIGUOUS
+from dali_llava.processing.corpora.avworld.classes import CLASSES, LOOK_AMBIGUOUS, names
 
 
 SIZES = {"test": 6, "captioner": 60}
@@ -36,7 +36,7 @@ def _quiet():
 def test_splits_and_default_sizes():
     assert DEFAULT_SIZES == {
         "train": 4000, "train_captioned": 1000, "shots": 64, "balanced": 600, "val": 300, "test": 400,
-        "test_shifted": 400, "captioner": 10000,
+        "test_shifted": 400, "captioner": 13500,
     }  # fmt: skip
 
 
@@ -110,13 +110,28 @@ def test_captioner_rows(tmp_path):
     corpus = load_corpus("avworld", "captioner", cache_dir=tmp_path, sizes=SIZES)
     assert len(corpus) == 60
     lengths = [len(row["frames"]) for row in corpus]
-    assert set(lengths) == {0, 1}
-    assert 2 <= lengths.count(0) <= 18  # 15% of 60, within three deviations
+    assert set(lengths) == {0, 1, 2}
+    assert 1 <= lengths.count(0) <= 14 and 6 <= lengths.count(2) <= 25  # 11% and 26% of 60, within three deviations
     for row in corpus:
         assert row["audio"] is None and row["captions"] == []
         # A caption, what everything does unless nothing could, a question for some; three without a picture.
         assert 1 <= len(row["dialogues"]) <= 3
         assert bool(row["visible"]) == bool(row["frames"])
+        assert len(row["visual_captions"]) == (4 if len(row["frames"]) == 1 else 0)
+
+
+def test_dialogues_about_two_pictures_name_all_that_could_sound_in_either():
+    paired = [row for row in (make_row("captioner", index) for index in range(60)) if len(row["frames"]) == 2]
+    assert len(paired) > 5
+    for index, row in enumerate(paired):
+        first, second = (frame["bytes"] for frame in row["frames"])
+        assert first != second and len(set(row["visible"])) == len(row["visible"])
+        able = [name for name in row["visible"] if name in CLASSES]
+        assert len(row["dialogues"]) == (3 if able else 1)
+        for dialogue in row["dialogues"]:
+            said = f" {dialogue['answer']} "
+            for name in able or row["visible"]:
+                assert any(f" {noun} " in said for noun in names(name)), (index, name, said)
 
 
 def test_cache_key_depends_on_source_and_on_options_that_matter(monkeypatch):

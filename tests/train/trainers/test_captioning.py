@@ -11,15 +11,15 @@ from dali_llava.train.trainers import TokenViewTrainer, token_views
 
 
 @pytest.mark.parametrize(("grid", "extra"), [(True, 0), (False, 7), (True, 5), (False, 40)])
-def test_view_is_the_grid_and_then_tokens_drawn_from_it(grid, extra):
+def test_view_is_all_tokens_and_then_some_drawn_from_them(grid, extra):
     torch.manual_seed(0)
-    tokens = torch.arange(24.0).view(2, 12, 1).expand(2, 12, 3)
-    views = token_views(tokens, grid, extra, strays=0.0)
-    assert views.shape == (2, 12 * grid + extra, 3)
+    tokens = [torch.arange(start, stop).float()[:, None].expand(-1, 3) for start, stop in ((0, 12), (12, 36))]
+    views = token_views(tokens, grid, extra, strays=0.0, contraction=0.0)
+    assert [view.shape for view in views] == [(len(own) * grid + extra, 3) for own in tokens]
     for own, view in zip(tokens, views, strict=True):
         if grid:
-            assert torch.equal(view[:12], own)
-        drawn = view[12 * grid :]
+            assert torch.equal(view[: len(own)], own)
+        drawn = view[len(own) * grid :]
         assert all((own == token).all(-1).any() for token in drawn)
         if extra == 40:
             assert len(drawn[:, 0].unique()) < 40  # with replacement
@@ -29,22 +29,38 @@ def test_view_is_the_grid_and_then_tokens_drawn_from_it(grid, extra):
 def test_strays_come_from_the_other_pictures():
     """Of a picture's drawn tokens half of `strays` are replaced on average, one in four of those by its own again."""
     torch.manual_seed(0)
-    pictures = torch.arange(4.0)[:, None, None].expand(4, 5, 2)
-    views = token_views(pictures, grid=False, extra=20000, strays=0.8)
+    pictures = [torch.full((5, 2), float(index)) for index in range(4)]
+    views = torch.stack(token_views(pictures, grid=False, extra=20000, strays=0.8))
     foreign = (views[..., 0] != torch.arange(4.0)[:, None]).float().mean(1)
     assert foreign.max() <= 0.8 * 0.75 + 0.02 and len(foreign.unique()) == 4  # a share of its own each
     torch.manual_seed(0)
-    many = token_views(torch.arange(500.0)[:, None, None].expand(500, 5, 2), grid=False, extra=200, strays=0.8)
+    pictures = [torch.full((5, 2), float(index)) for index in range(500)]
+    many = torch.stack(token_views(pictures, grid=False, extra=200, strays=0.8))
     share = (many[..., 0] != torch.arange(500.0)[:, None]).float().mean()
     assert share.item() == pytest.approx(0.4, abs=0.03)  # standard error 0.01
+
+
+def test_drawn_tokens_move_towards_their_own_mean():
+    """All of a row by the same share, uniform up to `contraction`; the tokens in their order stay."""
+    torch.manual_seed(0)
+    corner = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    views = token_views([corner + index for index in range(400)], grid=True, extra=6, strays=0.0, contraction=0.9)
+    shares = []
+    for index, view in enumerate(views):
+        assert torch.equal(view[:4], corner + index)
+        left = (view[4:] - index).abs()
+        assert left.max() - left.min() < 1e-4
+        shares.append(1 - left.mean().item())
+    assert min(shares) > -1e-4 and max(shares) < 0.9 + 1e-4
+    assert torch.tensor(shares).mean().item() == pytest.approx(0.45, abs=0.04)  # standard error 0.013
 
 
 def test_views_carry_gradients_to_their_tokens():
     torch.manual_seed(0)
     tokens = torch.randn(2, 6, 3, requires_grad=True)
-    token_views(tokens, grid=True, extra=4).sum().backward()
-    times = tokens.grad[..., 0]
-    assert times.min() >= 1 and times.sum() == 2 * (6 + 4)  # once in the grid, and once for every draw
+    torch.cat(token_views(list(tokens), grid=True, extra=4)).sum().backward()
+    assert tokens.grad[..., 0].min() >= 1  # once as it is, and what was drawn of it
+    assert tokens.grad[..., 0].sum().item() == pytest.approx(2 * (6 + 4), abs=1e-4)
 
 
 @pytest.fixture
@@ -75,7 +91,8 @@ def test_loss_is_of_the_tokens_drawn(trainer, captioner, avworld_processor, rows
     loss = trainer.compute_loss(captioner, dict(batch))
     torch.manual_seed(5)
     pixels = pixel_values([open_frame(row, 0) for row in rows], avworld_processor)
-    drawn = list(captioner.model.multi_modal_projector(token_views(captioner.model.encode_image(pixels), False, 40)))
+    views = token_views(list(captioner.model.encode_image(pixels)), False, 40)
+    drawn = list(captioner.model.multi_modal_projector(torch.stack(views)))
     words = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     image = BaseModelOutputWithPooling(pooler_output=drawn)
     assert torch.equal(loss, captioner(**words, mm_encoder_outputs={"image": image}).loss)
