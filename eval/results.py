@@ -189,13 +189,13 @@ def to_markdown(results: Results) -> str:
     """The page results.md: a table of rows, the reasons of what is missing, the claims, and the machine."""
     lines = [f"# Results on {results.dataset}", "", f"{results.seconds:.1f} seconds.", ""]
     if results.rows:
-        shown = _shown_metrics(results.rows)
-        lines += _markdown_table([*_COLUMNS, *shown], [_cells(row, shown) for row in results.rows])
+        shown = shown_metrics(results.rows)
+        lines += markdown_table([*_COLUMNS, *shown], [_cells(row, shown) for row in results.rows])
         lines += ["", "Fractions in [0, 1], CIDEr-D in [0, 10]; a dash is a metric that did not run."]
         lines += _reasons(results.rows)
     if results.claims:
         cells = [[claim.claim, claim.verdict, claim.measured] for claim in results.claims]
-        lines += ["", "## Claims", "", *_markdown_table(["claim", "verdict", "measured"], cells)]
+        lines += ["", "## Claims", "", *markdown_table(["claim", "verdict", "measured"], cells)]
     lines += ["", "## Versions", "", *(f"- {name}: {value}" for name, value in results.versions.items())]
     return "\n".join(lines) + "\n"
 
@@ -208,7 +208,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
             # A log has no width of its own, and the usual 80 columns would fold every cell.
             console = Console(width=_LOG_WIDTH)
     if results.rows:
-        shown = _shown_metrics(results.rows)
+        shown = shown_metrics(results.rows)
         table = Table(title=f"{results.dataset}, {results.seconds:.0f} s")
         for name in (*_COLUMNS, *shown):
             # Nothing in a table of figures may be cut off, so a narrow terminal folds cells.
@@ -225,7 +225,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
         console.print(table)
 
 
-def _shown_metrics(rows: Iterable[Row]) -> list[str]:
+def shown_metrics(rows: Iterable[Row]) -> list[str]:
     """Metrics that at least one row has; the reasons below a table name the others."""
     return [name for name in METRICS if any(row.metrics[name] is not None for row in rows)]
 
@@ -240,7 +240,9 @@ def _reasons(rows: Iterable[Row]) -> list[str]:
     return ["", *(f"- {name}: {text}" for name, text in found)] if found else []
 
 
-def _markdown_table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+def markdown_table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """The lines of a Markdown table; bars inside cells are escaped."""
+
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 

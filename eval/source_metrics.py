@@ -1,8 +1,9 @@
 """Metrics against a world that knows its sources: what sounds, what shows, and what only a picture could tell."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from .metrics.phrases import asserting_share, named_share
+from .metrics.phrases import asserting_share, contains_any, named_share
 
 
 SOURCE_METRICS = ("sound_recall", "seen_recall", "visual_bias")
@@ -51,3 +52,17 @@ def visual_bias(answers: Sequence[str], visual_words: Sequence[str]) -> float:
         ValueError: if there is no answer or no visual word.
     """
     return asserting_share(answers, visual_words)
+
+
+def majority_source(captions: Sequence[str], names: Mapping[str, Sequence[str]]) -> str | None:
+    """The source that most of the captions of one recording name, or None where none names any.
+
+    Args:
+        captions: of several crops of the recording.
+        names: source -> the phrases that name it. Of sources named equally often the one earlier in `names` wins, so
+            order them without regard to the recording.
+    """
+    votes = Counter(
+        source for caption in captions for source, phrases in names.items() if contains_any(caption, phrases)
+    )
+    return max(names, key=lambda source: votes[source]) if votes else None

@@ -22,6 +22,7 @@ COMMANDS = {
     "caption": "caption sound, picture and video files",
     "evaluate": "caption a test split and score the captions",
     "score": "score captions against references",
+    "figures": "draw the figures of a run, and put several seeds into one table",
 }
 
 

@@ -24,13 +24,14 @@ def load_corpus(
         split: one split; None for all of them.
         cache_dir: in place of the cache of `datasets`.
         num_proc: processes that prepare it; the rows do not depend on their number.
-        options: fields of the builder's configuration (for AVWorld: seed, sizes).
+        options: fields of the builder's configuration (for AVWorld: seed, sizes, recordings).
 
     Returns:
         the split, or a `DatasetDict` of all splits.
 
     Raises:
         ValueError: on an unknown corpus, split or option; it lists the known ones.
+        FileNotFoundError: on an option that names a folder that is not there.
     """
     if name not in _BUILDERS:
         raise ValueError(f"unknown corpus {name!r}; known: {', '.join(_BUILDERS)}")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dali_llava.eval.source_metrics import score_sources, visual_bias
+from dali_llava.eval.source_metrics import majority_source, score_sources, visual_bias
 
 
 CANDIDATES = {"x": "a dog barks in the rain", "y": "an engine hums"}
@@ -28,3 +28,16 @@ def test_missing_clip():
 
 def test_visual_bias():
     assert visual_bias(["a red dog", "a dog"], ["red", "blue"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        (["a dog barking", "a cat meowing", "puppy barks"], "dog"),  # a synonym is a vote
+        (["a dog and a cat", "a cat", "a bell"], "cat"),  # one caption, two votes
+        (["a bell", "a cat", "a dog"], "dog"),  # a tie goes to the first of the names
+        (["silence", "", "wind"], None),
+    ],
+)
+def test_majority_of_a_recordings_captions(captions, expected):
+    assert majority_source(captions, {"dog": ["dog", "puppy"], "cat": ["cat"], "bell": ["bell"]}) == expected

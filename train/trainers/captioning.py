@@ -14,7 +14,7 @@ class CaptioningTrainer(StageTrainer):
 
 
 STRAYS = 0.3  # largest share of a picture's drawn tokens that come from other pictures
-CONTRACTION = 0.9  # largest share of the way that drawn tokens go to the mean of their picture
+CONTRACTION = 0.7  # largest share of the way that drawn tokens go to the mean of their picture
 
 
 class TokenViewTrainer(CaptioningTrainer):

@@ -15,7 +15,9 @@ from datasets.builder import Key
 from PIL import Image
 
 from .captions import audio_captions, image_dialogues, pair_dialogues, text_dialogues, visual_captions
-from .scenes import DURATION, SAMPLING_RATE, Scene, render_audio, render_frames, sample_scene
+from .recordings import TEST_FOLD, TRAIN_FOLDS, find_recordings, recorded_synthesisers, recordings_hash
+from .scenes import DURATION, SAMPLING_RATE, Scene, another_view, render_audio, render_frames, sample_scene
+from .synthesis import Synthesiser
 
 
 DEFAULT_SIZES: dict[str, int] = {
@@ -26,12 +28,14 @@ DEFAULT_SIZES: dict[str, int] = {
     "val": 300,
     "test": 400,
     "test_shifted": 400,
-    "captioner": 13500,
+    "captioner": 14500,
 }
 SPLITS: tuple[str, ...] = tuple(DEFAULT_SIZES)
 CAPTIONED_SPLITS = frozenset({"train_captioned", "shots", "val", "test", "test_shifted"})
-TEXT_ONLY = 0.11  # share of the captioner's rows without a picture
-PAIRED = 0.26  # share of its rows with two pictures, of two scenes
+TEST_SPLITS = frozenset({"test", "test_shifted"})
+TEXT_ONLY = 0.1  # share of the captioner's rows without a picture
+PAIRED = 0.32  # share of its rows with two pictures
+SAME_THINGS = 0.5  # share of those in which both pictures show the same things
 SHARD_SIZE = 100  # rows; the unit of work of download_and_prepare(num_proc=...)
 
 FEATURES = datasets.Features(
@@ -65,16 +69,19 @@ def content_hash() -> str:
 class AVWorldConfig(datasets.BuilderConfig):
     """Options of `AVWorld`.
 
-    seed: of all rows; splits: those to generate; sizes: rows of a split, where not the default.
+    seed: of all rows; splits: those to generate; sizes: rows of a split, where not the default; recordings: the folder
+    of ESC-10, whose recordings replace ten classes' synthesisers: folds 1 to 3, in the splits to test on fold 4.
 
     Raises:
         ValueError: on an unknown split or a size that is not a positive integer.
+        FileNotFoundError, ValueError: on a folder that `find_recordings` rejects.
     """
 
     name: str = "avworld"
     seed: int = 0
     splits: Sequence[str] = SPLITS
     sizes: Mapping[str, int] = field(default_factory=dict)
+    recordings: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,16 +94,28 @@ class AVWorldConfig(datasets.BuilderConfig):
                 raise ValueError(f"size of AVWorld split {split!r} must be a positive integer, not {size!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed of AVWorld must be an integer of at least 0, not {self.seed!r}")
+        if self.recordings is not None:
+            self.recordings = str(self.recordings)
+            find_recordings(self.recordings)
 
     def size(self, split: str) -> int:
         """Rows of a split."""
         return self.sizes.get(split, DEFAULT_SIZES[split])
 
+    def synthesisers(self, split: str) -> dict[str, Synthesiser] | None:
+        """What plays the recordings of a split's folds, by class; None where there are no recordings."""
+        if self.recordings is None:
+            return None
+        return recorded_synthesisers(self.recordings, (TEST_FOLD,) if split in TEST_SPLITS else TRAIN_FOLDS)
+
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        """A cache key of the options that matter and of this package's source."""
-        sizes = {split: self.size(split) for split in self.splits}
-        options = json.dumps([self.seed, sizes, content_hash(), str(custom_features or "")])
-        return f"{self.name}-{hashlib.sha256(options.encode()).hexdigest()[:16]}"
+        """A cache key of the options that matter, of the recordings where a split plays them, and of this package's
+        source."""
+        options = [self.seed, {split: self.size(split) for split in self.splits}, content_hash()]
+        options.append(str(custom_features or ""))
+        if self.recordings is not None and set(self.splits) != {"captioner"}:
+            options.append(recordings_hash(self.recordings))
+        return f"{self.name}-{hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]}"
 
 
 def _encode_audio(samples: np.ndarray) -> bytes:
@@ -125,13 +144,14 @@ def scene_of(split: str, index: int, seed: int = 0) -> tuple[Scene, list[np.rand
 
 
 def _captioner_columns(name: str, scene: Scene, sight: np.random.Generator, text: np.random.Generator) -> dict:
-    """What a row of `captioner` holds besides: text alone, a picture, or the scene's picture and another scene's."""
+    """What a row of `captioner` holds besides: text alone, a picture, or two: the scene's and another's."""
     kind = text.random()
     if kind < TEXT_ONLY:
         return {"dialogues": text_dialogues(scene, text), "visible": [], "seen": []}
     scenes = [scene]
     if kind < TEXT_ONLY + PAIRED:
-        scenes.append(sample_scene(sight, flattened=True))
+        same = sight.random() < SAME_THINGS
+        scenes.append(another_view(scene, sight) if same else sample_scene(sight, flattened=True))
         columns = {"dialogues": pair_dialogues(*scenes, text)}
         for column in ("audible", "visible", "seen"):
             together = [entity.name for each in scenes for entity in getattr(each, column)]
@@ -145,8 +165,8 @@ def _captioner_columns(name: str, scene: Scene, sight: np.random.Generator, text
     return columns
 
 
-def make_row(split: str, index: int, seed: int = 0) -> dict:
-    """One row of a split, as described in `AVWorld`."""
+def make_row(split: str, index: int, seed: int = 0, synthesisers: Mapping[str, Synthesiser] | None = None) -> dict:
+    """One row of a split, as described in `AVWorld`; `synthesisers` as in `render_audio`."""
     scene, (sound, sight, text) = scene_of(split, index, seed)
     row = {
         "id": f"{split}-{index:06d}",
@@ -164,7 +184,7 @@ def make_row(split: str, index: int, seed: int = 0) -> dict:
     }
     if split == "captioner":
         return row | _captioner_columns(row["id"], scene, sight, text)
-    row["audio"] = {"path": f"{row['id']}.flac", "bytes": _encode_audio(render_audio(scene, sound))}
+    row["audio"] = {"path": f"{row['id']}.flac", "bytes": _encode_audio(render_audio(scene, sound, synthesisers))}
     row["frames"] = [
         {"path": f"{row['id']}-{number}.png", "bytes": _encode_frame(frame)}
         for number, frame in enumerate(render_frames(scene, sight))
@@ -213,6 +233,7 @@ class AVWorld(datasets.GeneratorBasedBuilder):
         return generators
 
     def _generate_examples(self, split: str, ranges: list[tuple[int, int]]) -> Iterator[tuple[Key, dict]]:
+        synthesisers = self.config.synthesisers(split)
         for number, (start, stop) in enumerate(ranges):
             for index in range(start, stop):
-                yield Key(number, index - start), make_row(split, index, self.config.seed)
+                yield Key(number, index - start), make_row(split, index, self.config.seed, synthesisers)

@@ -1,7 +1,7 @@
 """Scenes of AVWorld: what is there, where, when and how loud; and their sound and frames."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.signal import fftconvolve, lfilter
@@ -150,6 +150,20 @@ def sample_scene(
     typical = rng.random() < TYPICAL
     background = CLASSES[things[0][0]].place if typical else str(rng.choice(tuple(BACKGROUNDS)))
     return Scene(entities, background, float(rng.uniform(*(SHIFTED_SNR if shifted else SNR))), float(shifted))
+
+
+def another_view(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same things in other colours, at other places of the grid, before another ground."""
+    cells = iter(rng.permutation(GRID * GRID).tolist())
+    entities = tuple(
+        replace(
+            entity,
+            colour=str(rng.choice(tuple(COLOURS))),
+            cell=None if entity.cell is None else next(cells),
+        )
+        for entity in scene.entities
+    )
+    return replace(scene, entities=entities, background=str(rng.choice(tuple(BACKGROUNDS))))
 
 
 def _normalise(signal: np.ndarray) -> np.ndarray:

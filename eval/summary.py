@@ -1,0 +1,76 @@
+"""Several runs of one pipeline, a seed each, as one table: means with their intervals."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import t
+
+from .results import Results, Row, markdown_table, shown_metrics
+
+
+LEVEL = 0.95  # of the intervals
+
+
+def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+    """Mean, and half the width of its confidence interval by Student's t; NaN where one value leaves it unknown."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    half = t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def summary_markdown(runs: Sequence[Results]) -> str:
+    """A page with each system's mean and interval over the runs, and how many of them each claim holds in.
+
+    Args:
+        runs: results of the same systems, a seed each.
+
+    Raises:
+        ValueError: without runs, for a seed that comes twice, or runs of different systems.
+    """
+    if not runs:
+        raise ValueError("no runs to summarise")
+    tables = [{_system(row): row for row in run.rows} for run in runs]
+    seeds = [sorted({row.seed for row in run.rows}) for run in runs]
+    if len({tuple(each) for each in seeds}) < len(seeds):
+        raise ValueError(f"runs of the same seed, {seeds}: their figures are no sample; give a run a seed")
+    for number, table in enumerate(tables):
+        if table.keys() != tables[0].keys():
+            odd = sorted(table.keys() ^ tables[0].keys())[0]
+            raise ValueError(f"run {number + 1} has other systems than the first, {' '.join(odd)} among them")
+    shown = shown_metrics([row for run in runs for row in run.rows])
+    cells = [
+        [*system, *(_cell([table[system].metrics[name] for table in tables]) for name in shown)]
+        for system in tables[0]
+    ]
+    minutes = ", ".join(f"{run.seconds / 60:.1f}" for run in runs)
+    lines = [
+        f"# Results on {runs[0].dataset}, {len(runs)} seeds",
+        "",
+        f"Seeds {', '.join(str(seed) for each in seeds for seed in each)}; mean ± half of the {LEVEL:.0%} interval "
+        f"(Student's t over the seeds). {minutes} minutes.",
+        "",
+        *markdown_table(["method", "stage", "modality", "split", *shown], cells),
+    ]
+    claims = [{claim.claim: claim for claim in run.claims} for run in runs]
+    told = [text for text in claims[0] if all(text in each for each in claims)]
+    if told:
+        rows = []
+        for text in told:
+            holds = sum(each[text].verdict == "holds" for each in claims)
+            rows.append([text, f"{holds} of {len(runs)}", "; ".join(each[text].measured for each in claims)])
+        lines += ["", "## Claims", "", *markdown_table(["claim", "holds", "measured"], rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _system(row: Row) -> tuple[str, str, str, str]:
+    return row.method, row.stage, row.modality, row.split
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    if any(value is None for value in values):
+        return "-"
+    mean, half = interval(values)
+    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
