@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
         args=arguments,
         train_dataset=rows,
         data_collator=AlignmentCollator(
-            processor, noise=arguments.augmentation_noise, roll=arguments.augmentation_roll
+            processor, arguments.augmentation_noise, arguments.augmentation_roll, arguments.frame
         ),
         processing_class=processor,
         stage=f"align:{arguments.objective}",

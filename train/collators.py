@@ -179,30 +179,27 @@ def augment_spectrograms(features: torch.Tensor, noise: float = 0.1, roll: int |
 @dataclass
 class AlignmentCollator:
     """
-    Rows into pairs of picture and sound: `pixel_values` (B, 3, H, W) of a random frame, `input_features`.
+    Rows into pairs of picture and sound: `pixel_values` (B, 3, H, W), `input_features` (B, frames, mels).
 
     Rows of `train.corpus.with_features` hold `image_tokens` in place of frames; so do their batches: (B, N, width).
 
     Args:
         processor: of the model to train.
-        augment: draw the frame, and augment the spectrogram; else the first frame and the spectrogram as it is.
-        noise, roll: see `augment_spectrograms`.
+        noise, roll: see `augment_spectrograms`; with 0 and 0 the spectrogram stays as it is.
+        frame: index of the frame to align with; a random one by default.
     """
 
     processor: LlavaAudioProcessor
-    augment: bool = True
     noise: float = 0.1
     roll: int | None = None
+    frame: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        features = input_features(rows, self.processor)
-        if self.augment:
-            features = augment_spectrograms(features, self.noise, self.roll)
+        features = augment_spectrograms(input_features(rows, self.processor), self.noise, self.roll)
         if "image_tokens" in rows[0]:
             tokens = [torch.as_tensor(row["image_tokens"]) for row in rows]
-            chosen = [int(torch.randint(len(frames), ())) if self.augment else 0 for frames in tokens]
+            chosen = [int(torch.randint(len(frames), ())) if self.frame is None else self.frame for frames in tokens]
             picture = {"image_tokens": torch.stack([frames[i] for frames, i in zip(tokens, chosen, strict=True)])}
         else:
-            frames = [open_frame(row, None if self.augment else 0) for row in rows]
-            picture = {"pixel_values": pixel_values(frames, self.processor)}
+            picture = {"pixel_values": pixel_values([open_frame(row, self.frame) for row in rows], self.processor)}
         return {**picture, "input_features": features}

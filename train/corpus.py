@@ -1,9 +1,12 @@
 """The corpus of a stage: its rows, chosen and prepared as the stage's arguments say."""
 
+import hashlib
+import inspect
 import os
 
 import torch
 from datasets import Array2D, Array3D, Dataset, Features
+from datasets.fingerprint import Hasher
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing import LlavaAudioProcessor
@@ -58,6 +61,25 @@ def with_features(
         }
     )
     rows = rows.select_columns(["id", "audio", "frames"]).map(
-        compute, batched=True, batch_size=64, remove_columns=["audio", "frames"], features=features, desc="Features"
+        compute,
+        batched=True,
+        batch_size=64,
+        remove_columns=["audio", "frames"],
+        features=features,
+        new_fingerprint=_features_fingerprint(rows, captioner, processor),
+        desc="Features",
     )
     return rows.with_format("numpy", columns=["input_features", "image_tokens"], output_all_columns=True)
+
+
+def _features_fingerprint(
+    rows: Dataset, captioner: LlavaAudioForConditionalGeneration, processor: LlavaAudioProcessor
+) -> str:
+    """A key of all that `with_features` depends on, the same in every process (a pickled model's is not)."""
+    weights = hashlib.sha256()
+    for name, tensor in captioner.model.vision_tower.state_dict().items():
+        weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    extractor, images = processor.feature_extractor, processor.image_processor
+    parts = [extractor.to_json_string(), inspect.getsource(type(extractor)), images.to_json_string()]
+    layer = [captioner.config.vision_feature_layer, captioner.config.vision_feature_select_strategy]
+    return Hasher.hash([rows._fingerprint, weights.hexdigest(), *parts, layer])

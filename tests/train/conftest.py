@@ -45,13 +45,23 @@ def datasets_cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_stage():
+def stage_words():
+    """`stage_words(stage, base, output, *overrides)`: the words after a stage's command, for two steps of it."""
+
+    def stage_words(stage: str, base: Path | None, output: Path, *overrides: str) -> list[str]:
+        _, config, own = STAGES[stage]
+        base_words = [] if base is None else ["--base_model", str(base)]
+        return [str(config), *own, *QUICK, *base_words, "--output_dir", str(output), *overrides]
+
+    return stage_words
+
+
+@pytest.fixture(scope="session")
+def run_stage(stage_words):
     """`run_stage(stage, base, output, *overrides)`: two steps of a stage; returns its trainer."""
 
     def run_stage(stage: str, base: Path | None, output: Path, *overrides: str):
-        script, config, own = STAGES[stage]
-        base_words = [] if base is None else ["--base_model", str(base)]
-        return script.main([str(config), *own, *QUICK, *base_words, "--output_dir", str(output), *overrides])
+        return STAGES[stage][0].main(stage_words(stage, base, output, *overrides))
 
     return run_stage
 

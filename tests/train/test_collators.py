@@ -189,7 +189,7 @@ def test_augmentation_depends_on_the_seed_alone():
 
 
 def test_pairs_without_augmentation_are_first_frame_and_clean_sound(avworld_processor, rows):
-    batch = AlignmentCollator(avworld_processor, augment=False)(rows)
+    batch = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)
     extractor = avworld_processor.feature_extractor
     expected = extractor([load_audio(row["audio"]["bytes"]) for row in rows])["input_features"]
     frames = [Image.open(io.BytesIO(row["frames"][0]["bytes"])).convert("RGB") for row in rows]
@@ -198,9 +198,21 @@ def test_pairs_without_augmentation_are_first_frame_and_clean_sound(avworld_proc
     assert set(batch) == {"pixel_values", "input_features"}
 
 
+@pytest.mark.parametrize("frame", [0, 2])
+def test_pairs_show_the_frame_that_is_asked_for(avworld_processor, rows, frame):
+    """Of pictures and of stored image tokens alike, whatever is done to the sound."""
+    frames = [Image.open(io.BytesIO(row["frames"][frame]["bytes"])).convert("RGB") for row in rows]
+    collator = AlignmentCollator(avworld_processor, frame=frame)
+    assert torch.equal(collator(rows)["pixel_values"], pixel_values(frames, avworld_processor))
+    tokens = torch.randn(4, 4, 36, 32, generator=torch.Generator().manual_seed(0))
+    features = torch.zeros(256, 64)
+    stored = [{"input_features": features, "image_tokens": each.numpy()} for each in tokens]
+    assert torch.equal(collator(stored)["image_tokens"], tokens[:, frame])
+
+
 def test_augmented_pairs_keep_frame_and_sound_of_one_clip(avworld_processor, rows):
     torch.manual_seed(0)
-    clean = AlignmentCollator(avworld_processor, augment=False)(rows)["input_features"]
+    clean = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)["input_features"]
     batch = AlignmentCollator(avworld_processor, noise=0.0)(rows)
     for index, row in enumerate(rows):
         frames = [Image.open(io.BytesIO(frame["bytes"])).convert("RGB") for frame in row["frames"]]

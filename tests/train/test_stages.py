@@ -12,6 +12,7 @@ from dali_llava.processing import SEE_PROMPT, LlavaAudioProcessor
 from dali_llava.train.align import build_objective
 from dali_llava.train.collators import open_frame
 from dali_llava.train.losses import LOSSES
+from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS, load_alignment_attention
 
 
 TRAINED = {"prefix": "model.prefix.", "aligned": "model.audio_tower.", "distilled": "model.audio_projector."}
@@ -167,3 +168,15 @@ def test_every_objective_aligns(run_stage, run_dir, tmp_path, objective):
     assert sorted(load_file(tmp_path / objective / "stage.safetensors")) == sorted(
         name for name, _ in trainer.captioner.named_parameters() if name.startswith("model.audio_tower.")
     )
+    assert (tmp_path / objective / ATTENTION_WEIGHTS).exists() == (objective == "ot_att")
+
+
+def test_learnt_attention_lies_beside_the_model(run_stage, run_dir, tmp_path):
+    options = '{"num_heads": 4, "temperature": 0.5}'
+    words = ["--objective", "ot_att", "--objective_options", options, "--schedule_epochs", "2"]
+    trainer = run_stage("aligned", run_dir / "prefix", tmp_path / "out", *words)
+    attention = load_alignment_attention(tmp_path / "out")
+    expected = trainer.model.objective.attention.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in attention.state_dict().items())
+    assert (attention.num_heads, attention.temperature) == (4, 0.5)
+    LlavaAudioForConditionalGeneration.from_pretrained(tmp_path / "out")  # which does not mind the file

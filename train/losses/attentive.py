@@ -1,15 +1,24 @@
 """Optimal transport whose weights cross-attention learns (DALI_OT^Att)."""
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 
 from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weights
 from dali_llava.train.losses.transport import mean_distance
 from dali_llava.train.transport import check_solver, solve_transport
+
+
+ATTENTION_WEIGHTS = "alignment_attention.safetensors"
 
 
 class AlignmentAttention(nn.Module):
@@ -35,7 +44,7 @@ class AlignmentAttention(nn.Module):
             raise ValueError(f"width must be a multiple of num_heads, not {width} and {num_heads}")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, not {temperature}")
-        self.temperature = temperature
+        self.num_heads, self.temperature = num_heads, temperature
         self.audio_query = nn.Linear(width, width)
         self.audio_key = nn.Linear(width, width)
         self.audio_value = nn.Linear(width, width)
@@ -79,6 +88,43 @@ class AlignmentAttention(nn.Module):
         return scores.softmax(dim=1)
 
 
+def save_alignment_attention(attention: AlignmentAttention, folder: str | os.PathLike) -> None:
+    """Write the weights, the number of heads and the temperature into `folder`; see `load_alignment_attention`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in attention.state_dict().items()}
+    options = {name: json.dumps(getattr(attention, name)) for name in ("num_heads", "temperature")}
+    save_file(tensors, folder / f".{ATTENTION_WEIGHTS}", metadata={"format": "pt", **options})
+    os.replace(folder / f".{ATTENTION_WEIGHTS}", folder / ATTENTION_WEIGHTS)
+
+
+def load_alignment_attention(folder: str | os.PathLike) -> AlignmentAttention:
+    """
+    The attention that an alignment with `ot_att` learnt, from the folder of its stage, on the CPU.
+
+    Raises:
+        FileNotFoundError: when the folder holds none.
+        ValueError: when the file is damaged or holds other tensors than an attention's.
+    """
+    path = Path(folder) / ATTENTION_WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; an alignment with objective ot_att writes it.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or save it again.") from error
+    try:
+        options = {name: json.loads(metadata[name]) for name in ("num_heads", "temperature")}
+        with torch.device("meta"):  # allocates nothing and draws nothing
+            attention = AlignmentAttention(len(tensors["audio_query.bias"]), **options)
+        attention.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold an alignment's attention: {' '.join(str(error).split())}.") from error
+    return attention
+
+
 class AttentiveTransportLoss(AlignmentLoss):
     """Transport cost under learnt weights, and the learning of these weights, in one loss (DALI, stage 1b).
 
@@ -91,6 +137,9 @@ class AttentiveTransportLoss(AlignmentLoss):
     there is no entropy term; then lambda follows `entropy_schedule`. In eval mode the weights are uniform at any time,
     so that one epoch's validation loss can be held against another's.
 
+    When `torch.distributed` runs, lambda's batch is that of all ranks, which are to hold equally many pairs: the
+    ranks' mean, with gradients averaged as DistributedDataParallel does, is then the loss of the whole batch.
+
     Args:
         width: D of the tokens, a multiple of `num_heads`.
         num_heads: heads of either attention.
@@ -101,7 +150,7 @@ class AttentiveTransportLoss(AlignmentLoss):
 
     Logs:
         transport_cost: mean `OT(a, b)`. mean_distance, max_gap: as in `TransportLoss`. lambda: in the cost's unit.
-        entropy_audio, entropy_image: mean H in nats.
+        entropy_audio, entropy_image: mean H in nats. All but lambda are this rank's.
     """
 
     def __init__(
@@ -172,7 +221,10 @@ class AttentiveTransportLoss(AlignmentLoss):
         distance = mean_distance(audio, image, *uniform)
         entropy_a, entropy_b = (torch.special.entr(weights).sum(dim=1).mean() for weights in (a, b))
         cost = result.cost.mean()
-        strength = self.relative_lambda * distance if self.training else torch.zeros_like(distance)
+        if self.training and self.epoch > 1:
+            strength = self.relative_lambda * _mean_over_ranks(distance)
+        else:
+            strength = torch.zeros_like(distance)
         loss = cost - strength * (entropy_a + entropy_b)
         if self.training and self.epoch == 1:
             # Zeros rather than no gradients: DistributedDataParallel waits for one from every parameter.
@@ -188,3 +240,12 @@ class AttentiveTransportLoss(AlignmentLoss):
         }
         values = torch.stack([value.detach().double() for value in logs.values()])
         return LossOutput(loss, dict(zip(logs, values.tolist(), strict=True)))
+
+
+def _mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a scalar without gradient over all ranks; the scalar itself where there is one."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()

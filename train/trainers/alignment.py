@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import ModelOutput
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.train.losses.attentive import save_alignment_attention
 
 from .stage import StageArguments, StageTrainer, train_only
 
@@ -36,6 +37,10 @@ class AlignmentArguments(StageArguments):
     cache_features: bool = field(
         default=False,
         metadata={"help": "Compute spectrograms and image tokens once, onto disk: a small corpus, many epochs."},
+    )
+
+    frame: int | None = field(
+        default=None, metadata={"help": "Frame to align with; a random one of the clip's each epoch by default."}
     )
 
     # Augmentation of the spectrogram
@@ -122,6 +127,8 @@ class ScheduleEpochs(TrainerCallback):
 class AlignmentTrainer(StageTrainer):
     """
     Trainer of an `AlignmentModel`; the objective's own parameters, if any, are a group of the one optimiser.
+
+    An objective's `attention` is saved beside the stage, for `load_alignment_attention`.
     """
 
     def __init__(self, model: AlignmentModel, **kwargs):
@@ -180,6 +187,14 @@ class AlignmentTrainer(StageTrainer):
         if self.state.global_step % max(1, int(self.state.logging_steps or 1)) == 0:
             self.log({name: float(value) for name, value in output.logs.items()})
         return (output.loss, output) if return_outputs else output.loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        if not self.args.should_save:  # every rank is asked
+            return
+        super()._save(output_dir, state_dict)
+        attention = getattr(self.model.objective, "attention", None)
+        if attention is not None:
+            save_alignment_attention(attention, output_dir or self.args.output_dir)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():

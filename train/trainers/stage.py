@@ -91,6 +91,8 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        if not self.args.should_save:  # every rank is asked
+            return
         output_dir = output_dir or self.args.output_dir
         if self.args.base_model is None:  # the first stage trains a whole captioner
             self.captioner.save_pretrained(output_dir)

@@ -3,8 +3,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from dali_llava.train.losses import AttentiveTransportLoss, TransportLoss
+from dali_llava.train.losses import AlignmentAttention, AttentiveTransportLoss, TransportLoss
+from dali_llava.train.losses.attentive import (
+    ATTENTION_WEIGHTS,
+    load_alignment_attention,
+    save_alignment_attention,
+)
 from dali_llava.train.transport import solve_transport
 
 
@@ -223,3 +229,103 @@ def test_bad_options(options, message):
 def test_epochs_count_from_one():
     with pytest.raises(ValueError, match="no epoch 0"):
         make(epoch=0)
+
+
+# Loss and gradients of a rank's two of four pairs, under weights that both ranks draw alike.
+RANK = """
+from dali_llava.train.losses import AttentiveTransportLoss
+
+torch.manual_seed(0)
+loss = AttentiveTransportLoss(16, num_heads=4, temperature=0.05).double()
+loss.set_epoch(3)
+audio, image = (torch.tensor(batch, dtype=torch.float64)[2 * rank :][:2].requires_grad_() for batch in given)
+output = loss(audio, image)
+output.loss.backward()
+parameters = {name: parameter.grad.tolist() for name, parameter in loss.named_parameters()}
+tokens = {"audio": audio.grad.tolist(), "image": image.grad.tolist()}
+results = {"loss": output.loss.item(), "lambda": output.logs["lambda"], "parameters": parameters, **tokens}
+"""
+
+
+def test_two_ranks_make_one_batch(on_two_ranks):
+    """The mean of the ranks' losses, with gradients averaged as DistributedDataParallel does, is the whole batch's.
+
+    The second rank's clouds are far wider apart than the first's, so that lambda by either alone would be another.
+    """
+    generator = torch.Generator().manual_seed(0)
+    audio, image = (torch.randn(4, n, 16, generator=generator, dtype=torch.float64) for n in (6, 5))
+    image[2:] += 3
+    first, second = on_two_ranks(RANK, [audio.tolist(), image.tolist()])
+
+    torch.manual_seed(0)
+    loss = AttentiveTransportLoss(16, num_heads=4, temperature=0.05).double()
+    loss.set_epoch(3)
+    output = loss(audio.requires_grad_(), image.requires_grad_())
+    output.loss.backward()
+    assert (first["loss"] + second["loss"]) / 2 == pytest.approx(output.loss.item(), rel=1e-12)
+    assert first["lambda"] == second["lambda"] == pytest.approx(output.logs["lambda"], rel=1e-12)
+    for name, parameter in loss.named_parameters():
+        averaged = sum(torch.tensor(each["parameters"][name], dtype=torch.float64) for each in (first, second)) / 2
+        torch.testing.assert_close(averaged, parameter.grad, rtol=1e-10, atol=1e-12)
+    for name, expected in (("audio", audio.grad), ("image", image.grad)):
+        gathered = torch.tensor(first[name] + second[name], dtype=torch.float64) / 2
+        torch.testing.assert_close(gathered, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_attention_is_the_same_bit_for_bit(tmp_path, dtype):
+    attention = make(temperature=0.3, dtype=dtype).attention
+    save_alignment_attention(attention, tmp_path / "stage")
+    assert [path.name for path in (tmp_path / "stage").iterdir()] == [ATTENTION_WEIGHTS]
+    loaded = load_alignment_attention(tmp_path / "stage")
+    expected, found = attention.state_dict(), loaded.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) and found[name].dtype == dtype for name in expected)
+    assert (loaded.num_heads, loaded.temperature) == (4, 0.3)
+    audio, image = tokens(dtype=dtype)
+    weights = zip(loaded(audio, image), attention(audio, image), strict=True)
+    assert all(torch.equal(got, wanted) for got, wanted in weights)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_loading_an_attention_draws_no_random_number(tmp_path):
+    save_alignment_attention(AlignmentAttention(16), tmp_path)
+    state = torch.get_rng_state()
+    load_alignment_attention(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_missing_attention_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{ATTENTION_WEIGHTS}: no such file; .* objective ot_att"):
+        load_alignment_attention(tmp_path)
+
+
+def test_damaged_attention_is_an_error_that_names_the_file(tmp_path):
+    (tmp_path / ATTENTION_WEIGHTS).write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=f"{ATTENTION_WEIGHTS} is damaged"):
+        load_alignment_attention(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("audio_query.bias"), "'audio_query.bias'"),
+        (lambda tensors: tensors.pop("image_key.weight"), "Missing key.*image_key.weight"),
+        (lambda tensors: tensors.update(more=torch.zeros(1)), "Unexpected key.*more"),
+        (lambda tensors: tensors.update({"image_key.bias": torch.zeros(3)}), "size mismatch for image_key.bias"),
+        (lambda tensors: tensors.update({"audio_query.bias": torch.zeros(6)}), "width must be a multiple"),
+    ],
+)
+def test_attention_of_another_shape_is_an_error_that_names_the_file(tmp_path, change, message):
+    save_alignment_attention(AlignmentAttention(16), tmp_path)
+    tensors = load_file(tmp_path / ATTENTION_WEIGHTS)
+    change(tensors)
+    save_file(tensors, tmp_path / ATTENTION_WEIGHTS, metadata={"num_heads": "8", "temperature": "20.0"})
+    with pytest.raises(ValueError, match=f"{ATTENTION_WEIGHTS} does not hold an alignment's attention: .*{message}"):
+        load_alignment_attention(tmp_path)
+
+
+def test_attention_without_its_options_is_an_error(tmp_path):
+    save_file(AlignmentAttention(16).state_dict(), tmp_path / ATTENTION_WEIGHTS)
+    with pytest.raises(ValueError, match="does not hold an alignment's attention: 'num_heads'"):
+        load_alignment_attention(tmp_path)

@@ -1,8 +1,3 @@
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,53 +53,29 @@ def test_bad_temperature():
         ContrastiveLoss(temperature=0.0)
 
 
-# One rank: its part of the tokens, its loss and its gradients, for an even share and for an uneven one.
+# Loss and gradients of a rank's part of the tokens, for an even share and for an uneven one.
 RANK = """
-import datetime, json, sys
-import torch
-import torch.distributed as dist
 from dali_llava.train.losses import ContrastiveLoss
 
-batches, store, rank = json.load(open(sys.argv[1])), sys.argv[2], int(sys.argv[3])
-timeout = datetime.timedelta(seconds=60)
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2, timeout=timeout)
 results = []
 for first in (3, 4):
     part = slice(0, first) if rank == 0 else slice(first, 6)
-    audio, image = (torch.tensor(batch, dtype=torch.float64)[part].requires_grad_() for batch in batches)
+    audio, image = (torch.tensor(batch, dtype=torch.float64)[part].requires_grad_() for batch in given)
     try:
         loss = ContrastiveLoss()(audio, image).loss
         loss.backward()
         results.append({"loss": loss.item(), "audio": audio.grad.tolist(), "image": image.grad.tolist()})
     except ValueError as error:
         results.append({"error": str(error)})
-dist.destroy_process_group()
-print(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(on_two_ranks):
     """What each of two ranks got, with the tokens shared out 3 to 3 and 4 to 2."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "tokens.json").write_text(json.dumps([batch.tolist() for batch in tokens(6)]))
-    (folder / "rank.py").write_text(RANK)
-    command = [sys.executable, folder / "rank.py", folder / "tokens.json", folder / "store"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    return on_two_ranks(RANK, [batch.tolist() for batch in tokens(6)])
 
 
-needs_gloo = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
-)
-
-
-@needs_gloo
 def test_two_ranks_make_one_batch(ranks):
     """The mean of the ranks' losses, with gradients averaged as DistributedDataParallel does, is the whole batch's."""
     audio, image = tokens(6)
@@ -117,7 +88,6 @@ def test_two_ranks_make_one_batch(ranks):
         torch.testing.assert_close(gathered, expected, rtol=1e-10, atol=1e-12)
 
 
-@needs_gloo
 def test_ranks_of_different_sizes_are_refused(ranks):
     for results in ranks:
         assert "[4, 2] samples by rank" in results[1]["error"]

@@ -19,7 +19,7 @@ def make_trainer(captioner, avworld_processor, tmp_path):
         return AlignmentTrainer(
             model=AlignmentModel(captioner, objective),
             args=AlignmentArguments(output_dir=str(tmp_path), use_cpu=True, **arguments),
-            data_collator=AlignmentCollator(avworld_processor, augment=False),
+            data_collator=AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0),
             train_dataset=list(range(rows)) or None,
             stage="align",
         )
@@ -53,7 +53,7 @@ def test_attention_waits_unchanged_through_the_first_epoch(make_trainer, caption
     objective = AttentiveTransportLoss(width=32, num_heads=4)
     trainer = make_trainer(objective, weight_decay=5e-7, learning_rate=1e-2, objective_learning_rate=1e-2)
     optimizer = trainer.create_optimizer()
-    batch = AlignmentCollator(avworld_processor, augment=False)(rows)
+    batch = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)
     before = [parameter.detach().clone() for parameter in objective.parameters()]
     tower = captioner.model.audio_tower.proj.weight.detach().clone()
     for epoch in (1, 1, 2):
@@ -134,7 +134,7 @@ def test_without_halving_the_rate_follows_the_named_schedule(make_trainer):
 
 def test_image_tokens_stand_for_their_pictures(captioner, avworld_processor, rows):
     model = AlignmentModel(captioner, MMDLoss()).eval()
-    batch = AlignmentCollator(avworld_processor, augment=False)(rows)
+    batch = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)
     expected = model(**batch).loss
     with torch.no_grad():
         tokens = captioner.model.encode_image(batch.pop("pixel_values"))
@@ -142,7 +142,7 @@ def test_image_tokens_stand_for_their_pictures(captioner, avworld_processor, row
 
 
 def test_model_compares_the_tokens_of_both_towers(captioner, avworld_processor, rows):
-    batch = AlignmentCollator(avworld_processor, augment=False)(rows)
+    batch = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)
     objective = MMDLoss()
     output = AlignmentModel(captioner, objective).eval()(**batch)
     image = captioner.model.encode_image(batch["pixel_values"])
@@ -153,7 +153,7 @@ def test_model_compares_the_tokens_of_both_towers(captioner, avworld_processor, 
 
 
 def test_padded_clips_align_as_they_would_alone(captioner, avworld_processor, rows):
-    batch = AlignmentCollator(avworld_processor, augment=False)(rows[:2])
+    batch = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows[:2])
     model = AlignmentModel(captioner, MMDLoss()).eval()
     mask = torch.arange(256)[None] < torch.tensor([[256], [96]])
     pixels, features = batch["pixel_values"], batch["input_features"]
@@ -178,6 +178,16 @@ def test_evaluation_gives_the_loss_and_no_gradient(make_trainer, avworld_process
     loss, logits, labels = trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=True)
     assert (logits, labels) == (None, None) and not loss.requires_grad
     assert torch.equal(loss, trainer.model(**batch).loss.detach())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_first_process_alone_saves(make_trainer, tmp_path, monkeypatch, index):
+    """The trainer asks every process; two at a time would take each other's unfinished files."""
+    trainer = make_trainer(AttentiveTransportLoss(width=32, num_heads=4), base_model="base")
+    monkeypatch.setattr(AlignmentArguments, "process_index", index)
+    trainer.save_model(str(tmp_path / "saved"))
+    files = {"stage.json", "stage.safetensors", "alignment_attention.safetensors"}
+    assert {path.name for path in tmp_path.glob("saved/*")} & files == (files if index == 0 else set())
 
 
 def test_alignment_lowers_its_loss(run_stage, run_dir, tmp_path):

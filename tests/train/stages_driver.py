@@ -1,0 +1,33 @@
+"""
+Run stages one after the other in this process, as `test_two_processes.py` asks; the first process prints what ran.
+
+    python -m torch.distributed.run --standalone --nproc_per_node 2 stages_driver.py stages.json
+
+where the file holds `{name: [module, [words after the stage's command]]}`.
+"""
+
+import functools
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dali_llava.train import prefix_tune
+from dali_llava.train.collators import CaptionCollator
+
+
+def run(name: str, module: str, words: list[str]) -> None:
+    arguments = importlib.import_module(module).main(words).args
+    if arguments.process_index == 0:
+        ran = {"name": name, "processes": arguments.world_size, "mode": arguments.parallel_mode.value}
+        print(json.dumps(ran | {"backend": dist.get_backend()}), flush=True)
+
+
+if __name__ == "__main__":
+    # The stage shows a random frame of each picture, which no two processes would draw as one does.
+    prefix_tune.CaptionCollator = functools.partial(CaptionCollator, frame=0)
+    for name, (module, words) in json.loads(Path(sys.argv[1]).read_text()).items():
+        run(name, module, words)
+    dist.destroy_process_group()

@@ -1,0 +1,105 @@
+"""Two processes with half of each batch train the weights that one process trains with the whole of it."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.train.collators import CaptionCollator
+from dali_llava.train.losses import LOSSES
+from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS
+
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+)
+
+DRIVER = Path(__file__).with_name("stages_driver.py")
+# stage: its module, and the stage before it
+STAGES = {
+    "prefix": ("dali_llava.train.prefix_tune", "captioner"),
+    "aligned": ("dali_llava.train.align", "prefix"),
+    "distilled": ("dali_llava.train.distill", "aligned"),
+}
+COMMON = [
+    *("--max_steps", "6", "--learning_rate", "2e-3", "--lr_scheduler_type", "constant", "--warmup_steps", "0"),
+    # Adam divides a gradient by its own size: one that is as small as float32's rounding would make that rounding a
+    # step of the full rate.
+    *("--adam_epsilon", "1e-5"),
+]
+ALIGNMENT = [
+    *("--augmentation_noise", "0", "--augmentation_roll", "0", "--frame", "0"),
+    # Epochs 1 to 3: from the third step on lambda counts, and the attention learns.
+    *("--schedule_epochs", "3", "--objective_learning_rate", "2e-3"),
+]
+OPTIONS = {"ot_att": ["--objective_options", '{"temperature": 0.2}']}  # at 20 the attention would hardly move
+RUNS = {"prefix": ("prefix", []), "distilled": ("distilled", [])} | {
+    objective: ("aligned", [*ALIGNMENT, "--objective", objective, *OPTIONS.get(objective, [])]) for objective in LOSSES
+}
+
+
+def launch(listing: Path, cache: Path) -> list[dict]:
+    """Run the stages in `listing` in two processes; what the first of them printed of each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, DRIVER, listing], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+
+
+@pytest.fixture(scope="module")
+def outputs(run_dir, run_stage, stage_words, datasets_cache, tmp_path_factory) -> tuple[Path, Path]:
+    """The folders with a checkpoint for each of `RUNS`: trained by one process, and by two."""
+    alone, shared = (tmp_path_factory.mktemp(name) for name in ("alone", "shared"))
+    listed = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dali_llava.train.prefix_tune.CaptionCollator", functools.partial(CaptionCollator, frame=0))
+        for name, (stage, own) in RUNS.items():
+            for folder in (alone, shared):
+                (folder / name).mkdir()
+                if stage == "distilled":  # sampled captions would differ
+                    shutil.copy(run_dir / stage / "pseudo_captions.jsonl", folder / name)
+            module, before = STAGES[stage]
+            words = [*COMMON, *own, "--per_device_train_batch_size"]
+            run_stage(stage, run_dir / before, alone / name, *words, "4")
+            listed[name] = [module, stage_words(stage, run_dir / before, shared / name, *words, "2")]
+    (shared / "stages.json").write_text(json.dumps(listed))
+    ran = launch(shared / "stages.json", datasets_cache)
+    assert ran == [{"name": name, "processes": 2, "mode": "distributed", "backend": "gloo"} for name in RUNS]
+    return alone, shared
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert set(first) == set(second)
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_the_weights_of_one(outputs, run_dir, name):
+    alone, shared = (load_file(folder / name / "stage.safetensors") for folder in outputs)
+    assert {tensor.dtype for tensor in alone.values()} == {torch.float32}
+    assert largest_difference(alone, shared) <= 1e-5
+    _, before = STAGES[RUNS[name][0]]
+    start = LlavaAudioForConditionalGeneration.from_pretrained(run_dir / before).state_dict()
+    moved = {key: (tensor - start[key]).abs().max().item() for key, tensor in alone.items()}
+    # a key's bias has no gradient but for rounding
+    assert min(moved[key] for key in moved if not key.endswith("k_proj.bias")) > 1e-3
+
+
+def test_two_processes_train_the_attention_of_one(outputs, run_stage, run_dir, tmp_path):
+    alone, shared = (load_file(folder / "ot_att" / ATTENTION_WEIGHTS) for folder in outputs)
+    # Its gradient is zero in epoch 1: after one step it is as it was drawn.
+    run_stage("aligned", run_dir / "prefix", tmp_path, *COMMON, *RUNS["ot_att"][1], "--max_steps", "1")
+    start = load_file(tmp_path / ATTENTION_WEIGHTS)
+    assert largest_difference(alone, shared) <= 1e-5
+    moved = {key: (tensor - start[key]).abs().max().item() for key, tensor in alone.items()}
+    # biases that add the same to every token's score have no gradient
+    assert min(moved[key] for key in moved if key.endswith("weight")) > 1e-4
