@@ -37,14 +37,10 @@ def write_stage(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], 
     os.replace(directory / f".{STAGE_FILE}", directory / STAGE_FILE)
 
 
-def read_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> tuple[str, dict[str, torch.Tensor]] | None:
-    """
-    The base model's name and the trained tensors of a stage's checkpoint; None for a whole checkpoint.
+def _read_description(name_or_path: str | os.PathLike, **hub_kwargs) -> dict | None:
+    """What `stage.json` says, its base an absolute path where it is a folder; None for a whole checkpoint.
 
-    Raises:
-        ValueError: when a file of the stage is damaged, `stage.json` does not name its base, or the weights beside it
-            differ from its list.
-        FileNotFoundError: when the base is a folder that is not there any more.
+    Errors are those of `read_stage`.
     """
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(name_or_path, STAGE_FILE, **optional, **hub_kwargs)
@@ -62,6 +58,35 @@ def read_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> tuple[str, dict
         raise FileNotFoundError(
             f"{path} names the base model {beside.resolve()}, which is no folder; bring it back there."
         )
+    return description | {"base_model_name_or_path": str(beside.resolve()) if beside.is_dir() else base}
+
+
+def stage_names(name_or_path: str | os.PathLike, **hub_kwargs) -> list[str]:
+    """
+    The stages that lead to a checkpoint, the last first, as far back as a whole checkpoint; none for such a one.
+
+    Raises:
+        ValueError, FileNotFoundError: as `read_stage` does.
+    """
+    names = []
+    while (found := _read_description(name_or_path, **hub_kwargs)) is not None:
+        names.append(found.get("stage", ""))
+        name_or_path = found["base_model_name_or_path"]
+    return names
+
+
+def read_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> tuple[str, dict[str, torch.Tensor]] | None:
+    """
+    The base model's name and the trained tensors of a stage's checkpoint; None for a whole checkpoint.
+
+    Raises:
+        ValueError: when a file of the stage is damaged, `stage.json` does not name its base, or the weights beside it
+            differ from its list.
+        FileNotFoundError: when the base is a folder that is not there any more.
+    """
+    description = _read_description(name_or_path, **hub_kwargs)
+    if description is None:
+        return None
     weights = cached_file(name_or_path, STAGE_WEIGHTS, **hub_kwargs)
     try:
         tensors = load_file(weights)
@@ -69,7 +94,7 @@ def read_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> tuple[str, dict
         raise ValueError(f"{weights} is damaged ({error}); copy or save the stage again.") from error
     if sorted(tensors) != description["trained"]:
         raise ValueError(f"{name_or_path}: {STAGE_WEIGHTS} does not hold the weights that {STAGE_FILE} lists.")
-    return str(beside.resolve()) if beside.is_dir() else base, tensors
+    return description["base_model_name_or_path"], tensors
 
 
-__all__ = ["read_stage", "write_stage"]
+__all__ = ["read_stage", "stage_names", "write_stage"]

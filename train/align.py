@@ -36,7 +36,7 @@ def build_objective(arguments: AlignmentArguments, width: int):
 def main(argv: list[str] | None = None) -> AlignmentTrainer:
     arguments = parse_stage_arguments(AlignmentArguments, __doc__, argv)
     set_seed(arguments.seed)
-    captioner, processor = load_base(arguments)
+    captioner, processor = load_base(arguments, after=("prefix",))
     objective = build_objective(arguments, captioner.config.audio_config.output_size)
     rows = load_rows(arguments)
     if arguments.cache_features:

@@ -63,7 +63,7 @@ def pseudo_caption(captioner, processor, rows, arguments: DistillationArguments)
 def main(argv: list[str] | None = None) -> CaptioningTrainer:
     arguments = parse_stage_arguments(DistillationArguments, __doc__, argv)
     set_seed(arguments.seed)
-    captioner, processor = load_base(arguments)
+    captioner, processor = load_base(arguments, after=("prefix", "align"))
     rows = load_rows(arguments)
     with arguments.main_process_first(desc="pseudo-captions"):
         captions = pseudo_caption(captioner, processor, rows, arguments)

@@ -25,6 +25,7 @@ class PrefixArguments(StageArguments):
     prompt: str = field(default=SOUND_PROMPT, metadata={"help": "Question that follows the prefix."})
     split: str = field(default="shots", metadata={"help": "Split with captioned pictures."})
     max_samples: int | None = field(default=16, metadata={"help": "How many of them: the shots."})
+    frame: int | None = field(default=None, metadata={"help": "Frame to show; a random one each epoch by default."})
 
 
 def main(argv: list[str] | None = None) -> CaptioningTrainer:
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
         model=captioner,
         args=arguments,
         train_dataset=rows,
-        data_collator=CaptionCollator(processor, image=True, prefix=True),
+        data_collator=CaptionCollator(processor, image=True, prefix=True, frame=arguments.frame),
         processing_class=processor,
         stage="prefix",
     )

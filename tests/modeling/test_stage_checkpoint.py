@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration, LlavaAudioModel
-from dali_llava.modeling.stage_checkpoint import read_stage, write_stage
+from dali_llava.modeling.stage_checkpoint import read_stage, stage_names, write_stage
 
 
 def change(model, part, seed: int) -> None:
@@ -51,6 +51,12 @@ def test_stage_holds_only_what_it_trained(run):
         assert json.loads((folder / stage / "stage.json").read_text())["trained"] == trained
         assert not (folder / stage / "model.safetensors").exists()
     assert json.loads((folder / "aligned" / "stage.json").read_text())["stage"] == "align:mmd"
+
+
+def test_stages_are_named_from_the_last_back_to_the_whole_checkpoint(run):
+    folder, _ = run
+    assert stage_names(folder / "aligned") == ["align:mmd", "prefix"]
+    assert stage_names(folder / "prefix") == ["prefix"] and stage_names(folder / "base") == []
 
 
 def test_two_stages_assemble_exactly(run):

@@ -6,16 +6,12 @@ Run stages one after the other in this process, as `test_two_processes.py` asks;
 where the file holds `{name: [module, [words after the stage's command]]}`.
 """
 
-import functools
 import importlib
 import json
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
-
-from dali_llava.train import prefix_tune
-from dali_llava.train.collators import CaptionCollator
 
 
 def run(name: str, module: str, words: list[str]) -> None:
@@ -26,8 +22,6 @@ def run(name: str, module: str, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # The stage shows a random frame of each picture, which no two processes would draw as one does.
-    prefix_tune.CaptionCollator = functools.partial(CaptionCollator, frame=0)
     for name, (module, words) in json.loads(Path(sys.argv[1]).read_text()).items():
         run(name, module, words)
     dist.destroy_process_group()

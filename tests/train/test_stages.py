@@ -120,6 +120,18 @@ def test_missing_base_is_an_error_with_its_remedy(run_stage, tmp_path, stage):
     assert not (tmp_path / "out").exists()
 
 
+def test_stage_before_the_one_before_it_is_an_error_with_its_remedy(run_stage, run_dir, tmp_path):
+    """Distilling what was never aligned; aligning a chain that has no prefix."""
+    prefix = run_dir / "prefix"
+    message = f"base_model {prefix} has been through prefix only; run train/align.py first"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_stage("distilled", prefix, tmp_path / "out")
+    run_stage("aligned", run_dir / "captioner", tmp_path / "unprefixed")  # a whole checkpoint may have been anywhere
+    with pytest.raises(ValueError, match="has been through align:mmd only; run train/prefix_tune.py first"):
+        run_stage("aligned", tmp_path / "unprefixed", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_objective_lists_those_there_are(run_stage, run_dir, tmp_path):
     with pytest.raises(ValueError, match=f"unknown objective 'mdd'; there are {', '.join(LOSSES)}"):
         run_stage("aligned", run_dir / "prefix", tmp_path / "out", "--objective", "mdd")

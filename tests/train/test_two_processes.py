@@ -1,6 +1,5 @@
 """Two processes with half of each batch train the weights that one process trains with the whole of it."""
 
-import functools
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
-from dali_llava.train.collators import CaptionCollator
 from dali_llava.train.losses import LOSSES
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS
 
@@ -41,7 +39,7 @@ ALIGNMENT = [
     *("--schedule_epochs", "3", "--objective_learning_rate", "2e-3"),
 ]
 OPTIONS = {"ot_att": ["--objective_options", '{"temperature": 0.2}']}  # at 20 the attention would hardly move
-RUNS = {"prefix": ("prefix", []), "distilled": ("distilled", [])} | {
+RUNS = {"prefix": ("prefix", ["--frame", "0"]), "distilled": ("distilled", [])} | {
     objective: ("aligned", [*ALIGNMENT, "--objective", objective, *OPTIONS.get(objective, [])]) for objective in LOSSES
 }
 
@@ -60,17 +58,15 @@ def outputs(run_dir, run_stage, stage_words, datasets_cache, tmp_path_factory) -
     """The folders with a checkpoint for each of `RUNS`: trained by one process, and by two."""
     alone, shared = (tmp_path_factory.mktemp(name) for name in ("alone", "shared"))
     listed = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dali_llava.train.prefix_tune.CaptionCollator", functools.partial(CaptionCollator, frame=0))
-        for name, (stage, own) in RUNS.items():
-            for folder in (alone, shared):
-                (folder / name).mkdir()
-                if stage == "distilled":  # sampled captions would differ
-                    shutil.copy(run_dir / stage / "pseudo_captions.jsonl", folder / name)
-            module, before = STAGES[stage]
-            words = [*COMMON, *own, "--per_device_train_batch_size"]
-            run_stage(stage, run_dir / before, alone / name, *words, "4")
-            listed[name] = [module, stage_words(stage, run_dir / before, shared / name, *words, "2")]
+    for name, (stage, own) in RUNS.items():
+        for folder in (alone, shared):
+            (folder / name).mkdir()
+            if stage == "distilled":  # sampled captions would differ
+                shutil.copy(run_dir / stage / "pseudo_captions.jsonl", folder / name)
+        module, before = STAGES[stage]
+        words = [*COMMON, *own, "--per_device_train_batch_size"]
+        run_stage(stage, run_dir / before, alone / name, *words, "4")
+        listed[name] = [module, stage_words(stage, run_dir / before, shared / name, *words, "2")]
     (shared / "stages.json").write_text(json.dumps(listed))
     ran = launch(shared / "stages.json", datasets_cache)
     assert ran == [{"name": name, "processes": 2, "mode": "distributed", "backend": "gloo"} for name in RUNS]

@@ -189,11 +189,9 @@ class AlignmentTrainer(StageTrainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        if not self.args.should_save:  # every rank is asked
-            return
         super()._save(output_dir, state_dict)
         attention = getattr(self.model.objective, "attention", None)
-        if attention is not None:
+        if attention is not None and self.args.should_save:
             save_alignment_attention(attention, output_dir or self.args.output_dir)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -1,6 +1,7 @@
 """What every stage shares: its arguments, what it freezes, and a checkpoint that holds what it trained."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling.stage_checkpoint import stage_names
 from dali_llava.processing import LlavaAudioProcessor
 
 
@@ -53,18 +55,34 @@ class StageProgress(ProgressCallback):
             self.training_bar.set_postfix(shown)
 
 
-def load_base(arguments: StageArguments) -> tuple[LlavaAudioForConditionalGeneration, LlavaAudioProcessor]:
+# What writes a stage, by the word its name begins with.
+SCRIPTS = {"prefix": "train/prefix_tune.py", "align": "train/align.py"}
+
+
+def load_base(
+    arguments: StageArguments, after: Sequence[str] = ()
+) -> tuple[LlavaAudioForConditionalGeneration, LlavaAudioProcessor]:
     """
     The captioner that a stage starts from, and its processor.
 
+    Args:
+        after: the stages that must have come before, of `SCRIPTS`. A whole checkpoint does not tell which it has been
+            through; its user is to know.
+
     Raises:
-        ValueError: when no base is named, or the one named holds no captioner.
+        ValueError: when no base is named, the one named holds no captioner, or lacks a stage of `after`.
     """
     base = arguments.base_model
     if not base:
         raise ValueError("no base_model: name the checkpoint of the stage before this one, --base_model DIR.")
     if os.sep in base and not Path(base).is_dir():
         raise ValueError(f"base_model {base}: no such directory; run the stage that writes it first.")
+    been = stage_names(base)
+    missing = [stage for stage in after if not any(name.partition(":")[0] == stage for name in been)]
+    if been and missing:
+        raise ValueError(
+            f"base_model {base} has been through {', '.join(reversed(been))} only; run {SCRIPTS[missing[0]]} first."
+        )
     return LlavaAudioForConditionalGeneration.from_pretrained(base), LlavaAudioProcessor.from_pretrained(base)
 
 

@@ -34,7 +34,7 @@ SPLITS: tuple[str, ...] = tuple(DEFAULT_SIZES)
 CAPTIONED_SPLITS = frozenset({"train_captioned", "shots", "val", "test", "test_shifted"})
 TEST_SPLITS = frozenset({"test", "test_shifted"})
 TEXT_ONLY = 0.1  # share of the captioner's rows without a picture
-PAIRED = 0.32  # share of its rows with two pictures
+PAIRED = 0.25  # share of its rows with two pictures
 SAME_THINGS = 0.5  # share of those in which both pictures show the same things
 SHARD_SIZE = 100  # rows; the unit of work of download_and_prepare(num_proc=...)
 

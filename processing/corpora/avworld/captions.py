@@ -214,19 +214,21 @@ def image_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, st
 
 
 def pair_dialogues(first: Scene, second: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Three dialogues about two pictures at once, about all that could sound in either; where nothing could, one that
-    lists what they show.
+    """Dialogues about two pictures at once: two that list what they show, without colours and places, in which the
+    two may differ; and two about all that could sound in either, where anything could.
 
     Returns:
         list of {"question", "answer"}.
     """
     shown = list(dict.fromkeys(entity.name for scene in (first, second) for entity in scene.visible))
+    listing = enumerate_phrases([with_article(name, _countable(name)) for name in shown])
+    prompts = rng.choice((*VISUAL_PROMPTS, CONCISE_PROMPT), 2, replace=False)
+    dialogues = [{"question": str(prompt), "answer": listing} for prompt in prompts]
     able = [name for name in shown if name in CLASSES]
-    if not able:
-        listing = enumerate_phrases([with_article(name, _countable(name)) for name in shown])
-        return [{"question": CONCISE_PROMPT, "answer": listing}]
-    prompts = rng.choice(ACTIVITY_PROMPTS, 3, replace=False)
-    return [{"question": str(prompt), "answer": _activity_answer(able, rng)} for prompt in prompts]
+    if able:
+        prompts = rng.choice(ACTIVITY_PROMPTS, 2, replace=False)
+        dialogues += [{"question": str(prompt), "answer": _activity_answer(able, rng)} for prompt in prompts]
+    return dialogues
 
 
 def text_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from dali_llava.train.trainers import TokenViewTrainer, token_views
 def test_view_is_all_tokens_and_then_some_drawn_from_them(grid, extra):
     torch.manual_seed(0)
     tokens = [torch.arange(start, stop).float()[:, None].expand(-1, 3) for start, stop in ((0, 12), (12, 36))]
-    views = token_views(tokens, grid, extra, strays=0.0, contraction=0.0)
+    views = token_views(tokens, grid, extra, strays=0.0, contraction=0.0, regression=0.0)
     assert [view.shape for view in views] == [(len(own) * grid + extra, 3) for own in tokens]
     for own, view in zip(tokens, views, strict=True):
         if grid:
@@ -30,12 +30,12 @@ def test_strays_come_from_the_other_pictures():
     """Of a picture's drawn tokens half of `strays` are replaced on average, one in four of those by its own again."""
     torch.manual_seed(0)
     pictures = [torch.full((5, 2), float(index)) for index in range(4)]
-    views = torch.stack(token_views(pictures, grid=False, extra=20000, strays=0.8))
+    views = torch.stack(token_views(pictures, grid=False, extra=20000, strays=0.8, regression=0.0))
     foreign = (views[..., 0] != torch.arange(4.0)[:, None]).float().mean(1)
     assert foreign.max() <= 0.8 * 0.75 + 0.02 and len(foreign.unique()) == 4  # a share of its own each
     torch.manual_seed(0)
     pictures = [torch.full((5, 2), float(index)) for index in range(500)]
-    many = torch.stack(token_views(pictures, grid=False, extra=200, strays=0.8))
+    many = torch.stack(token_views(pictures, grid=False, extra=200, strays=0.8, regression=0.0))
     share = (many[..., 0] != torch.arange(500.0)[:, None]).float().mean()
     assert share.item() == pytest.approx(0.4, abs=0.03)  # standard error 0.01
 
@@ -44,7 +44,8 @@ def test_drawn_tokens_move_towards_their_own_mean():
     """All of a row by the same share, uniform up to `contraction`; the tokens in their order stay."""
     torch.manual_seed(0)
     corner = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
-    views = token_views([corner + index for index in range(400)], grid=True, extra=6, strays=0.0, contraction=0.9)
+    pictures = [corner + index for index in range(400)]
+    views = token_views(pictures, grid=True, extra=6, strays=0.0, contraction=0.9, regression=0.0)
     shares = []
     for index, view in enumerate(views):
         assert torch.equal(view[:4], corner + index)
@@ -53,6 +54,19 @@ def test_drawn_tokens_move_towards_their_own_mean():
         shares.append(1 - left.mean().item())
     assert min(shares) > -1e-4 and max(shares) < 0.9 + 1e-4
     assert torch.tensor(shares).mean().item() == pytest.approx(0.45, abs=0.04)  # standard error 0.013
+
+
+def test_drawn_tokens_move_towards_the_mean_of_all():
+    torch.manual_seed(0)
+    pictures = [torch.full((4, 2), 1.0 if index % 2 else -1.0) for index in range(400)]  # of mean zero
+    views = token_views(pictures, grid=True, extra=6, strays=0.0, regression=0.5)
+    shares = []
+    for picture, view in zip(pictures, views, strict=True):
+        assert torch.equal(view[:4], picture)
+        shares.append(1 - (view[4:] * picture[0]).mean().item())
+        assert (view[4:] - view[4]).abs().max() < 1e-5
+    assert min(shares) > -1e-4 and max(shares) < 0.5 + 1e-4
+    assert torch.tensor(shares).mean().item() == pytest.approx(0.25, abs=0.025)  # standard error 0.007
 
 
 def test_views_carry_gradients_to_their_tokens():
