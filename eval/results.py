@@ -227,6 +227,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
 
 def shown_metrics(rows: Iterable[Row]) -> list[str]:
     """Metrics that at least one row has; the reasons below a table name the others."""
+    rows = list(rows)
     return [name for name in METRICS if any(row.metrics[name] is not None for row in rows)]
 
 

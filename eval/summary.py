@@ -40,20 +40,21 @@ def summary_markdown(runs: Sequence[Results]) -> str:
         if table.keys() != tables[0].keys():
             odd = sorted(table.keys() ^ tables[0].keys())[0]
             raise ValueError(f"run {number + 1} has other systems than the first, {' '.join(odd)} among them")
-    shown = shown_metrics([row for run in runs for row in run.rows])
-    cells = [
-        [*system, *(_cell([table[system].metrics[name] for table in tables]) for name in shown)]
-        for system in tables[0]
-    ]
     minutes = ", ".join(f"{run.seconds / 60:.1f}" for run in runs)
     lines = [
         f"# Results on {runs[0].dataset}, {len(runs)} seeds",
         "",
         f"Seeds {', '.join(str(seed) for each in seeds for seed in each)}; mean ± half of the {LEVEL:.0%} interval "
         f"(Student's t over the seeds). {minutes} minutes.",
-        "",
-        *markdown_table(["method", "stage", "modality", "split", *shown], cells),
     ]
+    for split in dict.fromkeys(row.split for row in runs[0].rows):
+        systems = [system for system in tables[0] if system[-1] == split]
+        shown = shown_metrics(table[system] for system in systems for table in tables)
+        cells = [
+            [*system[:-1], *(_cell([table[system].metrics[name] for table in tables]) for name in shown)]
+            for system in systems
+        ]
+        lines += ["", f"## {split}", "", *markdown_table(["method", "stage", "modality", *shown], cells)]
     claims = [{claim.claim: claim for claim in run.claims} for run in runs]
     told = [text for text in claims[0] if all(text in each for each in claims)]
     if told:

@@ -22,7 +22,8 @@ def test_interval_is_students():
 
 def test_the_page_holds_means_intervals_and_verdicts():
     page = summary_markdown([make_run(0, 1.0), make_run(1, 2.0), make_run(2, 3.0, "fails")])
-    assert "| mmd | aligned | audio | test | 2.000 ± 2.484 |" in page
+    assert "## test\n\n| method | stage | modality | cider_d |\n" in page
+    assert "| mmd | aligned | audio | 2.000 ± 2.484 |" in page
     assert "spice" not in page and "Seeds 0, 1, 2" in page and "1.5, 1.5, 1.5 minutes" in page
     assert "| it hears | 2 of 3 | 1.0; 2.0; 3.0 |" in page
 
