@@ -17,7 +17,7 @@ from dali_llava.processing.processing_llava_audio import SEE_PROMPT, SOUND_PROMP
 from . import claims as check
 from .caption_metrics import CaptionScorer
 from .evaluation import Captioned, System, caption_split, score_split
-from .modality_gap import mean_tokens, modality_gap
+from .mean_tokens import mean_tokens, modality_gap
 from .recordings import RECORDINGS_SPLIT, score_recordings
 from .results import Claim, Row
 from .runner import CaptionRunner

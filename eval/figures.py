@@ -1,12 +1,14 @@
 """The paper's figures from a run, as PNG files."""
 
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from .modality_gap import modality_gap
+from .mean_tokens import modality_gap
 
 
 def principal_components(points: np.ndarray, count: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -33,11 +35,7 @@ def plot_mean_tokens(image: np.ndarray, audio: Mapping[str, np.ndarray], path: s
     """
     if not audio:
         raise ValueError("no mean audio tokens to plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(audio), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(3.2 * len(audio), 3.4)
     panels = figure.subplots(1, len(audio), squeeze=False)[0]
     for panel, (method, tokens) in zip(panels, audio.items(), strict=True):
         mean, directions = principal_components(np.concatenate([image, tokens]))
@@ -47,6 +45,50 @@ def plot_mean_tokens(image: np.ndarray, audio: Mapping[str, np.ndarray], path: s
         panel.set(title=f"{method}, gap {modality_gap(tokens, image):.2f}", xticks=[], yticks=[])
         panel.set_aspect("equal", adjustable="datalim")
     panels[0].legend(loc="best", markerscale=2, frameon=False)
+    return _save(figure, path)
+
+
+def plot_attention(
+    pictures: Sequence[Image.Image], maps: np.ndarray, captions: Sequence[str], path: str | os.PathLike
+) -> Path:
+    """Pictures above the weights that the attention of OT^Att gives their tokens (figure 7 of the paper).
+
+    Args:
+        pictures: n of them.
+        maps: (n, rows, columns), 1 is the uniform weight.
+        captions: what is heard in each, as its title.
+        path: PNG file to write, whole or not at all.
+
+    Raises:
+        ValueError: without a picture, or other numbers of maps or captions.
+    """
+    if not len(pictures) == len(maps) == len(captions) > 0:
+        raise ValueError(f"{len(pictures)} pictures, {len(maps)} maps, {len(captions)} captions: give one each")
+    figure = _new_figure(1.9 * len(pictures), 4.2)
+    panels = figure.subplots(2, len(pictures), squeeze=False)
+    limit = max(2.0, float(maps.max()))
+    for (above, below), picture, weights, caption in zip(panels.T, pictures, maps, captions, strict=True):
+        above.imshow(picture)
+        above.set_title("\n".join(textwrap.wrap(caption, 22)), fontsize=8)
+        drawn = below.imshow(weights, vmin=0.0, vmax=limit, cmap="magma")
+        for panel in (above, below):
+            panel.set(xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=panels[1].tolist(), label="weight (uniform: 1)")
+    return _save(figure, path)
+
+
+def _new_figure(width: float, height: float):
+    """A figure of so many inches that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path: str | os.PathLike) -> Path:
+    """Write a PNG under a temporary name and rename it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

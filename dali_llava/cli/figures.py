@@ -1,7 +1,8 @@
 """Draw the paper's figures from finished runs, and put several seeds into one table.
 
 For each RUN of `quickstart`, writes RUN/figures/mean_tokens.png: mean audio tokens among mean image tokens, a panel an
-objective. Of several runs, a seed each, prints the means with their intervals and writes them to --out.
+objective; and, where OT^Att ran, RUN/figures/attention.png: where its attention looks in a picture. Of several runs, a
+seed each, prints the means with their intervals and writes them to --out.
 
 examples:
   dali-llava figures runs/quickstart
@@ -12,6 +13,9 @@ import argparse
 from pathlib import Path
 
 
+SHOWN = 8  # clips in the figure of the attention
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dali-llava figures`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that quickstart wrote")
@@ -20,14 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check that all runs are there, then draw, then summarise."""
+    from transformers import logging
+
     from dali_llava.eval.results import load_results, write_text
     from dali_llava.eval.summary import summary_markdown
 
+    logging.disable_progress_bar()
     results = [load_results(folder) for folder in args.runs]
     summary = summary_markdown(results) if len(results) > 1 else None
-    for folder, result in zip(args.runs, results, strict=True):
-        methods = dict.fromkeys(row.method for row in result.rows if row.stage == "aligned")
-        print(f"written: {draw(folder, list(methods))}")
+    methods = [list(dict.fromkeys(row.method for row in each.rows if row.stage == "aligned")) for each in results]
+    for folder, aligned in zip(args.runs, methods, strict=True):
+        for name in ("prefix", *(f"{method}-aligned" for method in aligned)):
+            if not (folder / name).is_dir():
+                raise FileNotFoundError(f"{folder / name}: no such checkpoint; `dali-llava quickstart` writes it")
+    for folder, aligned in zip(args.runs, methods, strict=True):
+        print(f"written: {draw_mean_tokens(folder, aligned)}")
+        if "ot_att" in aligned:
+            print(f"written: {draw_attention(folder)}")
     if summary is not None:
         print(f"\n{summary}")
         if args.out is not None:
@@ -36,27 +49,41 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def draw(folder: Path, methods: list[str]) -> Path:
-    """The figure of mean tokens of a run, from its checkpoints, on `test`."""
-    from transformers import logging
-
-    from dali_llava.eval.figures import plot_mean_tokens
-    from dali_llava.eval.modality_gap import mean_tokens
+def load_stage(folder: Path):
+    """A stage's model and processor."""
     from dali_llava.modeling import LlavaAudioForConditionalGeneration
     from dali_llava.processing import LlavaAudioProcessor
+
+    return LlavaAudioForConditionalGeneration.from_pretrained(folder), LlavaAudioProcessor.from_pretrained(folder)
+
+
+def draw_mean_tokens(folder: Path, methods: list[str]) -> Path:
+    """The figure of mean tokens of a run, from its checkpoints, on `test`."""
+    from dali_llava.eval.figures import plot_mean_tokens
+    from dali_llava.eval.mean_tokens import mean_tokens
     from dali_llava.processing.corpora import load_corpus
 
-    logging.disable_progress_bar()
-    for name in ("prefix", *(f"{method}-aligned" for method in methods)):
-        if not (folder / name).is_dir():
-            raise FileNotFoundError(f"{folder / name}: no such checkpoint; `dali-llava quickstart` writes it")
-    processor = LlavaAudioProcessor.from_pretrained(folder / "prefix")
     test = load_corpus("avworld", "test")
+    audio = {method: mean_tokens(*load_stage(folder / f"{method}-aligned"), test, "audio") for method in methods}
+    image = mean_tokens(*load_stage(folder / "prefix"), test, "image")
+    return plot_mean_tokens(image, audio, folder / "figures" / "mean_tokens.png")
 
-    def tokens(name: str, modality: str):
-        return mean_tokens(
-            LlavaAudioForConditionalGeneration.from_pretrained(folder / name), processor, test, modality
-        )
 
-    audio = {method: tokens(f"{method}-aligned", "audio") for method in methods}
-    return plot_mean_tokens(tokens("prefix", "image"), audio, folder / "figures" / "mean_tokens.png")
+def draw_attention(folder: Path) -> Path:
+    """The figure of the attention of a run, on `test`; prints what it looks at on average."""
+    from dali_llava.eval.attention_maps import attention_by_content, image_attention
+    from dali_llava.eval.evaluation import middle_frame
+    from dali_llava.eval.figures import plot_attention
+    from dali_llava.processing.corpora import load_corpus
+    from dali_llava.train.losses.attentive import load_alignment_attention
+
+    aligned = folder / "ot_att-aligned"
+    attention = load_alignment_attention(aligned)
+    test = load_corpus("avworld", "test")
+    maps = image_attention(*load_stage(aligned), attention, test)
+    means = attention_by_content(maps, test)
+    print(f"attention of {folder}, uniform 1: " + ", ".join(f"{kind} {mean:.2f}" for kind, mean in means.items()))
+    shown = list(test.select(range(SHOWN)))
+    captions = [row["captions"][0] for row in shown]
+    path = folder / "figures" / "attention.png"
+    return plot_attention([middle_frame(row) for row in shown], maps[:SHOWN], captions, path)

@@ -1,4 +1,4 @@
-"""How far mean audio tokens lie from mean image tokens: what alignment closes and contrast leaves open."""
+"""Tokens of a corpus's sounds and pictures, their means, and how far the two lie from each other."""
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ from .evaluation import middle_frame
 
 
 @torch.inference_mode()
-def mean_tokens(model, processor, rows: Dataset, modality: str, batch_size: int = 100) -> np.ndarray:
-    """The mean token of each row, before the projector (the paper's figure 4).
+def encode_rows(model, processor, rows: Dataset, modality: str, batch_size: int = 100) -> torch.Tensor:
+    """
+    The tokens of each row, before the projector.
 
     Args:
         model: a `LlavaAudioForConditionalGeneration`.
@@ -21,10 +22,10 @@ def mean_tokens(model, processor, rows: Dataset, modality: str, batch_size: int 
         modality: "audio" or "image" (the middle frame).
 
     Returns:
-        (rows, vision width) float32.
+        (rows, tokens, vision width) float32, on the CPU.
     """
     model, tokens = model.eval(), []
-    for start in tqdm(range(0, len(rows), batch_size), desc=f"mean {modality} tokens", delay=2):
+    for start in tqdm(range(0, len(rows), batch_size), desc=f"{modality} tokens", delay=2):
         batch = rows.select(range(start, min(start + batch_size, len(rows))))
         if modality == "audio":
             extractor = processor.feature_extractor
@@ -36,8 +37,13 @@ def mean_tokens(model, processor, rows: Dataset, modality: str, batch_size: int 
             texts = [processor.image_token] * len(batch)
             inputs = processor(text=texts, images=[middle_frame(row) for row in batch], return_tensors="pt")
             encoded = model.model.encode_image(inputs["pixel_values"].to(model.device))
-        tokens.append(encoded.mean(dim=1).float().cpu().numpy())
-    return np.concatenate(tokens)
+        tokens.append(encoded.float().cpu())
+    return torch.cat(tokens)
+
+
+def mean_tokens(model, processor, rows: Dataset, modality: str, batch_size: int = 100) -> np.ndarray:
+    """(rows, vision width) float32: the mean token of each row (the paper's figure 4); see `encode_rows`."""
+    return encode_rows(model, processor, rows, modality, batch_size).mean(dim=1).numpy()
 
 
 def modality_gap(audio: np.ndarray, image: np.ndarray) -> float:
