@@ -21,6 +21,7 @@ from pathlib import Path
 
 DEFAULT_METHODS = "mmd"
 RECORDINGS_METHODS = "ot_att"
+RECORDINGS_CLIPS = 8000  # of the alignment: more crops of the few recordings
 SHOWN_SYSTEMS = (("aligned", "audio"), ("distilled", "audio"), ("distilled", "audiovisual"))
 
 
@@ -102,7 +103,10 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
 
     configs = CONFIGS / "avworld"
     folders = {"captioner": out / "captioner", "prefix": out / "prefix", "model": out / "model"}
-    corpus = [] if recordings is None else ["--dataset_options", json.dumps({"recordings": str(recordings)})]
+    alignment, corpus = "align.yaml", []
+    if recordings is not None:
+        options = {"recordings": str(recordings), "sizes": {"train": RECORDINGS_CLIPS}}
+        alignment, corpus = "align_recordings.yaml", ["--dataset_options", json.dumps(options)]
 
     announce("captioner: an image captioner, from scratch (cached)")
     shutil.copytree(pretrained_captioner(configs / "captioner.yaml"), folders["captioner"], dirs_exist_ok=True)
@@ -116,7 +120,7 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
     stage(prefix_tune.main, "prefix_tune.yaml", "captioner", "prefix")
     for method in methods:
         announce(f"{method}: audio tokens onto image tokens")
-        stage(align.main, "align.yaml", "prefix", f"{method}-aligned", "--objective", method, *corpus)
+        stage(align.main, alignment, "prefix", f"{method}-aligned", "--objective", method, *corpus)
         announce(f"{method}: captions from sound and picture, distilled into the audio projector")
         stage(distill.main, "distill.yaml", f"{method}-aligned", f"{method}-distilled", *corpus)
     last = folders[f"{methods[-1]}-distilled"]

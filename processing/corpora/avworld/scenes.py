@@ -188,16 +188,18 @@ def render_audio(
     """The scene's sound.
 
     Args:
-        synthesisers: by class name, in place of the built-in ones (recordings, for instance); may name some classes.
+        synthesisers: by class name, in place of the built-in ones; may name some classes. They play recordings, which
+            bring a noise of their own: a scene with one of them gets no other.
 
     Returns:
         (NUM_SAMPLES,) float32 at SAMPLING_RATE, with peak PEAK.
     """
+    synthesisers = synthesisers or {}
     mix = np.zeros(NUM_SAMPLES, dtype=np.float32)
     fade_size = int(FADE * SAMPLING_RATE)
     fade = np.linspace(0, 1, fade_size, dtype=np.float32)
     for entity in scene.audible:
-        synthesiser = (synthesisers or {}).get(entity.name) or SYNTHESISERS[CLASSES[entity.name].synthesiser]
+        synthesiser = synthesisers.get(entity.name) or SYNTHESISERS[CLASSES[entity.name].synthesiser]
         start, end = (round(time * SAMPLING_RATE) for time in entity.span)
         signal = _normalise(synthesiser(rng, end - start, SAMPLING_RATE, scene.shift))
         signal[:fade_size] *= fade
@@ -205,10 +207,11 @@ def render_audio(
         mix[start:end] += np.float32(10 ** (entity.level / 20)) * signal
     if scene.shift:
         mix = _reverberate(mix, rng)
-    pole = rng.uniform(*(SHIFTED_NOISE_POLE if scene.shift else NOISE_POLE))
-    # Filtered white noise has variance 1 / (1 - pole^2).
-    hiss = lfilter([np.sqrt(1 - pole**2)], [1.0, -pole], noise(rng, NUM_SAMPLES)).astype(np.float32)
-    mix += np.float32(10 ** (-scene.snr / 20)) * hiss
+    if not any(entity.name in synthesisers for entity in scene.audible):
+        pole = rng.uniform(*(SHIFTED_NOISE_POLE if scene.shift else NOISE_POLE))
+        # Filtered white noise has variance 1 / (1 - pole^2).
+        hiss = lfilter([np.sqrt(1 - pole**2)], [1.0, -pole], noise(rng, NUM_SAMPLES)).astype(np.float32)
+        mix += np.float32(10 ** (-scene.snr / 20)) * hiss
     return mix * np.float32(PEAK / np.abs(mix).max())
 
 
