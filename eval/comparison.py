@@ -58,11 +58,13 @@ def compare(
         folders: of the checkpoints: `captioner`, `prefix`, `METHOD-aligned`, `METHOD-distilled`, `model`.
         methods: the objectives.
         seed: of the run, for its rows.
-        out: folder for the captions, `captions/SPLIT-SYSTEM.jsonl`.
+        out: folder for the captions, `captions/SPLIT-SYSTEM.jsonl`; `captions_recordings/` where recordings sound.
         recordings: ESC-10's folder; its fold 4 then sounds in the splits, and is a split of its own.
     """
     processor = LlavaAudioProcessor.from_pretrained(folders["captioner"])
     options = {} if recordings is None else {"recordings": str(recordings)}
+    # The clips keep their names while their sound changes: captions of the ones would pass for captions of the others.
+    captions = out / ("captions" if recordings is None else "captions_recordings")
     splits = {split: load_corpus("avworld", split, num_proc=os.cpu_count(), **options) for split in SPLITS}
     test, said, rows, bias, audio_tokens = splits["test"], {split: [] for split in SPLITS}, [], {}, {}
 
@@ -71,7 +73,7 @@ def compare(
         return CaptionRunner(model, processor, batch_size=BATCH_SIZE, max_new_tokens=MAX_NEW_TOKENS)
 
     def ask(captioner: CaptionRunner, system: System, split: str = "test") -> dict[str, str]:
-        captioned = caption_split(captioner, splits[split], system, split, out / "captions")
+        captioned = caption_split(captioner, splits[split], system, split, captions)
         if system.prompt == SOUND_PROMPT:
             said[split].append(captioned)
         return captioned.captions
@@ -89,13 +91,13 @@ def compare(
                 ask(captioner, heard, split)
                 ask(captioner, System(method, stage, "audiovisual", SOUND_PROMPT, prefix=True), split)
             if recordings is not None:
-                rows.append(score_recordings(captioner, recordings, heard, seed, out / "captions"))
+                rows.append(score_recordings(captioner, recordings, heard, seed, captions))
             if stage == "aligned":
                 unasked = ask(captioner, System(method, "prompt", "audio", SEE_PROMPT, prefix=False))
                 bias[method] = visual_bias(list(unasked.values()), sorted(VISUAL_WORDS))
                 audio_tokens[method] = mean_tokens(captioner.model, processor, test, "audio")
     after = caption_split(
-        runner("model"), test, System("image_only", "after", "image", SOUND_PROMPT, False), "test", out / "captions"
+        runner("model"), test, System("image_only", "after", "image", SOUND_PROMPT, False), "test", captions
     ).captions
 
     with CaptionScorer() as scorer:

@@ -19,6 +19,7 @@ RECORDINGS_SPLIT = "esc10_fold4"
 def score_recordings(runner: CaptionRunner, folder: Path, system: System, seed: int, out: Path) -> Row:
     """
     The row of `system` on the recordings of fold 4: `sound_recall` is the share whose class most crops' captions name.
+    Crops that got no caption name nothing, and are told in the row's reason.
 
     Args:
         runner: captions.
@@ -37,7 +38,7 @@ def score_recordings(runner: CaptionRunner, folder: Path, system: System, seed: 
         for name, (_, path) in recordings.items()
         for number, crop in enumerate(spread_crops(path, CROPS))
     ]
-    results = runner.run(iter(samples), out=out / f"{RECORDINGS_SPLIT}-{system.name}.jsonl", total=len(samples))
+    results = list(runner.run(samples, out=out / f"{RECORDINGS_SPLIT}-{system.name}.jsonl", total=len(samples)))
     captions = {result.id: result.caption or "" for result in results}
     phrases = {source: names(source) for source in CLASSES}
     right = sum(
@@ -45,4 +46,6 @@ def score_recordings(runner: CaptionRunner, folder: Path, system: System, seed: 
         for name, (source, _) in recordings.items()
     )
     metrics = {"sound_recall": right / len(recordings)}
-    return Row(system.method, system.stage, system.modality, RECORDINGS_SPLIT, seed, len(recordings), metrics)
+    failed = [result for result in results if result.error is not None]
+    reason = {"sound_recall": f"{len(failed)} crops got no caption ({failed[0].error})"} if failed else {}
+    return Row(system.method, system.stage, system.modality, RECORDINGS_SPLIT, seed, len(recordings), metrics, reason)

@@ -1,8 +1,9 @@
 """Draw the paper's figures from finished runs, and put several seeds into one table.
 
 For each RUN of `quickstart`, writes RUN/figures/mean_tokens.png: mean audio tokens among mean image tokens, a panel an
-objective; and, where OT^Att ran, RUN/figures/attention.png: where its attention looks in a picture. Of several runs, a
-seed each, prints the means with their intervals and writes them to --out.
+objective; and, where OT^Att ran, RUN/figures/attention.png: where its attention looks in a picture. A run with --esc10
+is only tabled: it does not say where its recordings are. Of several runs, a seed each, prints the means with their
+intervals and writes them to --out.
 
 examples:
   dali-llava figures runs/quickstart
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Check that all runs are there, then draw, then summarise."""
     from transformers import logging
 
+    from dali_llava.eval.recordings import RECORDINGS_SPLIT
     from dali_llava.eval.results import load_results, write_text
     from dali_llava.eval.summary import summary_markdown
 
@@ -37,7 +39,10 @@ def run(args: argparse.Namespace) -> int:
         for name in ("prefix", *(f"{method}-aligned" for method in aligned)):
             if not (folder / name).is_dir():
                 raise FileNotFoundError(f"{folder / name}: no such checkpoint; `dali-llava quickstart` writes it")
-    for folder, aligned in zip(args.runs, methods, strict=True):
+    for folder, aligned, result in zip(args.runs, methods, results, strict=True):
+        if any(row.split == RECORDINGS_SPLIT for row in result.rows):
+            print(f"not drawn: {folder}, a run with recordings; quickstart drew its mean tokens")
+            continue
         print(f"written: {draw_mean_tokens(folder, aligned)}")
         if "ot_att" in aligned:
             print(f"written: {draw_attention(folder)}")

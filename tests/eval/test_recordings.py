@@ -36,7 +36,8 @@ class Oracle:
             category, crop = sample.id.split(" - ")[1].split("/")[0], int(sample.id.split("#")[1])
             source = {name: source for source, name in CATEGORIES.items()}[category]
             caption = "an owl hooting" if crop < self.WRONG.get(source, 0) else f"the {source} and a tree"
-            yield CaptionResult(sample.id, "audio", *(None, "unreadable") if source == "rain" else (caption, None))
+            failed = source == "rain"
+            yield CaptionResult(sample.id, "audio", None if failed else caption, 0.0, "unreadable" if failed else None)
 
 
 def test_recall_is_the_share_of_majorities(folder, tmp_path):
@@ -50,4 +51,5 @@ def test_recall_is_the_share_of_majorities(folder, tmp_path):
         3,
     )
     assert row.n == 10 and row.metrics["sound_recall"] == 0.8  # rooster and rain are lost
+    assert row.reason["sound_recall"] == "3 crops got no caption (unreadable)"
     assert row.metrics["cider_d"] is None and row.reason["cider_d"]

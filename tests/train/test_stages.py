@@ -191,4 +191,6 @@ def test_learnt_attention_lies_beside_the_model(run_stage, run_dir, tmp_path):
     expected = trainer.model.objective.attention.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in attention.state_dict().items())
     assert (attention.num_heads, attention.temperature) == (4, 0.5)
+    run_stage("aligned", run_dir / "prefix", tmp_path / "out", "--objective", "mmd")
+    assert not (tmp_path / "out" / ATTENTION_WEIGHTS).exists()  # it belonged to the weights that are gone
     LlavaAudioForConditionalGeneration.from_pretrained(tmp_path / "out")  # which does not mind the file

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import ModelOutput
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
-from dali_llava.train.losses.attentive import save_alignment_attention
+from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS, save_alignment_attention
 
 from .stage import StageArguments, StageTrainer, train_only
 
@@ -190,9 +191,14 @@ class AlignmentTrainer(StageTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
         attention = getattr(self.model.objective, "attention", None)
-        if attention is not None and self.args.should_save:
-            save_alignment_attention(attention, output_dir or self.args.output_dir)
+        if attention is not None:
+            save_alignment_attention(attention, folder)
+        else:
+            (folder / ATTENTION_WEIGHTS).unlink(missing_ok=True)  # of an earlier objective in this folder
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
