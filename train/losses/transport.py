@@ -6,6 +6,7 @@ import torch
 
 from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weights
 from dali_llava.train.transport import check_solver, solve_transport
+from dali_llava.train.transport.parts import in_parts
 
 
 class TransportLoss(AlignmentLoss):
@@ -47,9 +48,12 @@ class TransportLoss(AlignmentLoss):
 @torch.no_grad()
 def mean_distance(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Scalar mean over the batch of `sum_ij a_i b_j |x_i - y_j|^2`, for weights that sum to 1."""
-    mean_x, mean_y = (weights[:, None] @ points for weights, points in ((a, x), (b, y)))
-    spreads = [
-        (weights * (points - mean).square().sum(dim=2)).sum(dim=1)
-        for weights, points, mean in ((a, x, mean_x), (b, y, mean_y))
-    ]
-    return (sum(spreads) + (mean_x - mean_y).square().sum(dim=(1, 2))).mean()
+    per_pair = []
+    for own_x, own_y, own_a, own_b in in_parts(x.element_size() * (x[0].numel() + y[0].numel()), x, y, a, b):
+        means, spreads = [], []
+        for weights, points in ((own_a, own_x), (own_b, own_y)):
+            mean = weights[:, None] @ points
+            means.append(mean)
+            spreads.append((weights * (points - mean).square().sum(dim=2)).sum(dim=1))
+        per_pair.append(sum(spreads) + (means[0] - means[1]).square().sum(dim=(1, 2)))
+    return torch.cat(per_pair).mean()

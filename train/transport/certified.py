@@ -5,18 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dali_llava.train.transport.exact import ROUNDING, in_threads, solve_exact
-from dali_llava.train.transport.sinkhorn import anneal, feasible_potentials
+from dali_llava.train.transport.arcs import ARCS_PER_POINT, EPS, NUM_ITERATIONS, likely_arcs
+from dali_llava.train.transport.exact import ROUNDING, TOLERANCE, VIOLATION, solve_exact
+from dali_llava.train.transport.simplex import NoPlanError, in_threads, sparse_simplex
+from dali_llava.train.transport.sinkhorn import feasible_potentials
 from dali_llava.train.transport.solution import Solution, plan_of_samples
-
-
-# A plan is accepted when its cost exceeds the lower bound by no more than this share of itself. Rounding alone is some
-# ten thousand times less, unless the cost is tiny beside the largest distance.
-_TOLERANCE = 1e-10
-# Reduced costs above this, in largest costs, count as not negative. The simplex's own threshold lies near it.
-_VIOLATION = -1e-14
-# How far, in mass, two partial sums may lie apart and yet count as equal: rounding in sums of some thousand terms.
-_SAME_MASS = 1e-12
 
 
 def solve_certified(
@@ -25,17 +18,16 @@ def solve_certified(
     b: torch.Tensor,
     num_threads: int | None = None,
     max_iterations: int = 10_000_000,
-    eps: Sequence[float] = (0.1, 0.03, 0.01),
-    num_iterations: Sequence[int] = (20, 20, 40),
-    arcs_per_point: int = 16,
+    eps: Sequence[float] = EPS,
+    num_iterations: Sequence[int] = NUM_ITERATIONS,
+    arcs_per_point: int = ARCS_PER_POINT,
     rounds: int = 6,
 ) -> Solution:
-    """The optimum, as `solve_exact` finds it, from a few per cent of the arcs, and proven on all of them.
+    """The optimum as `solve_exact` finds it, but only the simplex runs on the CPU, on a few per cent of the arcs.
 
-    Sinkhorn's potentials, made feasible, give each arc a reduced cost. The smallest of these in each row and column
-    are kept, with the arcs of one feasible plan, and the network simplex runs on them. Its potentials are then checked
-    on every arc in float64; arcs that they violate are added, and the simplex runs again. A problem that is not proven
-    after some rounds goes to `solve_exact`. All but the simplex runs on the cost's device.
+    The network simplex gets the arcs of `likely_arcs`. Its potentials are then checked on every arc in float64; arcs
+    that they violate are added, and the simplex runs again. A problem that is not proven after some rounds goes to
+    `solve_exact`. All but the simplex is batched, on the cost's device.
 
     Args:
         cost: (B, N, M) float64, finite.
@@ -45,7 +37,7 @@ def solve_certified(
         max_iterations: of the simplex, for one problem and round.
         eps: Sinkhorn's strengths of the entropy, in mean costs of the sample, one after the other.
         num_iterations: how many iterations each eps gets.
-        arcs_per_point: how many arcs each row and each column proposes, at first and in every round.
+        arcs_per_point: how many arcs are proposed, in points of a sample; as many a row and a column are added.
         rounds: how often the sparse simplex may run; 0 leaves all to `solve_exact`.
 
     Returns:
@@ -56,19 +48,17 @@ def solve_certified(
         ValueError: an option out of range.
         RuntimeError: `solve_exact`, too, found no optimum; the message names the sample.
     """
-    if arcs_per_point < 1 or rounds < 0:
-        raise ValueError(f"arcs_per_point must be at least 1 and rounds 0, not {arcs_per_point} and {rounds}")
+    if rounds < 0:
+        raise ValueError(f"rounds must be at least 0, not {rounds}")
     batch, rows, columns = cost.shape
     # POT's tolerances are absolute, hence costs in [0, 1].
     largest = cost.amax(dim=(1, 2))
     scale = torch.where(largest > 0, largest, 1.0)
     scaled = cost / scale[:, None, None]
-    _, v, _ = anneal(scaled.float(), a.float(), b.float(), eps, num_iterations)
-    u, v = feasible_potentials(scaled, v.double(), a, b)
-    kept = _north_west(a, b) | _smallest(scaled - u[..., None] - v[:, None], arcs_per_point)
-    kept &= _weighted(a, b)
+    kept = likely_arcs(scaled, a, b, eps, num_iterations, arcs_per_point)
 
     value, gap = scaled.new_zeros(batch), scaled.new_zeros(batch)
+    u, v = torch.zeros_like(a), torch.zeros_like(b)
     plans: list[tuple[np.ndarray, np.ndarray] | None] = [None] * batch
     open_samples = torch.arange(batch, device=cost.device)
     unproven = []
@@ -86,9 +76,9 @@ def solve_certified(
 
         reduced = of_cost - simplex_u[..., None] - simplex_v[:, None]
         reduced.masked_fill_(~_weighted(of_a, of_b) | kept[open_samples], torch.inf)
-        added = _smallest(reduced, arcs_per_point) & (reduced < _VIOLATION)
+        added = _smallest(reduced, arcs_per_point) & (reduced < VIOLATION)
         grows = added.flatten(1).any(dim=1)
-        proven = (of_gap <= _TOLERANCE * of_value) | (~grows & (of_gap <= ROUNDING))
+        proven = (of_gap <= TOLERANCE * of_value) | (~grows & (of_gap <= ROUNDING))
         # A cost below the bound is no optimum's, and a plan that the simplex could not finish has no cost.
         sound = (failed[:, 0] == 0) & (of_gap >= -ROUNDING)
 
@@ -131,18 +121,6 @@ def _smallest(reduced: torch.Tensor, count: int) -> torch.Tensor:
     return chosen
 
 
-def _north_west(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(B, N, M) bool, True on the support of the plan that fills row after row from column after column.
-
-    It keeps the restricted problem feasible. Laid end to end, the weights of either side cover [0, 1], and a row and a
-    column share mass where their stretches overlap. Stretches that only touch count too, for the sums are rounded.
-    """
-    end_a, end_b = a.cumsum(dim=1), b.cumsum(dim=1)
-    start_a, start_b = end_a - a, end_b - b
-    overlap = torch.minimum(end_a[..., None], end_b[:, None]) - torch.maximum(start_a[..., None], start_b[:, None])
-    return overlap >= -_SAME_MASS
-
-
 def _solve_restricted(
     cost: torch.Tensor,
     a: torch.Tensor,
@@ -172,30 +150,16 @@ def _solve_one(
         a: (N,) weights; b: (M,) weights.
         row: (arcs,) source of each arc; column: its target; costs: its cost in [0, 1].
     """
-    import ot  # takes a second to import, and most of the package has no use for it
-    from scipy.sparse import coo_array
-
     rows, columns = np.flatnonzero(a), np.flatnonzero(b)
-    # The two must have the same sum to the last digit.
-    mass_a, mass_b = a[rows] / a.sum(), b[columns] / b.sum()
     place_a, place_b = np.cumsum(a > 0) - 1, np.cumsum(b > 0) - 1
-    restricted = coo_array((costs, (place_a[row], place_b[column])), shape=(len(rows), len(columns)))
-    plan, log = ot.emd(mass_a, mass_b, restricted, numItermax=max_iterations, log=True, center_dual=False)
-    source, target, masses = plan.row, plan.col, plan.data
-    order = np.lexsort((target, source))
-    order = order[masses[order] > 0]
-    source, target, masses = source[order], target[order], masses[order]
-
-    # POT hands back a cheap plan that does not move everything where it finds none. Its result code says so; this
-    # makes sure, for the lower bound cannot tell such a plan from a bad one.
-    astray = max(
-        np.abs(np.bincount(source, masses, len(rows)) - mass_a).max(),
-        np.abs(np.bincount(target, masses, len(columns)) - mass_b).max(),
-    )
-    failed = log["warning"] is not None or not astray < _SAME_MASS
     u, v = np.zeros(len(a)), np.zeros(len(b))
-    value = 0.0
-    if not failed:
-        u[rows], v[columns] = log["u"], log["v"]
-        value = masses @ restricted.tocsr()[source, target]
-    return np.concatenate(([failed, value], u, v)), (np.stack((rows[source], columns[target])), masses)
+    try:
+        # The two weights must have the same sum to the last digit.
+        solution = sparse_simplex(
+            (place_a[row], place_b[column], costs), a[rows] / a.sum(), b[columns] / b.sum(), max_iterations
+        )
+    except NoPlanError:
+        return np.concatenate(([1.0, 0.0], u, v)), (np.zeros((2, 0), dtype=np.int64), np.zeros(0))
+    u[rows], v[columns] = solution.u, solution.v
+    indices = np.stack((rows[solution.indices[0]], columns[solution.indices[1]]))
+    return np.concatenate(([0.0, solution.cost], u, v)), (indices, solution.masses)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from dali_llava.train.transport.certified import solve_certified
 from dali_llava.train.transport.checks import check_point_sets, check_weights
 from dali_llava.train.transport.exact import solve_exact
+from dali_llava.train.transport.parts import in_parts
 from dali_llava.train.transport.sinkhorn import solve_sinkhorn
 from dali_llava.train.transport.solution import Solution, sparse_coo
 
@@ -156,11 +157,14 @@ class _EnvelopeCost(torch.autograd.Function):
 
 def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """(B, N, M) float64."""
-    x, y = x.double(), y.double()
-    centre = y.mean(dim=1, keepdim=True)
-    x, y = x - centre, y - centre
-    norms = x.square().sum(dim=2)[..., None] + y.square().sum(dim=2)[:, None]
-    return torch.baddbmm(norms, x, y.mT, alpha=-2).clamp_(min=0)
+    distances = x.new_empty((*x.shape[:2], y.shape[1]), dtype=torch.float64)
+    for part in in_parts(8 * (x[0].numel() + y[0].numel()), x, y, distances):
+        own_x, own_y = part[0].double(), part[1].double()
+        centre = own_y.mean(dim=1, keepdim=True)
+        own_x, own_y = own_x - centre, own_y - centre
+        norms = own_x.square().sum(dim=2)[..., None] + own_y.square().sum(dim=2)[:, None]
+        torch.baddbmm(norms, own_x, own_y.mT, alpha=-2, out=part[2]).clamp_(min=0)
+    return distances
 
 
 def _transport(plan: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

@@ -211,7 +211,7 @@ def test_costs_beside_which_their_mean_vanishes(solver):
 
 @pytest.mark.parametrize(("name", "value"), [("arcs_per_point", 0), ("rounds", -1)])
 def test_bad_options(name, value):
-    with pytest.raises(ValueError, match="arcs_per_point must be at least 1 and rounds 0"):
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
         solve_transport(torch.zeros(1, 2, 2), torch.ones(1, 2, 2), solver="certified", **{name: value})
 
 
