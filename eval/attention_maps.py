@@ -16,16 +16,14 @@ def image_attention(model, processor, attention: torch.nn.Module, rows: Dataset)
 
     Args:
         model: the aligned `LlavaAudioForConditionalGeneration`; processor: its processor.
-        attention: that of the same alignment, see `train.losses.attentive.load_alignment_attention`.
+        attention: `AlignmentAttention` of the same alignment, see `load_alignment_attention`.
         rows: a split of a corpus; the middle frame is looked at.
 
     Returns:
         (rows, side, side) float32 on the picture's grid of tokens; 1 is the uniform weight.
     """
     audio, image = (encode_rows(model, processor, rows, modality) for modality in ("audio", "image"))
-    _, weights = attention.eval()(audio, image)
-    side = round(weights.shape[1] ** 0.5)
-    return (weights * weights.shape[1]).reshape(-1, side, side).numpy()
+    return attention.eval().image_map(audio, image).numpy()
 
 
 def attention_by_content(maps: np.ndarray, rows: Dataset) -> dict[str, float]:

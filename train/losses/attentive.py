@@ -1,6 +1,7 @@
 """Optimal transport whose weights cross-attention learns (DALI_OT^Att)."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,38 @@ class AlignmentAttention(nn.Module):
             need_weights=False,
         )
         return self._token_weights(audio_hidden, audio_mask), self._token_weights(image_hidden, image_mask)
+
+    @torch.no_grad()
+    def image_map(
+        self,
+        audio: torch.Tensor,
+        image: torch.Tensor,
+        audio_mask: torch.Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Where in a picture the sound looks (the paper's figure 7), before weights are mixed with uniform ones.
+
+        Args:
+            audio: (B, Na, D) tokens.
+            image: (B, Nv, D) tokens, the picture's rows one after the other.
+            audio_mask: (B, Na) bool, True for tokens that count.
+            grid: the picture's rows and columns of tokens; a square by default.
+
+        Returns:
+            (B, rows, columns) weights; 1 is the uniform weight.
+
+        Raises:
+            ValueError: tokens that do not fill the grid, or no square where none is given.
+        """
+        count = image.shape[1]
+        if grid is None:
+            grid = (math.isqrt(count),) * 2
+        if math.prod(grid) != count:
+            raise ValueError(
+                f"{count} image tokens do not fill a grid of {grid[0]} x {grid[1]}; give its rows and columns"
+            )
+        _, weights = self(audio, image, audio_mask)
+        return weights.unflatten(1, grid) * count
 
     def _token_weights(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         scores = hidden.mean(dim=2) / self.temperature

@@ -211,6 +211,26 @@ def test_it_learns_to_lower_its_objective():
     assert values[-1] < values[0]
 
 
+def test_image_map_is_the_weights_on_the_grid():
+    loss = make()
+    audio, image = tokens(8)
+    image = torch.cat((image, image[:, :1] - 1), dim=1)
+    mask = torch.tensor([[True] * 4 + [False] * 2] * 3)
+    _, weights = loss.weights(audio, image, mask)
+    found = loss.attention.image_map(audio, image, mask, grid=(2, 3))
+    assert not found.requires_grad
+    torch.testing.assert_close(found, (6 * weights.detach()).reshape(3, 2, 3), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, loss.attention.image_map(audio[:, :4], image, grid=(2, 3)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.mean((1, 2)), torch.ones(3, dtype=torch.float64))
+    assert loss.attention.image_map(audio, image[:, :4]).shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize("grid", [None, (2, 2)])
+def test_image_map_of_tokens_that_fill_no_grid(grid):
+    with pytest.raises(ValueError, match="5 image tokens do not fill a grid of 2 x 2"):
+        make().attention.image_map(*tokens(), grid=grid)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
