@@ -1,6 +1,7 @@
 """Losses between a sample's audio tokens and its image tokens, one file an objective."""
 
 from dali_llava.train.losses.assignment import TokenAssignmentLoss
+from dali_llava.train.losses.assignment_prediction import AssignmentPredictionLoss
 from dali_llava.train.losses.attentive import AlignmentAttention, AttentiveTransportLoss
 from dali_llava.train.losses.base import AlignmentLoss, LossOutput
 from dali_llava.train.losses.contrastive import ContrastiveLoss
@@ -20,6 +21,7 @@ __all__ = [
     "LOSSES",
     "AlignmentAttention",
     "AlignmentLoss",
+    "AssignmentPredictionLoss",
     "AttentiveTransportLoss",
     "ContrastiveLoss",
     "LossOutput",

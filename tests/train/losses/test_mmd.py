@@ -76,6 +76,17 @@ def test_float32_clouds_far_out_keep_their_digits():
     torch.testing.assert_close(value.double(), naive_mmd(x.double(), y.double()), rtol=1e-5, atol=0)
 
 
+def test_float32_value_of_nearby_clouds_keeps_its_digits():
+    """Three means of about 1 cancel to a hundredth; added up in float32 they would leave an error of 2e-5."""
+    generator = torch.Generator().manual_seed(13)
+    x = torch.randn(4, 300, 64, generator=generator)
+    y = torch.randn(4, 350, 64, generator=generator)
+    for sample in range(4):
+        value = MMDLoss()(x[sample : sample + 1], y[sample : sample + 1]).loss
+        expected = naive_mmd(x[sample : sample + 1].double(), y[sample : sample + 1].double())
+        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
+
+
 def test_parts_of_a_batch_make_the_whole():
     x, y = clouds(5)
     whole, parts = MMDLoss()(x, y).loss, MMDLoss(memory_mb=1e-3)(x, y).loss
