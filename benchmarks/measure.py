@@ -12,32 +12,54 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from dali_llava.eval.results import versions, write_text
 
 
 RESULTS = Path(__file__).parent / "results"
+# Audio tokens, image tokens and their width, of the published model.
+FULL_SHAPE = (512, 576, 1024)
 _LIBRARIES = ("POT", "scipy")
 _LOG_WIDTH = 140
 
 
-def benchmark_parser(description: str, name: str) -> argparse.ArgumentParser:
+def positive_int(text: str) -> int:
+    """An argument's type: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def benchmark_parser(description: str, name: str, device: str = "cpu") -> argparse.ArgumentParser:
     """A parser with the arguments of every benchmark of token pairs; the record goes to results/NAME.json."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32], help="pairs a batch (default: 8 32)")
     parser.add_argument(
-        "--shape", type=int, nargs=3, default=[512, 576, 1024], help="audio tokens, image tokens, width"
+        "--shape",
+        type=positive_int,
+        nargs=3,
+        default=list(FULL_SHAPE),
+        help=f"audio tokens, image tokens, width (default: {' '.join(map(str, FULL_SHAPE))})",
     )
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=positive_int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"(default: {device})")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="record of the run")
     return parser
+
+
+def add_batch_sizes(parser: argparse.ArgumentParser) -> None:
+    """The argument of a benchmark that takes several batch sizes, one after the other."""
+    parser.add_argument(
+        "--batch-sizes", type=positive_int, nargs="+", default=[8, 32], help="pairs a batch (default: 8 32)"
+    )
 
 
 def parse_benchmark(parser: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:
@@ -81,6 +103,28 @@ def alternate(
                 seconds[name].append(end - start)
             tick()
     return seconds
+
+
+def time_in_turns(
+    works: dict[str, Callable[[], Any]], repeats: int, device: str, title: str
+) -> dict[str, list[float]]:
+    """`alternate` behind a progress bar, each work timed until its device is done."""
+
+    def waited(work):
+        work()
+        wait_for(device)
+
+    calls = {name: partial(waited, work) for name, work in works.items()}
+    with tqdm(total=len(works) * (repeats + 1), desc=title, leave=False) as bar:
+        return alternate(calls, repeats, tick=bar.update)
+
+
+def wait_for(device: str) -> None:
+    """Returns when the device has done all it was given."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:

@@ -3,15 +3,12 @@
 import json
 import operator
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture
-def measure(monkeypatch):
-    # The scripts stand beside it and are no package.
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+def measure(benchmarks):
     import measure
 
     return measure
@@ -113,11 +110,31 @@ def test_a_record_with_nan_is_not_written(measure, tmp_path):
 
 
 def test_benchmarks_share_their_arguments(measure):
-    arguments = measure.parse_benchmark(
-        measure.benchmark_parser("about", "mmd"), ["--batch-sizes", "2", "--repeats", "3"]
-    )
+    parser = measure.benchmark_parser("about", "mmd")
+    measure.add_batch_sizes(parser)
+    arguments = measure.parse_benchmark(parser, ["--batch-sizes", "2", "--repeats", "3"])
     assert (arguments.batch_sizes, arguments.shape, arguments.repeats) == ([2], [512, 576, 1024], 3)
     assert (arguments.device, arguments.output) == ("cpu", measure.RESULTS / "mmd.json")
+
+
+@pytest.mark.parametrize(
+    "words", [["--repeats", "0"], ["--repeats", "two"], ["--batch-sizes", "8", "0"], ["--shape", "8", "-8", "8"]]
+)
+def test_numbers_below_one_are_a_usage_error(measure, capsys, words):
+    parser = measure.benchmark_parser("about", "mmd")
+    measure.add_batch_sizes(parser)
+    with pytest.raises(SystemExit) as ended:
+        measure.parse_benchmark(parser, words)
+    assert ended.value.code == 2 and f"argument {words[0]}: " in capsys.readouterr().err
+
+
+def test_time_in_turns_names_its_works_and_warms_up(measure):
+    calls = []
+    seconds = measure.time_in_turns(
+        {name: partial(calls.append, name) for name in ("loop", "ours")}, repeats=2, device="cpu", title="test"
+    )
+    assert calls == ["loop", "ours"] * 3
+    assert {name: len(own) for name, own in seconds.items()} == {"loop": 2, "ours": 2}
 
 
 def test_a_gpu_that_is_not_there_ends_the_benchmark(measure, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weig
 # as wide, is the square of the one before.
 _WIDEST = 4.0
 _NUM_KERNELS = 5
-_MEMORY_MB = {False: 32.0, True: 1024.0}  # by whether the tokens are on a GPU
+_MEMORY_MB = {False: 32.0, True: 512.0}  # by whether the tokens are on a GPU
 
 
 class MMDLoss(AlignmentLoss):
@@ -23,7 +23,7 @@ class MMDLoss(AlignmentLoss):
 
     Args:
         memory_mb: how many megabytes the kernel matrices may take at a time; a larger batch is worked through in
-            parts, of one pair at least. By default 32, of which a CPU's cache holds a good deal, or 1024 on a GPU,
+            parts, of one pair at least. By default 32, of which a CPU's cache holds a good deal, or 512 on a GPU,
             which is slow on small parts.
 
     Logs:
