@@ -1,5 +1,7 @@
 """Checks on batches of point sets, shared by the transport solvers and the alignment losses."""
 
+import math
+
 import torch
 
 
@@ -22,9 +24,10 @@ def check_point_sets(
         mask_names: what the messages call the masks.
 
     Raises:
-        TypeError: an argument is not a tensor of the right kind.
-        ValueError: shapes that do not match, a set without points, a NaN or infinity; the message names the argument
-            and, where there is one, the sample.
+        TypeError: an argument is not a dense tensor of the right kind.
+        ValueError: shapes that do not match, a set without points, a NaN, an infinity, or a number so large that
+            squared distances would overflow float32 (float64 where x or y is); the message names the argument and,
+            where there is one, the sample.
     """
     sets = list(zip(names, mask_names, (x, y), (x_mask, y_mask), strict=True))
     for name, mask_name, points, mask in sets:
@@ -36,11 +39,14 @@ def check_point_sets(
     if x.device != y.device:
         raise ValueError(f"{names[0]} is on {x.device} and {names[1]} on {y.device}; they need one device")
 
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    # |x - y|^2 is at most 4 widths of its square, and sums of these over all tokens are to fit as well.
+    largest = math.sqrt(torch.finfo(dtype).max / (8 * x.shape[2] * (x.shape[1] + y.shape[1])))
     # One flag, so one wait for the device; which sample is at fault is worked out only when one is.
     flags = []
     for _, _, points, mask in sets:
         counted = _counted(points, mask)
-        flags += [torch.isfinite(torch.stack(torch.aminmax(counted))).all()]
+        flags += [(torch.stack(torch.aminmax(counted)).double().abs() <= largest).all()]
         if mask is not None:
             flags += [mask.any(dim=1).all()]
     if bool(torch.stack(flags).all()):
@@ -53,12 +59,22 @@ def check_point_sets(
         if not finite.all():
             sample = int((~finite).nonzero()[0])
             raise ValueError(f"{name} holds a NaN or an infinity in sample {sample}")
+        sizes = _counted(points, mask).abs().flatten(1).amax(dim=1).double()
+        if (sizes > largest).any():
+            sample = int((sizes > largest).nonzero()[0])
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} holds numbers up to {sizes[sample].item():.0e} in sample {sample}, too large for squared "
+                f"distances in {kind}; rescale the points"
+            )
 
 
 def _check_shapes(name: str, mask_name: str, points: torch.Tensor, mask: torch.Tensor | None) -> None:
     if not isinstance(points, torch.Tensor) or not points.is_floating_point():
         kind = points.dtype if isinstance(points, torch.Tensor) else type(points).__name__
         raise TypeError(f"{name} must be a floating-point tensor, not {kind}")
+    if points.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, not {points.layout}; call to_dense()")
     if points.dim() != 3:
         raise ValueError(f"{name} must be (batch, tokens, width), not of shape {tuple(points.shape)}")
     if points.shape[0] == 0 or points.shape[2] == 0:
