@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 
-from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weights
-from dali_llava.train.losses.transport import mean_distance
-from dali_llava.train.transport import check_solver, solve_transport
+from dali_llava.train.losses.base import LossOutput, uniform_weights
+from dali_llava.train.losses.transport import TransportLoss, mean_distance
+from dali_llava.train.transport import TransportResult
 
 
 ATTENTION_WEIGHTS = "alignment_attention.safetensors"
@@ -158,7 +158,7 @@ def load_alignment_attention(folder: str | os.PathLike) -> AlignmentAttention:
     return attention
 
 
-class AttentiveTransportLoss(AlignmentLoss):
+class AttentiveTransportLoss(TransportLoss):
     """Transport cost under learnt weights, and the learning of these weights, in one loss (DALI, stage 1b).
 
     The attention's weights are averaged with uniform ones, so that none falls below half of uniform. The loss is the
@@ -178,8 +178,7 @@ class AttentiveTransportLoss(AlignmentLoss):
         num_heads: heads of either attention.
         temperature: divides the scores before their softmax.
         entropy_schedule: relative lambda of epochs 2, 3, ...; the last one stays.
-        solver: one of `solve_transport`'s.
-        solver_options: passed on to it.
+        solver, solver_options, overlap: as in `TransportLoss`.
 
     Logs:
         transport_cost: mean `OT(a, b)`. mean_distance, max_gap: as in `TransportLoss`. lambda: in the cost's unit.
@@ -194,15 +193,13 @@ class AttentiveTransportLoss(AlignmentLoss):
         entropy_schedule: Sequence[float] = (0.25, 0.2, 0.15, 0.1, 0.05),
         solver: str = "exact",
         solver_options: dict[str, Any] | None = None,
+        overlap: bool = False,
     ):
-        super().__init__()
-        check_solver(solver)
+        super().__init__(solver, solver_options, overlap)
         if not entropy_schedule or not all(value >= 0 for value in entropy_schedule):
             raise ValueError(f"entropy_schedule must hold numbers of at least 0, not {entropy_schedule!r}")
         self.attention = AlignmentAttention(width, num_heads, temperature)
         self.entropy_schedule = tuple(entropy_schedule)
-        self.solver = solver
-        self.solver_options = solver_options or {}
         self.epoch = 1
 
     def set_epoch(self, epoch: int) -> None:
@@ -247,32 +244,40 @@ class AttentiveTransportLoss(AlignmentLoss):
     ) -> LossOutput:
         uniform = uniform_weights(audio, audio_mask), uniform_weights(image, image_mask)
         a, b = uniform
-        if self.training and self.epoch > 1:
+        trains = self.training
+        learns = trains and self.epoch > 1
+        if learns:
             learnt = self.weights(audio, image, audio_mask, image_mask)
             a, b = ((attended + even) / 2 for attended, even in zip(learnt, uniform, strict=True))
-        result = solve_transport(audio, image, a, b, solver=self.solver, **self.solver_options)
         distance = mean_distance(audio, image, *uniform)
-        entropy_a, entropy_b = (torch.special.entr(weights).sum(dim=1).mean() for weights in (a, b))
-        cost = result.cost.mean()
-        if self.training and self.epoch > 1:
-            strength = self.relative_lambda * _mean_over_ranks(distance)
-        else:
-            strength = torch.zeros_like(distance)
-        loss = cost - strength * (entropy_a + entropy_b)
-        if self.training and self.epoch == 1:
-            # Zeros rather than no gradients: DistributedDataParallel waits for one from every parameter.
-            loss = cost + sum(0.0 * parameter.sum() for parameter in self.attention.parameters())
+        entropy_a, entropy_b = _mean_entropy(a, audio_mask), _mean_entropy(b, image_mask)
+        strength = self.relative_lambda * _mean_over_ranks(distance) if learns else torch.zeros_like(distance)
 
-        logs = {
-            "transport_cost": cost,
-            "mean_distance": distance,
-            "max_gap": result.gap.max(),
-            "lambda": strength,
-            "entropy_audio": entropy_a,
-            "entropy_image": entropy_b,
-        }
-        values = torch.stack([value.detach().double() for value in logs.values()])
-        return LossOutput(loss, dict(zip(logs, values.tolist(), strict=True)))
+        def finish(result: TransportResult) -> LossOutput:
+            cost = result.cost.mean()
+            loss = cost - strength * (entropy_a + entropy_b)
+            if trains and not learns:
+                # Zeros rather than no gradients: DistributedDataParallel waits for one from every parameter.
+                loss = cost + sum(0.0 * parameter.sum() for parameter in self.attention.parameters())
+            logs = {
+                "transport_cost": cost,
+                "mean_distance": distance,
+                "max_gap": result.gap.max(),
+                "lambda": strength,
+                "entropy_audio": entropy_a,
+                "entropy_image": entropy_b,
+            }
+            values = torch.stack([value.detach().double() for value in logs.values()])
+            return LossOutput(loss, dict(zip(logs, values.tolist(), strict=True)))
+
+        return self.transport(audio, image, a, b, finish)
+
+
+def _mean_entropy(weights: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scalar mean over the batch of H, in nats, of weights (B, N), which are 0 where the mask is False."""
+    if mask is not None:  # 1 has no entropy either, and 0 has an infinite slope
+        weights = weights.masked_fill(~mask, 1.0)
+    return torch.special.entr(weights).sum(dim=1).mean()
 
 
 def _mean_over_ranks(value: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """What the losses between audio and image tokens have in common."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -19,6 +21,29 @@ class LossOutput:
 
     loss: torch.Tensor
     logs: dict[str, float] = field(default_factory=dict)
+
+
+class PendingLossOutput(LossOutput):
+    """A loss that is still being computed: who first reads `loss` or `logs` waits for it.
+
+    Args:
+        finish: waits, and gives the output.
+    """
+
+    def __init__(self, finish: Callable[[], LossOutput]):
+        self._finish = finish
+
+    @cached_property
+    def _output(self) -> LossOutput:
+        return self._finish()
+
+    @property
+    def loss(self) -> torch.Tensor:
+        return self._output.loss
+
+    @property
+    def logs(self) -> dict[str, float]:
+        return self._output.logs
 
 
 class AlignmentLoss(nn.Module):

@@ -1,33 +1,39 @@
 """Optimal transport between two token clouds (DALI_OT)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weights
-from dali_llava.train.transport import check_solver, solve_transport
+from dali_llava.train.losses.base import AlignmentLoss, LossOutput, PendingLossOutput, uniform_weights
+from dali_llava.train.transport import TransportResult, check_solver, solve_transport, start_transport
 from dali_llava.train.transport.parts import in_parts
 
 
 class TransportLoss(AlignmentLoss):
     """Cost of moving each pair's audio tokens onto its image tokens, averaged over the batch (DALI, stage 1b).
 
-    `min <P, C>` over plans P with uniform marginals, `C_ij = |x_i - y_j|^2`.
+    `min <P, C>` over plans P with uniform marginals, `C_ij = |x_i - y_j|^2`; with the solvers "partial" and
+    "unbalanced", their cost, and no marginals that must be met.
 
     Args:
         solver: one of `solve_transport`'s.
         solver_options: passed on to it.
+        overlap: whether the solver works in the background until `.loss` or `.logs` is read. Read it last, and other
+            losses' forward and, where they take it first, backward passes hide the solver's time. The loss and its
+            gradients are the same bit for bit.
 
     Logs:
         transport_cost: the loss. mean_distance: the mean of all C. max_gap: how far the worst pair's cost may lie
         above its optimum.
     """
 
-    def __init__(self, solver: str = "exact", solver_options: dict[str, Any] | None = None):
+    def __init__(self, solver: str = "exact", solver_options: dict[str, Any] | None = None, overlap: bool = False):
         super().__init__()
         check_solver(solver)
         self.solver = solver
         self.solver_options = solver_options or {}
+        self.overlap = overlap
 
     def compute(
         self,
@@ -37,12 +43,35 @@ class TransportLoss(AlignmentLoss):
         image_mask: torch.Tensor | None,
     ) -> LossOutput:
         a, b = uniform_weights(audio, audio_mask), uniform_weights(image, image_mask)
-        result = solve_transport(audio, image, a, b, solver=self.solver, **self.solver_options)
-        loss = result.cost.mean()
-        distance = mean_distance(audio, image, a, b)
-        names = ("transport_cost", "mean_distance", "max_gap")
-        values = torch.stack([value.double() for value in (loss.detach(), distance, result.gap.max())])
-        return LossOutput(loss, dict(zip(names, values.tolist(), strict=True)))
+
+        def finish(result: TransportResult) -> LossOutput:
+            loss = result.cost.mean()
+            distance = mean_distance(audio, image, a, b)
+            names = ("transport_cost", "mean_distance", "max_gap")
+            values = torch.stack([value.double() for value in (loss.detach(), distance, result.gap.max())])
+            return LossOutput(loss, dict(zip(names, values.tolist(), strict=True)))
+
+        return self.transport(audio, image, a, b, finish)
+
+    def transport(
+        self,
+        audio: torch.Tensor,
+        image: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        finish: Callable[[TransportResult], LossOutput],
+    ) -> LossOutput:
+        """What `finish` makes of the transport from audio (B, Na, D) with weights a to image (B, Nv, D) with b."""
+        arguments = (audio, image, a, b, self.solver)
+        if not self.overlap:
+            return finish(solve_transport(*arguments, **self.solver_options))
+        wait = start_transport(*arguments, **self.solver_options)
+
+        def finish_later() -> LossOutput:
+            with torch.autocast(audio.device.type, enabled=False):
+                return finish(wait())
+
+        return PendingLossOutput(finish_later)
 
 
 @torch.no_grad()

@@ -12,11 +12,14 @@ class Solution:
     """Solutions of B transport problems, without gradients, in float64 on the cost's device.
 
     Attributes:
-        cost: (B,) cost of the plan.
-        plan: (B, N, M), sparse COO or dense, with the problem's marginals.
-        u: (B, N) row potentials, for points of weight 0 as well.
+        cost: (B,) cost of the plan, and what the problem adds for mass that stays.
+        plan: (B, N, M), sparse COO or dense, with the problem's marginals where it has some.
+        u: (B, N) row potentials, for points of weight 0 as well: the cost's derivatives by the weights, up to a
+            constant.
         v: (B, M) column potentials.
         gap: (B,) cost minus a lower bound of the optimum, at least 0.
+        row_mass: (B, N) sums of the plan's rows; None where they are the weights.
+        column_mass: (B, M) sums of its columns, likewise.
     """
 
     cost: torch.Tensor
@@ -24,6 +27,8 @@ class Solution:
     u: torch.Tensor
     v: torch.Tensor
     gap: torch.Tensor
+    row_mass: torch.Tensor | None = None
+    column_mass: torch.Tensor | None = None
 
 
 def sparse_coo(indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -2,23 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from dali_llava.train.transport.background import in_background
 from dali_llava.train.transport.certified import solve_certified
 from dali_llava.train.transport.checks import check_point_sets, check_weights
 from dali_llava.train.transport.exact import solve_exact
+from dali_llava.train.transport.partial import solve_partial
 from dali_llava.train.transport.parts import in_parts
 from dali_llava.train.transport.sinkhorn import solve_sinkhorn
 from dali_llava.train.transport.solution import Solution, sparse_coo
+from dali_llava.train.transport.unbalanced import solve_unbalanced
 
 
 SOLVERS: dict[str, Callable[..., Solution]] = {
     "exact": solve_exact,
     "sinkhorn": solve_sinkhorn,
     "certified": solve_certified,
+    "partial": solve_partial,
+    "unbalanced": solve_unbalanced,
 }
 _AUTO = "auto"
 # Points a side from which "auto" takes a set for large. The two simplexes are on a par at 128 points a side, and at
@@ -31,9 +37,9 @@ class TransportResult:
     """Transport between B pairs of point sets. All but `cost` is float64 and without gradient.
 
     Attributes:
-        cost: (B,) `<P, C>`, float32 or the points' dtype where that is float64.
+        cost: (B,) `<P, C>`, with "unbalanced" and its penalties; float32 or the points' dtype where that is float64.
         potentials: u (B, N) and v (B, M) with `<a, u> + <b, v> = cost - gap` and `u_i + v_j <= C_ij` wherever a point
-            of the two has weight.
+            of the two has weight. Up to a constant they are the cost's derivatives by the weights.
         gap: (B,) cost minus a lower bound of the optimum, in the cost's unit; for a proven optimum 0, or as
             little as float64's rounding.
         solver: the solver that found it; with "auto" the one picked.
@@ -47,7 +53,7 @@ class TransportResult:
 
     @property
     def plan(self) -> torch.Tensor:
-        """(B, N, M) sparse COO, coalesced; rows sum to a, columns to b."""
+        """(B, N, M) sparse COO, coalesced; rows sum to a, columns to b, unless the solver leaves mass where it is."""
         return self._plan if self._plan.is_sparse else self._plan.to_sparse()
 
 
@@ -61,9 +67,13 @@ def solve_transport(
 ) -> TransportResult:
     """Moves weights a on points x to weights b on points y at the least cost, `min_P <P, C>`, `C_ij = |x_i - y_j|^2`.
 
-    The cost is differentiable, once, by the envelope theorem: `dx = 2 (diag(a) x - P y)`,
-    `dy = 2 (diag(b) y - P^T x)`, `da = u` and `db = v`, these two less their mean, as only changes that keep the sum
-    have a meaning. Costs and solution are computed in float64.
+    Two solvers leave mass where it is. "partial" moves the share `mass` of the weight, at the least cost of any such
+    share: its cost is `<P, C>` with `P 1 <= a`, `P^T 1 <= b`. "unbalanced" moves what is worth moving: its cost is
+    `<P, C> + rho KL(P 1 | a) + rho KL(P^T 1 | b)`, rho being `relaxation` mean costs.
+
+    The cost is differentiable, once, by the envelope theorem: `dx = 2 (diag(P 1) x - P y)`,
+    `dy = 2 (diag(P^T 1) y - P^T x)`, `da = u` and `db = v`, these two less their mean, as only changes that keep the
+    sum have a meaning. The rho of "unbalanced" counts as a constant. Costs and solution are computed in float64.
 
     Args:
         x: (B, N, D) points.
@@ -72,20 +82,50 @@ def solve_transport(
             good as removed.
         b: (B, M) weights, likewise.
         solver: "exact" (network simplex), "certified" (the same optimum from a few arcs that Sinkhorn picks, proven on
-            all of them; meant for points on a GPU), "sinkhorn" (entropic, with its error in `gap`) or "auto", which is
-            "certified" for large sets on a GPU and "exact" otherwise.
-        options: the solver's own, see `solve_exact`, `solve_certified` and `solve_sinkhorn`. With "auto", those that
-            the first two have in common.
+            all of them; meant for points on a GPU), "sinkhorn" (entropic, with its error in `gap`), "partial" (exact),
+            "unbalanced" (with its error in `gap`) or "auto", which is "certified" for large sets on a GPU and "exact"
+            otherwise.
+        options: the solver's own, see `solve_exact`, `solve_certified`, `solve_sinkhorn`, `solve_partial` and
+            `solve_unbalanced`. With "auto", those that the first two have in common.
 
     Raises:
         ValueError: shapes that do not match, an empty set, NaN or infinity, weights that are negative or all 0, an
-            unknown solver; the message names the argument and the sample.
+            unknown solver, an option out of range; the message names the argument and the sample.
+        RuntimeError: the solver found no solution; the message names the sample.
 
     Example:
         >>> x = torch.tensor([[[0.0], [1.0]]])
         >>> solve_transport(x, x + 2).cost
         tensor([4.])
     """
+    prepared, solver = _prepare(x, y, a, b, solver)
+    return _differentiable(_solve(*(tensor.detach() for tensor in prepared), solver, options), solver, *prepared)
+
+
+def start_transport(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    a: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    solver: str = "exact",
+    **options: Any,
+) -> Callable[[], TransportResult]:
+    """Begins what `solve_transport` does, in a thread of its own, and returns at once.
+
+    The solvers spend most of their time outside Python, so that the caller's other work goes on meanwhile. On a GPU
+    the solver's part runs on a stream of its own.
+
+    Returns:
+        A function that waits for the solution and gives the same result, bit for bit, as `solve_transport`; also the
+        same errors, but for those of bad input, which are raised here.
+    """
+    prepared, solver = _prepare(x, y, a, b, solver)
+    finish = in_background(x.device, partial(_solve, *(tensor.detach() for tensor in prepared), solver, options))
+    return lambda: _differentiable(finish(), solver, *prepared)
+
+
+def _prepare(x, y, a, b, solver) -> tuple[tuple[torch.Tensor, ...], str]:
+    """Points in float32 or float64 and weights in float64, each row summing to 1; and the solver, "auto" resolved."""
     check_solver(solver)
     check_point_sets(x, y)
     a, b = (
@@ -94,17 +134,25 @@ def solve_transport(
     )
     check_weights("a", a, x)
     check_weights("b", b, y)
+    if solver == _AUTO:
+        solver = _pick_solver(x.device, x.shape[1], y.shape[1])
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        x, y = x.to(dtype), y.to(dtype)
         a, b = (weights.double() / weights.detach().double().sum(dim=1, keepdim=True) for weights in (a, b))
-        distances = _squared_distances(x.detach(), y.detach())
-        too_far = ~torch.isfinite(distances.amax(dim=(1, 2)))
-        if too_far.any():
-            raise ValueError(f"x and y lie too far apart for float64 in sample {int(too_far.nonzero()[0])}")
-        if solver == _AUTO:
-            solver = _pick_solver(x.device, *distances.shape[1:])
-        solution = SOLVERS[solver](distances, a.detach(), b.detach(), **options)
+        return (x.to(dtype), y.to(dtype), a, b), solver
+
+
+def _solve(
+    x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, solver: str, options: dict[str, Any]
+) -> Solution:
+    with torch.autocast(x.device.type, enabled=False):
+        return SOLVERS[solver](_squared_distances(x, y), a, b, **options)
+
+
+def _differentiable(
+    solution: Solution, solver: str, x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> TransportResult:
+    with torch.autocast(x.device.type, enabled=False):
         cost = _EnvelopeCost.apply(x, y, a, b, solution)
     return TransportResult(cost, (solution.u, solution.v), solution.gap, solver, solution.plan)
 
@@ -144,10 +192,12 @@ class _EnvelopeCost(torch.autograd.Function):
                 centre = y.mean(dim=1, keepdim=True)
                 x, y = x - centre, y - centre
             if needs_x:
-                dx = 2 * d_cost[:, None, None] * (a.to(x.dtype)[..., None] * x - _transport(solution.plan, y))
+                mass = a if solution.row_mass is None else solution.row_mass
+                dx = 2 * d_cost[:, None, None] * (mass.to(x.dtype)[..., None] * x - _transport(solution.plan, y))
             if needs_y:
+                mass = b if solution.column_mass is None else solution.column_mass
                 transposed = solution.plan.transpose(1, 2)
-                dy = 2 * d_cost[:, None, None] * (b.to(x.dtype)[..., None] * y - _transport(transposed, x))
+                dy = 2 * d_cost[:, None, None] * (mass.to(x.dtype)[..., None] * y - _transport(transposed, x))
             if needs_a:
                 da = d_cost.double()[:, None] * _centred(solution.u, a)
             if needs_b:

@@ -211,6 +211,22 @@ def test_it_learns_to_lower_its_objective():
     assert values[-1] < values[0]
 
 
+def test_attention_learns_from_masked_clips_as_from_shorter_ones():
+    audio, image = tokens(9)
+    audio_mask = torch.tensor([[True, True, False, True, True, False]] * 3)
+    image_mask = torch.tensor([[True, False, True, True, True]] * 3)
+    found = []
+    for arguments in (
+        (audio, image, audio_mask, image_mask),
+        (audio[:, audio_mask[0]], image[:, image_mask[0]]),
+    ):
+        loss = make(epoch=3)
+        found.append(torch.autograd.grad(loss(*arguments).loss, tuple(loss.parameters())))
+    for masked, removed in zip(*found, strict=True):
+        assert masked.abs().max() > 0
+        torch.testing.assert_close(masked, removed, rtol=1e-9, atol=1e-12)
+
+
 def test_image_map_is_the_weights_on_the_grid():
     loss = make()
     audio, image = tokens(8)
