@@ -1,0 +1,102 @@
+"""
+AudioSet: clips of YouTube videos with labels, beside the media that the reader has.
+
+The file imports nothing of its package but `listing`, so that `datasets` before 4 loads it as a script.
+"""
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .listing import ListingBuilder, ListingConfig, clip_media, find_media, media_columns, read_label_names, split_file
+
+
+SPLITS = ("balanced_train", "unbalanced_train", "eval")
+COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
+LABELS_FILE = "class_labels_indices.csv"
+
+
+def read_segments(path: str) -> Iterator[tuple[str, str, float, float, list[str]]]:
+    """The segments of a CSV: the place that errors name, YouTube id, start and end in seconds, mids."""
+    seen = {}
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        reader = csv.reader(file, skipinitialspace=True)
+        for cells in reader:
+            if not cells or cells[0].startswith("#"):
+                continue
+            place = f"{path}, line {reader.line_num}"
+            if len(cells) != len(COLUMNS):
+                wanted = f"expected the columns {', '.join(COLUMNS)}; found {', '.join(cells)}"
+                raise ValueError(f"{place}: {wanted}; give the file as published")
+            youtube_id, *times, mids = (cell.strip() for cell in cells)
+            try:
+                start, end = map(float, times)
+            except ValueError as error:
+                raise ValueError(f"{place}: start and end {times} are no numbers; correct them") from error
+            if not 0 <= start < end < float("inf"):
+                raise ValueError(f"{place}: {youtube_id!r} goes from {start:g} to {end:g} s; give 0 <= start < end")
+            if seen.setdefault(youtube_id, place) != place:
+                raise ValueError(f"{place}: {youtube_id!r} stands in {seen[youtube_id]} already; remove one")
+            yield place, youtube_id, start, end, [mid for mid in mids.split(",") if mid]
+
+
+@dataclass
+class AudioSetConfig(ListingConfig):
+    """
+    Options of `AudioSet`.
+
+    Args:
+        data_dir: the folder of the media.
+        csv: the folder of `balanced_train_segments.csv`, `unbalanced_train_segments.csv`, `eval_segments.csv`, or one
+            such file; the media's folder by default.
+        labels_csv: the file `class_labels_indices.csv`; the one beside the segments by default.
+        splits: those to make.
+        cut: whether a file that is named by the YouTube id alone holds the clip alone, or else the whole video.
+        missing: clips without media are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
+    """
+
+    name: str = "audioset"
+    csv: str | None = None
+    labels_csv: str | None = None
+    splits: Sequence[str] = SPLITS
+    cut: bool = True
+
+    PATHS = ("data_dir", "csv", "labels_csv")
+
+    def read_rows(self, split: str) -> list[dict]:
+        """A row for each segment, in the order of the CSV."""
+        path = split_file(self, f"{split}_segments.csv")
+        labels_path = self.labels_csv or os.path.join(os.path.dirname(path), LABELS_FILE)
+        if not os.path.isfile(labels_path):
+            raise FileNotFoundError(f"{labels_path}: no such file; give labels_csv=, AudioSet's {LABELS_FILE}")
+        names, found, rows = read_label_names(labels_path), find_media(self), []
+        for place, youtube_id, start, end, mids in read_segments(path):
+            unknown = next((mid for mid in mids if mid not in names), None)
+            if unknown is not None:
+                raise ValueError(f"{place}: label {unknown!r} is not in {labels_path}; take the index of its release")
+            files, alone = clip_media(found, youtube_id, start, end, self.cut)
+            rows.append(
+                {
+                    "id": youtube_id,
+                    **media_columns(files),
+                    "captions": [],
+                    "labels": [names[mid] for mid in mids],
+                    "start": 0.0 if alone else start,
+                    "end": end - start if alone else end,
+                    "source": "audioset",
+                }
+            )
+        return rows
+
+
+class AudioSet(ListingBuilder):
+    """
+    A row a segment.
+
+    Columns are described in `dali_llava.processing.corpora`; `id` is the YouTube id, `labels` are display names in the
+    order of the CSV, `captions` is empty.
+    """
+
+    BUILDER_CONFIG_CLASS = AudioSetConfig
+    DESCRIPTION = "AudioSet"

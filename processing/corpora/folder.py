@@ -1,0 +1,171 @@
+"""
+A folder of videos, or of sounds and pictures that share a name, with captions and labels in a table or without.
+
+The file imports nothing of its package but `listing`, so that `datasets` before 4 loads it as a script.
+"""
+
+import json
+import math
+import os
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .listing import KINDS, ListingBuilder, ListingConfig, media_columns, read_csv
+
+
+SPLITS = ("train",)  # one folder is one split, whatever it is for
+TABLES = ("metadata.csv", "metadata.jsonl")
+
+
+def read_jsonl(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a file with one a line, each behind the place that errors name."""
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError as error:
+            raise ValueError(f"{place}: is no JSON ({error}); write one object a line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: expected an object, found {row!r}; write one object a line")
+        rows += [(place, row)] if row else []
+    return rows
+
+
+def read_table(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of `metadata.csv` or `metadata.jsonl`: a mapping with `id` or `file_name` each."""
+    rows = read_jsonl(path) if path.endswith(".jsonl") else read_csv(path, ())
+    for place, row in rows:
+        names = [row[column] for column in ("id", "file_name") if row.get(column)]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{place}: expected a text under file_name or id; found {', '.join(row)}; name the file")
+    return rows
+
+
+def texts(place: str, column: str, value: Any) -> list[str]:
+    """The texts of a cell: a list, one in JSON, or one text; in `labels` several behind semicolons."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place}: {column} is no list in JSON ({error.msg}); correct it") from error
+    if isinstance(value, str):
+        value = [label for label in value.split(";") if label.strip()] if column == "labels" else [value]
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise ValueError(f"{place}: {column} is {value!r}, not texts of at least a letter; fill it in, or remove it")
+    return [text.strip() for text in value]
+
+
+def captions_of(place: str, row: dict[str, Any]) -> list[str]:
+    """The captions of a row: of `captions`, of `caption`, and of `caption_1` onwards."""
+    numbered = sorted(
+        (column for column in row if column.startswith("caption_") and column[8:].isdigit()),
+        key=lambda column: int(column[8:]),
+    )
+    columns = [column for column in ("captions", "caption", *numbered) if row.get(column) is not None]
+    return [text for column in columns for text in texts(place, column, row[column])]
+
+
+def segment_of(place: str, row: dict[str, Any]) -> tuple[float, float | None]:
+    """Start and end of a row in seconds, 0 and None where it does not tell."""
+    given = [row.get("start"), row.get("end")]
+    try:
+        start, end = (None if value in (None, "") else float(value) for value in given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: start and end {given} are no numbers of seconds; correct them") from error
+    start = 0.0 if start is None else start
+    if not 0 <= start < math.inf or (end is not None and not start < end < math.inf):
+        raise ValueError(f"{place}: goes from {start} to {end} s; give 0 <= start < end")
+    return start, end
+
+
+def stem_of(name: str) -> str:
+    """The path of a media file in its folder, without its extension, under which its picture and its sound meet."""
+    stem, extension = posixpath.splitext(posixpath.normpath(name.strip().replace("\\", "/")))
+    return stem if extension.lower() in KINDS else stem + extension
+
+
+def find_clips(folder: str) -> dict[str, dict[str, str]]:
+    """The media of a folder, at any depth: relative path without extension -> kind -> path, the first of several."""
+    found = {}
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            kind = KINDS.get(os.path.splitext(name)[1].lower())
+            if kind is not None and not name.startswith("."):
+                path = os.path.join(parent, name)
+                files = found.setdefault(stem_of(os.path.relpath(path, folder)), {})
+                files[kind] = min(path, files.get(kind, path))
+    return dict(sorted(found.items()))
+
+
+@dataclass
+class FolderConfig(ListingConfig):
+    """
+    Options of `Folder`.
+
+    Args:
+        data_dir: the folder.
+        metadata: a table of the clips, CSV or JSON lines; `metadata.csv` or `metadata.jsonl` of the folder by default.
+        splits: "train", whatever the folder is for.
+        missing: clips without sound are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
+    """
+
+    name: str = "folder"
+    metadata: str | None = None
+    splits: Sequence[str] = SPLITS
+
+    PATHS = ("data_dir", "metadata")
+
+    def table(self) -> str | None:
+        """The path of the table, None where there is none."""
+        tables = [os.path.join(self.data_dir, name) for name in TABLES]
+        tables = [self.metadata] if self.metadata else [path for path in tables if os.path.isfile(path)]
+        if len(tables) > 1:
+            raise ValueError(f"{self.data_dir}: holds both {' and '.join(TABLES)}; remove one, or give metadata=")
+        return tables[0] if tables else None
+
+    def read_rows(self, split: str) -> list[dict]:
+        """A row for each line of the table, in its order; without one, for each clip of the folder, by name."""
+        if self.data_dir is None:
+            raise ValueError("folder needs data_dir=, the folder of the clips")
+        found, table, rows, seen = find_clips(self.data_dir), self.table(), [], {}
+        listed = [("", {"id": clip}) for clip in found] if table is None else read_table(table)
+        for place, row in listed:
+            stem = stem_of(row.get("file_name") or row["id"])
+            clip = (row.get("id") or stem).strip()
+            if seen.setdefault(clip, place) != place:
+                raise ValueError(f"{place}: {clip!r} stands in {seen[clip]} already; remove one, or give each an id")
+            start, end = segment_of(place, row)
+            rows.append(
+                {
+                    "id": clip,
+                    **media_columns(found.get(stem, {})),
+                    "captions": captions_of(place, row),
+                    "labels": texts(place, "labels", row.get("labels") or []),
+                    "start": start,
+                    "end": end,
+                    "source": "folder",
+                }
+            )
+        return rows
+
+
+class Folder(ListingBuilder):
+    """
+    A row a clip: the files whose paths differ in the extension alone.
+
+    Columns are described in `dali_llava.processing.corpora`; `id` is that path in the folder, or the table's `id`.
+    With a table its lines are the rows, and what it does not name is left out. Its columns, all but the first
+    optional:
+
+    - `file_name`, with extension or without, or `id`; with both, several clips may lie in one file;
+    - `captions` (a list, in a CSV in JSON), `caption`, `caption_1`, `caption_2`, ...;
+    - `labels` (a list, in a CSV in JSON or separated by semicolons);
+    - `start`, `end`: in seconds of the file.
+    """
+
+    BUILDER_CONFIG_CLASS = FolderConfig
+    DESCRIPTION = "A folder of clips"
