@@ -22,6 +22,8 @@ COMMANDS = {
     "caption": "caption sound, picture and video files",
     "evaluate": "caption a test split and score the captions",
     "score": "score captions against references",
+    "prepare": "turn the media of a corpus into training-ready shards",
+    "inspect": "look into a corpus: its figures, and a page of random clips",
     "figures": "draw the figures of a run, and put several seeds into one table",
 }
 

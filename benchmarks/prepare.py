@@ -1,0 +1,162 @@
+"""How many clips a second and core does `dali-llava prepare` cut, beside ffmpeg called once a clip?
+
+Both make the same of each clip: 16 kHz mono FLAC, and the first frame of each second as JPEG. The whole benchmark is
+held on one core. Where there is no `ffmpeg` on the path, the baseline is PyAV, which brings FFmpeg's libraries: its
+own decoding loop, in a fresh process for each clip. The same processes without their work are timed as well, since
+Python takes longer to start than ffmpeg does. Clips are made (10 s, 640 x 360, H.264 and AAC) or given. Three minutes:
+
+    python benchmarks/prepare.py
+    python benchmarks/prepare.py --media ../shared/data/clips --repeats 3
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import av
+import datasets
+import numpy as np
+from measure import RESULTS, alternate, compare, format_spread, load_average, positive_int, save, show
+from tqdm import tqdm
+
+from dali_llava.processing.corpora import load_corpus
+from dali_llava.processing.shards import ClipSettings, prepare_shards
+
+
+TITLE = "Clips a second on one core (min / median / max)"
+COLUMNS = ["way", "seconds", "clips a second", "times faster"]
+SECONDS, SIZE, FRAME_RATE, SAMPLING_RATE = 10, (640, 360), 25, 44100
+
+# The baseline without ffmpeg: CLIP, FOLDER and the frames' shorter side are its arguments.
+PYAV_LOOP = """
+import sys
+import av, numpy, soundfile
+if len(sys.argv) > 1:
+    path, folder, side = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    with av.open(path) as container:
+        resampler, chunks, second = av.AudioResampler("s16", "mono", 16000), [], 0
+        for frame in container.decode(video=0, audio=0):
+            if isinstance(frame, av.AudioFrame):
+                chunks += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+            elif second < 10 and frame.time >= second:
+                scale = min(1, side / min(frame.width, frame.height))
+                image = frame.to_image(width=round(scale * frame.width), height=round(scale * frame.height))
+                image.save(f"{folder}/{second}.jpg", quality=90)
+                second += 1
+        chunks += [part.to_ndarray()[0] for part in resampler.resample(None)]
+    soundfile.write(f"{folder}/sound.flac", numpy.concatenate(chunks), 16000)
+"""
+
+
+def make_clips(folder: Path, count: int) -> None:
+    """Videos with a moving gradient and noise."""
+    rows, columns = np.mgrid[: SIZE[1], : SIZE[0]]
+    for number in tqdm(range(count), desc="making clips", leave=False):
+        generator = np.random.default_rng(number)
+        with av.open(str(folder / f"{number}.mp4"), "w") as output:
+            video = output.add_stream("libx264", rate=FRAME_RATE, options={"preset": "veryfast"})
+            video.width, video.height, video.pix_fmt = *SIZE, "yuv420p"
+            audio = output.add_stream("aac", rate=SAMPLING_RATE, layout="mono")
+            for index in range(SECONDS * FRAME_RATE):
+                colours = np.stack([rows + 3 * index, columns - 2 * index, rows + columns + index], axis=2) % 256
+                colours[::4, ::4] += generator.integers(0, 32, colours[::4, ::4].shape)
+                frame = av.VideoFrame.from_ndarray(np.clip(colours, 0, 255).astype(np.uint8), format="rgb24")
+                output.mux(video.encode(frame))
+            output.mux(video.encode())
+            samples = generator.uniform(-0.3, 0.3, (1, SECONDS * SAMPLING_RATE)).astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate, frame.time_base, frame.pts = SAMPLING_RATE, Fraction(1, SAMPLING_RATE), 0
+            output.mux(audio.encode(frame))
+            output.mux(audio.encode())
+
+
+def run_ours(rows: datasets.Dataset, side: int) -> None:
+    """A whole run with one worker, shards and index included."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ClipSettings(frame_size=side, keep_frozen=True, keep_silent=True)
+        summary = prepare_shards(rows, folder, settings, clips_per_shard=len(rows), num_proc=1)
+    if summary.clips < len(rows):
+        raise ValueError(f"only {summary.clips} of {len(rows)} clips are good; give --media others")
+
+
+def run_ffmpeg(paths: list[str], side: int) -> None:
+    """One call a clip."""
+    scale = f"fps=1:round=up,scale='if(lt(iw,ih),min(iw,{side}),-2)':'if(lt(iw,ih),-2,min(ih,{side}))'"
+    with tempfile.TemporaryDirectory() as folder:
+        for path in paths:
+            command = ["ffmpeg", "-nostdin", "-loglevel", "error", "-y", "-i", path]
+            command += ["-vn", "-ac", "1", "-ar", "16000", f"{folder}/sound.flac"]
+            command += ["-an", "-vf", scale, "-frames:v", "10", "-q:v", "3", f"{folder}/%d.jpg"]
+            subprocess.run(command, check=True)
+
+
+def run_pyav(paths: list[str], side: int) -> None:
+    """One fresh process a clip."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in paths:
+            subprocess.run([sys.executable, "-c", PYAV_LOOP, path, folder, str(side)], check=True)
+
+
+def run_nothing(count: int) -> None:
+    """The processes of `run_pyav` without their work."""
+    for _ in range(count):
+        subprocess.run([sys.executable, "-c", PYAV_LOOP], check=True)
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--media", type=Path, metavar="DIR", help="clips to cut; made ones by default")
+    parser.add_argument("--clips", type=positive_int, default=8, help="clips to make (default: 8)")
+    parser.add_argument("--frame-size", type=positive_int, default=336, help="(default: 336)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "prepare.json", help="record of the run")
+    return parser.parse_args(words)
+
+
+def measure(media: Path, arguments: argparse.Namespace) -> dict:
+    """Seconds and ratios of each way, for all clips of a folder."""
+    rows = load_corpus("folder", "train", data_dir=str(media))
+    paths = [row["audio"]["path"] for row in rows]
+    has_ffmpeg = shutil.which("ffmpeg") is not None
+    baseline = "ffmpeg, a call a clip" if has_ffmpeg else "PyAV, a process a clip"
+    works = {baseline: partial(run_ffmpeg if has_ffmpeg else run_pyav, paths, arguments.frame_size)}
+    if not has_ffmpeg:
+        works["(its processes alone)"] = partial(run_nothing, len(paths))
+    works["prepare"] = partial(run_ours, rows, arguments.frame_size)
+    with tqdm(total=len(works) * (arguments.repeats + 1), desc="cutting", leave=False) as bar:
+        figures = compare(alternate(works, arguments.repeats, tick=bar.update), baseline)
+    for own in figures.values():
+        own["clips_a_second"] = {
+            name: len(paths) / own["seconds"][other]
+            for name, other in (("min", "max"), ("median", "median"), ("max", "min"))
+        }
+    return {"clips": len(paths), "baseline": baseline, "figures": figures}
+
+
+def main() -> None:
+    arguments, load_before = parse_arguments(), load_average()
+    if hasattr(os, "sched_setaffinity"):  # for the processes started from here on, and FFmpeg's threads in them
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.media is None:
+            make_clips(Path(folder), arguments.clips)
+        case = measure(arguments.media or Path(folder), arguments)
+    settings = {name: getattr(arguments, name) for name in ("clips", "frame_size", "repeats")}
+    settings["media"] = "made" if arguments.media is None else arguments.media.name
+    path = save(arguments.output, "prepare", settings, [case], [], load_before)
+    rows = [
+        [name, *(format_spread(own[column]) for column in ("seconds", "clips_a_second", "times_faster"))]
+        for name, own in case["figures"].items()
+    ]
+    show(TITLE, COLUMNS, rows, [])
+    print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    main()

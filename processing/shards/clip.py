@@ -1,0 +1,252 @@
+"""One clip of a corpus: its row to the files that a shard holds of it, or the reason why it is left out."""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+from ..corpora.rows import open_audio, open_frames
+from ..media import MediaError, probe
+
+
+SAMPLING_RATE = 16000
+REQUIREMENTS = ("audio", "frames")
+# Reason -> what it says of a clip.
+REASONS = {
+    "missing": "a file is not there",
+    "broken": "a file cannot be read, or not as far as the clip goes",
+    "no_sound": "its file has no sound track, or an empty one",
+    "no_picture": "no picture is listed, or its file has none",
+    "too_short": "there is less sound than --min-seconds",
+    "silent": "the sound's peak is below --silence",
+    "frozen": "several frames, all alike",
+    "duplicate": "an earlier clip has the same id",
+    "crashed": "the process that read it died, twice",
+}
+FROZEN_SIZE = 32  # frames are compared as grey pictures of this many pixels a side,
+FROZEN_LEVELS = 3  # and are alike where no pixel differs by more than this, of 255
+KEY_LENGTH = 60
+METADATA = ("id", "captions", "labels", "start", "end", "source")
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """How a clip is cut, and what it must have.
+
+    frames: pictures a clip at most, the first of each second. frame_size: their shorter side in pixels at most; they
+    are never enlarged. quality: of the JPEG files, 1 to 95. min_seconds: of sound. silence: the least peak of a sound,
+    1 being full scale. keep_silent, keep_frozen: whether silent clips and frozen pictures stay. require: of "audio"
+    and "frames", what a clip must have; it must have one of them in any case.
+
+    Raises:
+        ValueError: on a value outside its range.
+    """
+
+    frames: int = 10
+    frame_size: int = 336
+    quality: int = 90
+    min_seconds: float = 1.0
+    silence: float = 0.001
+    keep_silent: bool = False
+    keep_frozen: bool = False
+    require: tuple[str, ...] = REQUIREMENTS
+
+    def __post_init__(self):
+        ranges = {"frames": (1, 1000), "frame_size": (8, 8192), "quality": (1, 95), "silence": (0, 1)}
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie between {low} and {high}, not at {getattr(self, name)!r}")
+        if self.min_seconds < 0.1:
+            raise ValueError(f"min_seconds must be at least 0.1, not {self.min_seconds!r}")
+        for name in self.require:
+            if name not in REQUIREMENTS:
+                raise ValueError(f"require: unknown {name!r}; choose from {', '.join(REQUIREMENTS)}")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip that is ready: its key in a shard, its files by extension (flac, 0.jpg ... 9.jpg, json), its length."""
+
+    key: str
+    files: dict[str, bytes]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A clip that is left out, with a reason of `REASONS` and a line that says more."""
+
+    id: str
+    reason: str
+    detail: str
+
+
+class _Drop(Exception):
+    """Ends the work on a clip; its arguments are the reason and the detail."""
+
+
+def prepare_clip(row: Mapping, settings: ClipSettings) -> Clip | Dropped:
+    """
+    Decode, cut and encode one clip: 16 kHz mono FLAC of 16 bits, and a JPEG for the first frame of each second.
+
+    Args:
+        row: a row of a corpus; see `dali_llava.processing.corpora`.
+
+    Returns:
+        The clip, or why it is left out. Nothing that its files hold raises an error.
+    """
+    try:
+        if not is_given(row["audio"]) and not row["frames"]:
+            raise _Drop("missing", "no file of it was found")
+        waveform = _sound(row, settings)
+        pictures = _pictures(row, settings)
+        if waveform is None and not pictures:
+            raise _Drop("no_sound", "it has no picture either")
+        files = {} if waveform is None else {"flac": _flac(waveform)}
+        files |= {f"{number}.jpg": _jpeg(picture, settings.quality) for number, picture in enumerate(pictures)}
+    except _Drop as drop:
+        return Dropped(row["id"], *drop.args)
+    except Exception as error:  # what media files do to decoders cannot be listed, and the other clips must go on
+        return Dropped(row["id"], "broken", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    files["json"] = json.dumps({name: row[name] for name in METADATA}).encode()
+    return Clip(clip_key(row["id"]), files, 0.0 if waveform is None else len(waveform) / SAMPLING_RATE)
+
+
+def clip_key(name: str) -> str:
+    """
+    The id as a WebDataset key, which a dot would end and a slash would put into a folder.
+
+    An id of up to 60 letters, digits, hyphens and underscores is its own key; any other gets a digest behind a "=",
+    which no id keeps, so that no two ids share a key.
+
+    >>> clip_key("-0049e_2")
+    '-0049e_2'
+    >>> clip_key("rain/a.wav")
+    'rain_a_wav=8574cbf450a1'
+    """
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:KEY_LENGTH]
+    if safe == name and name:
+        return name
+    return f"{safe}={hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:12]}"
+
+
+def _sound(row: Mapping, settings: ClipSettings) -> np.ndarray | None:
+    """The clip's waveform `(samples,)`, None where it has no sound and needs none."""
+    source = row["audio"]
+    if not is_given(source):
+        return _absent("missing", "no file with its sound was found", "audio", settings)
+    _check_there(source)
+    try:
+        waveform = open_audio(row, SAMPLING_RATE)
+    except MediaError as error:
+        reason = _why_no_sound(source, row["start"] or 0.0, settings.min_seconds, error)
+        if reason == "no_sound":
+            return _absent(reason, _told(row, error), "audio", settings)
+        raise _Drop(reason, _told(row, error)) from error
+    seconds = len(waveform) / SAMPLING_RATE
+    if seconds < settings.min_seconds:
+        raise _Drop("too_short", f"{seconds:.3f} s of sound, less than {settings.min_seconds:g} s")
+    peak = float(np.abs(waveform).max())
+    if peak < settings.silence and not settings.keep_silent:
+        raise _Drop("silent", f"its peak of {peak:.6f} is below {settings.silence:g}")
+    return waveform
+
+
+def _why_no_sound(source: Mapping, start: float, min_seconds: float, error: MediaError) -> str:
+    """The reason that goes with an error of decoding."""
+    try:
+        info = probe(source)
+    except MediaError:
+        return "broken"
+    if not info.has_audio or "holds no sound at all" in str(error):
+        return "no_sound"
+    return "too_short" if info.duration is not None and info.duration - start < min_seconds else "broken"
+
+
+def _pictures(row: Mapping, settings: ClipSettings) -> list[Image.Image]:
+    """The clip's frames, sized; none where it has none and needs none."""
+    sources = row["frames"] or []
+    if not sources:
+        return _absent("no_picture", "no picture is listed", "frames", settings) or []
+    for source in sources:
+        _check_there(source)
+    try:
+        frames = _first_frames(row, settings.frames)
+    except MediaError as error:
+        reason = _why_no_picture(sources[0])
+        if reason == "no_picture":
+            return _absent(reason, _told(row, error), "frames", settings) or []
+        raise _Drop(reason, _told(row, error)) from error
+    pictures = [_shrink(frame, settings.frame_size) for frame in frames]
+    if len(pictures) > 1 and not settings.keep_frozen and _are_alike(pictures):
+        raise _Drop("frozen", f"{len(pictures)} frames that differ by {FROZEN_LEVELS} of 255 at most")
+    return pictures
+
+
+def _why_no_picture(source: Mapping) -> str:
+    try:
+        return "no_picture" if probe(source).kind == "audio" else "broken"
+    except MediaError:
+        return "broken"
+
+
+def _absent(reason: str, detail: str, what: str, settings: ClipSettings) -> None:
+    if what in settings.require:
+        raise _Drop(reason, detail)
+
+
+def is_given(source: Mapping | None) -> bool:
+    """Whether a `{path, bytes}` of a row names anything."""
+    return source is not None and (source["bytes"] is not None or source["path"] is not None)
+
+
+def _check_there(source: Mapping) -> None:
+    if source["bytes"] is None and not Path(source["path"]).exists():
+        raise _Drop("missing", f"{source['path']}: no such file")
+
+
+def _first_frames(row: Mapping, count: int) -> list[Image.Image]:
+    """The frames of the clip's first `count` seconds, fewer where it ends before."""
+    end = (row["start"] or 0.0) + count
+    end = end if row["end"] is None else min(end, row["end"])
+    return open_frames({**row, "frames": row["frames"][:count], "end": end})[:count]
+
+
+def _told(row: Mapping, error: MediaError) -> str:
+    """The error without the clip's name, which stands beside it in the report."""
+    return str(error).removeprefix(f"clip {row['id']!r}: ")
+
+
+def _shrink(image: Image.Image, size: int) -> Image.Image:
+    """The image with a shorter side of at most `size` pixels."""
+    scale = size / min(image.size)
+    if scale >= 1:
+        return image
+    return image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+
+
+def _are_alike(pictures: list[Image.Image]) -> bool:
+    small = [picture.convert("L").resize((FROZEN_SIZE,) * 2, Image.Resampling.BOX) for picture in pictures]
+    grey = np.stack([np.asarray(picture, np.int16) for picture in small])  # (frames, FROZEN_SIZE, FROZEN_SIZE)
+    return int(np.ptp(grey, axis=0).max()) <= FROZEN_LEVELS
+
+
+def _flac(waveform: np.ndarray) -> bytes:
+    # rounded here, so that 16-bit samples come back as they were
+    samples = np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def _jpeg(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()

@@ -1,0 +1,97 @@
+"""Files that appear whole or not at all, and tar shards whose bytes depend on their content alone."""
+
+import errno
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from .clip import Clip
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again, which goes on from here",
+    errno.EDQUOT: "free some of your quota and run the same command again, which goes on from here",
+    errno.EROFS: "give --out a folder on a file system that can be written to",
+    errno.EACCES: "give --out a folder that you may write to",
+    errno.EPERM: "give --out a folder that you may write to",
+}
+
+
+def write_error(path: Path, error: OSError) -> OSError:
+    """The error of writing `path`, in one line with the remedy."""
+    remedy = _REMEDIES.get(error.errno, "give --out another folder, or look into the disk")
+    return OSError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
+
+
+@contextmanager
+def write_whole(path: Path, tag: str = "") -> Iterator[BinaryIO]:
+    """A binary file that gets its name when the block ends well, and is gone when it does not.
+
+    The temporary name is always the same, so that what a killed run left is written over; writers that may meet need a
+    `tag` each.
+
+    Raises:
+        OSError: it cannot be written; one line with the remedy.
+    """
+    temporary = path.with_name(f".{path.name}{tag}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:  # a read-only file system
+            pass
+        if isinstance(error, OSError) and error.errno is not None:
+            raise write_error(path, error) from error
+        raise
+
+
+class TarShard:
+    """
+    A tar archive in the layout of WebDataset: the files of a clip one after another, named KEY.EXTENSION.
+
+    Headers hold no time and no owner, so that the same clips give the same bytes. `size` and `digest()` tell of what
+    is written so far.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.size = 0
+        self.clips = 0
+        self.seconds = 0.0
+        self._file = file
+        self._hash = hashlib.sha256()
+
+    def add(self, clip: Clip) -> None:
+        """Append a clip."""
+        for extension, content in clip.files.items():
+            header = tarfile.TarInfo(f"{clip.key}.{extension}")
+            header.size = len(content)
+            self._write(header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE))
+        self.clips += 1
+        self.seconds += clip.seconds
+
+    def finish(self) -> None:
+        """Append the end of the archive: two empty blocks, filled up to a whole record."""
+        end = self.size + 2 * tarfile.BLOCKSIZE
+        self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+
+def tar_size(clip: Clip) -> int:
+    """Bytes that a clip takes in a shard."""
+    return sum(tarfile.BLOCKSIZE + len(content) + -len(content) % tarfile.BLOCKSIZE for content in clip.files.values())
