@@ -51,9 +51,8 @@ def solve_exact(
     # POT's tolerances are absolute, hence costs in [0, 1].
     largest = cost.amax(dim=(1, 2))
     scale = torch.where(largest > 0, largest, 1.0)
-    scaled = cost / scale[:, None, None]
     # All copies start before the one wait for the device.
-    tensors = [scaled, a, b] + ([likely_arcs(scaled, a, b)] if min(rows, columns) >= _LARGE else [])
+    tensors = [cost, scale, a, b] + ([likely_arcs(cost, a, b)] if min(rows, columns) >= _LARGE else [])
     arrays = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
     if cost.is_cuda:
         torch.cuda.current_stream(cost.device).synchronize()
@@ -73,9 +72,16 @@ def solve_exact(
 
 
 def _solve_one(
-    cost: np.ndarray, a: np.ndarray, b: np.ndarray, kept: np.ndarray | None = None, *, max_iterations: int
+    cost: np.ndarray,
+    scale: float,
+    a: np.ndarray,
+    b: np.ndarray,
+    kept: np.ndarray | None = None,
+    *,
+    max_iterations: int,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Cost, gap, u and v in one vector (2 + N + M); the plan's indices (2, nnz) and masses (nnz)."""
+    """Cost, gap, u and v over `scale`, in one vector (2 + N + M); the plan's indices (2, nnz) and masses (nnz)."""
+    cost = cost / scale
     rows, columns = np.flatnonzero(a), np.flatnonzero(b)
     # Without a copy where nothing is taken out.
     of_columns = cost if len(columns) == len(b) else cost[:, columns]
@@ -94,8 +100,10 @@ def _solve_one(
 
     # The best row potentials for the columns', then the columns' for these. Both are feasible by construction, so that
     # they bound the optimum from below, and they reach the points of weight 0, which the simplex has not seen.
-    u = (of_columns - solution.v).min(axis=1)
-    v = (of_rows - u[rows, None]).min(axis=0)
+    slack = of_columns - solution.v
+    u = slack.min(axis=1)
+    # Into memory that has been touched, where it will do: new pages take longer than the subtraction.
+    v = np.subtract(of_rows, u[rows, None], out=slack if slack.shape == of_rows.shape else None).min(axis=0)
     gap = solution.cost - mass_a @ u[rows] - mass_b @ v[columns]
     if gap < -ROUNDING:
         raise NoPlanError("the plan's cost lies below the lower bound")
@@ -113,13 +121,14 @@ def _on_some_arcs(
         cost: (N, M) in [0, 1]; a: (N,) weights, positive; b: (M,) weights; kept: (N, M) bool, overwritten.
     """
     most = sum(cost.shape) * 4  # arcs that one round may add
+    slack = np.empty_like(cost)
     for _ in range(_ROUNDS):
         row, column = np.nonzero(kept)
         try:
             solution = sparse_simplex((row, column, cost[row, column]), a, b, max_iterations)
         except NoPlanError:
             return None
-        slack = cost - solution.v
+        np.subtract(cost, solution.v, out=slack)
         gap = solution.cost - a @ slack.min(axis=1) - b @ solution.v
         if gap < -ROUNDING:
             return None

@@ -193,11 +193,10 @@ class _EnvelopeCost(torch.autograd.Function):
                 x, y = x - centre, y - centre
             if needs_x:
                 mass = a if solution.row_mass is None else solution.row_mass
-                dx = 2 * d_cost[:, None, None] * (mass.to(x.dtype)[..., None] * x - _transport(solution.plan, y))
+                dx = _pull(mass, x, solution.plan, y, d_cost)
             if needs_y:
                 mass = b if solution.column_mass is None else solution.column_mass
-                transposed = solution.plan.transpose(1, 2)
-                dy = 2 * d_cost[:, None, None] * (mass.to(x.dtype)[..., None] * y - _transport(transposed, x))
+                dy = _pull(mass, y, solution.plan.transpose(1, 2), x, d_cost)
             if needs_a:
                 da = d_cost.double()[:, None] * _centred(solution.u, a)
             if needs_b:
@@ -215,6 +214,15 @@ def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         norms = own_x.square().sum(dim=2)[..., None] + own_y.square().sum(dim=2)[:, None]
         torch.baddbmm(norms, own_x, own_y.mT, alpha=-2, out=part[2]).clamp_(min=0)
     return distances
+
+
+def _pull(
+    mass: torch.Tensor, x: torch.Tensor, plan: torch.Tensor, y: torch.Tensor, d_cost: torch.Tensor
+) -> torch.Tensor:
+    """2 d_cost (diag(mass) x - P y), (B, N, D)."""
+    # In the memory of one result: they are large, and new pages take longer than the arithmetic.
+    pull = mass.to(x.dtype)[..., None] * x
+    return pull.sub_(_transport(plan, y)).mul_(2 * d_cost[:, None, None])
 
 
 def _transport(plan: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
