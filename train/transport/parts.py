@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 
 
-# Memory up to this size is handed out again by the allocator; what is much larger comes from the system every time, and
-# touching it first costs more than computing on it.
+# Memory up to this size is handed out again by the allocator; what is much larger comes from the system every time,
+# and touching it first costs more than computing on it.
 _PART_BYTES = 2**24
 
 
