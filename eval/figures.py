@@ -35,7 +35,7 @@ def plot_mean_tokens(image: np.ndarray, audio: Mapping[str, np.ndarray], path: s
     """
     if not audio:
         raise ValueError("no mean audio tokens to plot")
-    figure = _new_figure(3.2 * len(audio), 3.4)
+    figure = new_figure(3.2 * len(audio), 3.4)
     panels = figure.subplots(1, len(audio), squeeze=False)[0]
     for panel, (method, tokens) in zip(panels, audio.items(), strict=True):
         mean, directions = principal_components(np.concatenate([image, tokens]))
@@ -45,7 +45,7 @@ def plot_mean_tokens(image: np.ndarray, audio: Mapping[str, np.ndarray], path: s
         panel.set(title=f"{method}, gap {modality_gap(tokens, image):.2f}", xticks=[], yticks=[])
         panel.set_aspect("equal", adjustable="datalim")
     panels[0].legend(loc="best", markerscale=2, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_attention(
@@ -64,7 +64,7 @@ def plot_attention(
     """
     if not len(pictures) == len(maps) == len(captions) > 0:
         raise ValueError(f"{len(pictures)} pictures, {len(maps)} maps, {len(captions)} captions: give one each")
-    figure = _new_figure(1.9 * len(pictures), 4.2)
+    figure = new_figure(1.9 * len(pictures), 4.2)
     panels = figure.subplots(2, len(pictures), squeeze=False)
     limit = max(2.0, float(maps.max()))
     for (above, below), picture, weights, caption in zip(panels.T, pictures, maps, captions, strict=True):
@@ -74,10 +74,10 @@ def plot_attention(
         for panel in (above, below):
             panel.set(xticks=[], yticks=[])
     figure.colorbar(drawn, ax=panels[1].tolist(), label="weight (uniform: 1)")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _new_figure(width: float, height: float):
+def new_figure(width: float, height: float):
     """A figure of so many inches that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -87,7 +87,7 @@ def _new_figure(width: float, height: float):
     return figure
 
 
-def _save(figure, path: str | os.PathLike) -> Path:
+def save_figure(figure, path: str | os.PathLike) -> Path:
     """Write a PNG under a temporary name and rename it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

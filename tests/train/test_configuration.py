@@ -1,19 +1,23 @@
 """A stage's command line: one YAML file, overridden word by word, and errors that name key and file."""
 
+import importlib
 import json
 import re
 
 import pytest
 import yaml
 
+from dali_llava.processing import corpora
 from dali_llava.train.configuration import CONFIGS, parse_stage_arguments, read_stage_config, run_stage
 from dali_llava.train.distill import DistillationArguments
+from dali_llava.train.prefilter import PrefilterArguments
 from dali_llava.train.prefix_tune import PrefixArguments
 from dali_llava.train.pretrain_captioner import CaptionerArguments
 from dali_llava.train.trainers import AlignmentArguments
 
 
 ARGUMENTS = {
+    "prefilter": PrefilterArguments,
     "captioner": CaptionerArguments,
     "prefix_tune": PrefixArguments,
     "align": AlignmentArguments,
@@ -139,6 +143,9 @@ def test_every_configuration_parses_into_what_it_says(path, tmp_path):
     values.pop("bf16", None)
     for key, value in values.items():
         assert getattr(arguments, key) == value, key
+    module, builder = corpora._BUILDERS[arguments.dataset]
+    config = getattr(importlib.import_module(module, corpora.__name__), builder).BUILDER_CONFIG_CLASS
+    assert arguments.split in config().splits
 
 
 def test_avworlds_alignment_has_the_attentive_schedules_six_epochs():

@@ -1,0 +1,154 @@
+"""
+Stage 0 of DALI, the pre-filter: keep the clips whose picture shows what is heard (appendix C of the paper).
+
+The first frame of each second, at most ten, is captioned; a clip's score is the mean distance of its captions to its
+labels in a text embedding space. Scores are kept as they come: a run that is stopped goes on where it was, and another
+`keep` or `threshold` asks for no new ones. One process; nothing trains, and the fields of a training have no effect.
+
+    python train/prefilter.py train/configs/avworld/prefilter.yaml \
+        --captioner runs/captioner --output_dir runs/filtered
+"""
+
+import sys
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+
+from dali_llava.eval.runner import weights_digest
+from dali_llava.train.caption_distance import check_choice, choose, score_clips
+from dali_llava.train.caption_models import (
+    Caption,
+    Embed,
+    language_model,
+    load_captioner,
+    load_language_model,
+    load_sentence_embed,
+    make_caption,
+    make_embed,
+)
+from dali_llava.train.configuration import parse_stage_arguments, run_stage
+from dali_llava.train.corpus import load_rows
+from dali_llava.train.filter_scores import ScoreFolder
+from dali_llava.train.trainers import StageArguments
+
+
+EMBEDDER_KINDS = ("language_model", "sentence")
+
+
+@dataclass
+class PrefilterArguments(StageArguments):
+    """Arguments of the pre-filter: its two models, what it keeps, and the corpus, which every stage has."""
+
+    # Models
+    captioner: str | None = field(default=None, metadata={"help": "Image captioner: checkpoint folder or Hub id."})
+    prompt: str | None = field(
+        default=None, metadata={"help": "Question to the captioner; by default its own kind's."}
+    )
+    caption_max_new_tokens: int = field(default=32, metadata={"help": "Longest caption, in tokens."})
+    embedder: str | None = field(
+        default=None, metadata={"help": "Language model of the embeddings; by default the captioner's own."}
+    )
+    embedder_kind: str = field(
+        default="language_model", metadata={"help": "language_model, or sentence (sentence-transformers)."}
+    )
+    layer: int = field(default=-1, metadata={"help": "Hidden states to average: 0 word embeddings, -1 last layer."})
+
+    # Choice
+    frames: int = field(default=10, metadata={"help": "Most frames of a clip, the first of each second."})
+    keep: int | None = field(default=None, metadata={"help": "Keep so many clips, the nearest."})
+    threshold: float | None = field(default=None, metadata={"help": "Keep the clips under this distance."})
+    batch_size: int = field(default=16, metadata={"help": "Clips captioned at a time, and kept in a part."})
+
+    def check(self) -> None:
+        """ValueError, before anything is loaded, for what cannot be meant."""
+        check_choice(self.keep, self.threshold)
+        for name in ("frames", "batch_size", "caption_max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.captioner:
+            raise ValueError("no captioner: name a checkpoint that captions pictures, --captioner DIR.")
+        if self.embedder_kind not in EMBEDDER_KINDS:
+            raise ValueError(f"unknown embedder_kind '{self.embedder_kind}'; there are {', '.join(EMBEDDER_KINDS)}.")
+        if self.embedder_kind == "sentence" and not self.embedder:
+            raise ValueError("embedder_kind sentence: name the model, --embedder NAME.")
+        if self.world_size > 1:
+            raise ValueError("the pre-filter is one process; start it with python, not with accelerate launch.")
+
+
+def load_models(arguments: PrefilterArguments) -> tuple[Caption, Embed, dict]:
+    """The functions that caption and embed, and a digest of either model's weights; errors as their loaders'."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    captioner, processor = load_captioner(arguments.captioner, arguments.device, dtype)
+    digests = {"captioner_weights": weights_digest(captioner)}
+    caption = make_caption(captioner, processor, arguments.prompt, arguments.caption_max_new_tokens)
+    if arguments.embedder_kind == "sentence":
+        return caption, load_sentence_embed(arguments.embedder, arguments.device), digests
+    if arguments.embedder:
+        embedder, tokenizer = load_language_model(arguments.embedder, arguments.device, dtype)
+    else:
+        # A tokenizer of its own: the captioner's is padded on the other side.
+        embedder, tokenizer = language_model(captioner), deepcopy(processor.tokenizer)
+    digests["embedder_weights"] = weights_digest(embedder)
+    return caption, make_embed(embedder, tokenizer, arguments.layer), digests
+
+
+def score_rows(
+    rows: Dataset, folder: ScoreFolder, frames: int, caption: Caption, embed: Embed, batch_size: int
+) -> dict:
+    """
+    Score the rows that `folder` has no score of, and put each block there as soon as it is done.
+
+    Blocks are always the same rows, so that a run which goes on makes the same batches as one that was not stopped.
+
+    Returns:
+        {id: reason} of the rows that got no score; they are tried again by the next run.
+    """
+    left_out = {}
+    ids = rows["id"]
+    for start in tqdm(range(0, len(rows), batch_size), desc="pre-filter", unit="block", disable=None):
+        block = range(start, min(start + batch_size, len(rows)))
+        new = [index for index in block if ids[index] not in folder.scores]
+        if new:
+            scored, failed = score_clips((rows[index] for index in new), frames, caption, embed)
+            folder.append(scored)
+            left_out.update(failed)
+    return left_out
+
+
+def main(argv: list[str] | None = None) -> ScoreFolder:
+    arguments = parse_stage_arguments(PrefilterArguments, __doc__, argv)
+    arguments.check()
+    rows = load_rows(arguments)
+    caption, embed, digests = load_models(arguments)
+    fields = ("dataset", "dataset_options", "split", "captioner", "prompt", "caption_max_new_tokens", "embedder")
+    fields += ("embedder_kind", "layer", "frames", "bf16")
+    settings = {name: getattr(arguments, name) for name in fields} | digests
+    folder = ScoreFolder(arguments.output_dir, settings)
+    # The sound, most of a row, is never read.
+    rows = rows.remove_columns("audio")
+    left_out = score_rows(rows, folder, arguments.frames, caption, embed, arguments.batch_size)
+    ids = [name for name in rows["id"] if name in folder.scores]
+    if not ids:
+        raise ValueError(
+            f"{arguments.dataset}, split {arguments.split}: no clip could be scored; the first: "
+            f"{next(iter(left_out.values()))}"
+        )
+    kept = choose(np.array([folder.scores[name]["score"] for name in ids]), arguments.keep, arguments.threshold)
+    if arguments.keep is None:
+        choice = f"those under {arguments.threshold:g}"
+    else:
+        choice = f"the {arguments.keep} nearest were asked for"
+    folder.finish(ids, kept, left_out, choice)
+    print(f"{kept.sum()} of {len(ids)} clips kept; {folder.folder / 'report.md'}")
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        print(f"{len(left_out)} clips without a score, the first {name}: {reason}", file=sys.stderr)
+    return folder
+
+
+if __name__ == "__main__":
+    run_stage(main)
