@@ -8,21 +8,16 @@ paper names neither the distance nor how labels become a text: cosine, and a lis
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from PIL import Image
 
 from dali_llava.processing.corpora.rows import open_frames
 
 from .caption_models import Caption, Embed
-
-
-KEPT = "kept.txt"
 
 
 def label_text(labels: Sequence[str]) -> str:
@@ -140,25 +135,3 @@ def choose(scores: np.ndarray, keep: int | None = None, threshold: float | None 
     kept = np.zeros(len(scores), dtype=bool)
     kept[np.argsort(scores, kind="stable")[:keep]] = True
     return kept
-
-
-def keep_rows(rows: Dataset, folder: str | Path) -> Dataset:
-    """
-    The rows that a pre-filter kept, in their order.
-
-    Args:
-        rows: of the corpus and split that were filtered. Rows that the filter never saw are not kept.
-        folder: its output_dir.
-
-    Raises:
-        FileNotFoundError: when the folder holds no finished pre-filter.
-        ValueError: when none of the rows was kept.
-    """
-    path = Path(folder) / KEPT
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such list; run train/prefilter.py to its end first.")
-    kept = set(path.read_text(encoding="utf-8").splitlines())
-    chosen = [index for index, name in enumerate(rows["id"]) if name in kept]
-    if not chosen:
-        raise ValueError(f"{path}: holds the id of none of these {len(rows)} rows; was another corpus filtered?")
-    return rows.select(chosen)

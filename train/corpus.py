@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import os
+from pathlib import Path
 
 import torch
 from datasets import Array2D, Array3D, Dataset, Features
@@ -16,20 +17,49 @@ from .collators import input_features, open_frame, pixel_values
 from .trainers.stage import StageArguments
 
 
+KEPT = "kept.txt"  # of a pre-filter's folder: an id a line
+
+
 def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
     """
-    Rows of `arguments.split`, or of another `split`, at most `max_samples`.
+    Rows of `arguments.split`, those in `kept` where it is given, or of another `split`; at most `max_samples`.
 
     Raises:
         ValueError: when corpus, split or an option is unknown, or the split is empty.
+        FileNotFoundError, ValueError: as `keep_rows` does.
     """
+    kept = arguments.kept if split in (None, arguments.split) else None
     split = split or arguments.split
     rows = load_corpus(arguments.dataset, split, **{"num_proc": os.cpu_count(), **arguments.dataset_options})
+    if kept is not None:
+        rows = keep_rows(rows, kept)
     if arguments.max_samples is not None:
         rows = rows.select(range(min(arguments.max_samples, len(rows))))
     if len(rows) == 0:
         raise ValueError(f"{arguments.dataset}, split {split}: no rows to train on.")
     return rows
+
+
+def keep_rows(rows: Dataset, folder: str | Path) -> Dataset:
+    """
+    The rows that a pre-filter kept, in their order.
+
+    Args:
+        rows: of the corpus and split that were filtered. Rows that the filter never saw are not kept.
+        folder: its output_dir.
+
+    Raises:
+        FileNotFoundError: when the folder holds no finished pre-filter.
+        ValueError: when none of the rows was kept.
+    """
+    path = Path(folder) / KEPT
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such list; run train/prefilter.py to its end first.")
+    kept = set(path.read_text(encoding="utf-8").splitlines())
+    chosen = [index for index, name in enumerate(rows["id"]) if name in kept]
+    if not chosen:
+        raise ValueError(f"{path}: holds the id of none of these {len(rows)} rows; was another corpus filtered?")
+    return rows.select(chosen)
 
 
 def with_features(

@@ -19,7 +19,7 @@ from datasets.arrow_writer import ParquetWriter
 from dali_llava.eval.figures import new_figure, save_figure
 from dali_llava.eval.results import write_text
 
-from .caption_distance import KEPT
+from .corpus import KEPT
 
 
 FEATURES = Features(

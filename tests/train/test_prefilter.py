@@ -32,7 +32,6 @@ from dali_llava.train.caption_distance import (
     caption_distances,
     choose,
     first_frames,
-    keep_rows,
     label_text,
     score_clips,
 )
@@ -46,6 +45,7 @@ from dali_llava.train.caption_models import (
 )
 from dali_llava.train.captioner_cache import pretrained_captioner
 from dali_llava.train.configuration import CONFIGS
+from dali_llava.train.corpus import keep_rows
 from dali_llava.train.filter_scores import ScoreFolder
 
 

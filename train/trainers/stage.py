@@ -33,6 +33,9 @@ class StageArguments(TrainingArguments):
         default=None, metadata={"help": "Options of the corpus, as JSON: '{\"seed\": 1}'."}
     )
     split: str = field(default="train", metadata={"help": "Split to train on."})
+    kept: str | None = field(
+        default=None, metadata={"help": "Folder of a pre-filter (train/prefilter.py): use the rows it kept."}
+    )
     max_samples: int | None = field(default=None, metadata={"help": "Use the first so many rows; all by default."})
 
     # Other defaults than transformers': a stage keeps its own columns, and saves once, at its end.
