@@ -19,8 +19,10 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from dali_llava.eval.runner import weights_digest
-from dali_llava.train.caption_distance import check_choice, choose, score_clips
-from dali_llava.train.caption_models import (
+from dali_llava.train.configuration import parse_stage_arguments, run_stage
+from dali_llava.train.corpus import load_rows
+from dali_llava.train.prefilter_distance import check_choice, choose, score_clips
+from dali_llava.train.prefilter_models import (
     Caption,
     Embed,
     language_model,
@@ -30,9 +32,7 @@ from dali_llava.train.caption_models import (
     make_caption,
     make_embed,
 )
-from dali_llava.train.configuration import parse_stage_arguments, run_stage
-from dali_llava.train.corpus import load_rows
-from dali_llava.train.filter_scores import ScoreFolder
+from dali_llava.train.prefilter_scores import ScoreFolder
 from dali_llava.train.trainers import StageArguments
 
 

@@ -28,14 +28,17 @@ from transformers import (
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing.corpora import load_corpus
 from dali_llava.train import prefilter
-from dali_llava.train.caption_distance import (
+from dali_llava.train.captioner_cache import pretrained_captioner
+from dali_llava.train.configuration import CONFIGS
+from dali_llava.train.corpus import keep_rows
+from dali_llava.train.prefilter_distance import (
     caption_distances,
     choose,
     first_frames,
     label_text,
     score_clips,
 )
-from dali_llava.train.caption_models import (
+from dali_llava.train.prefilter_models import (
     language_model,
     load_captioner,
     load_language_model,
@@ -43,10 +46,7 @@ from dali_llava.train.caption_models import (
     make_caption,
     make_embed,
 )
-from dali_llava.train.captioner_cache import pretrained_captioner
-from dali_llava.train.configuration import CONFIGS
-from dali_llava.train.corpus import keep_rows
-from dali_llava.train.filter_scores import ScoreFolder
+from dali_llava.train.prefilter_scores import ScoreFolder
 
 
 VECTORS = {"dog": (1.0, 0.0), "a dog": (2.0, 0.0), "a cat": (0.0, 3.0), "no dog": (-1.0, 0.0)}

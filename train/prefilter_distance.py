@@ -17,7 +17,7 @@ from PIL import Image
 
 from dali_llava.processing.corpora.rows import open_frames
 
-from .caption_models import Caption, Embed
+from .prefilter_models import Caption, Embed
 
 
 def label_text(labels: Sequence[str]) -> str:
