@@ -1,14 +1,13 @@
 """A captioner on a split of a corpus: which captions to ask for, the captions, and their scores."""
 
-import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
-from PIL import Image
 
-from dali_llava.processing.media import load_audio
+from dali_llava.processing.corpora.rows import open_audio, open_middle_frame
 
 from .caption_metrics import CaptionScorer
 from .results import Row
@@ -51,27 +50,15 @@ class Captioned:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def middle_frame(row: Mapping) -> Image.Image:
-    """The middle frame of a corpus row, RGB (frame 5 of ten, as the reference evaluates)."""
-    frames = row["frames"]
-    return Image.open(io.BytesIO(frames[len(frames) // 2]["bytes"])).convert("RGB")
-
-
 def split_samples(rows: Dataset, system: System, sampling_rate: int = 16000) -> Iterator[Sample]:
     """The rows as the system is shown them; media are decoded when their batch comes up."""
-
-    def sound(row: Mapping) -> Callable:
-        return lambda: load_audio(row["audio"]["bytes"], sampling_rate=sampling_rate)
-
-    def sight(row: Mapping) -> Callable:
-        return lambda: middle_frame(row)
 
     for row in rows:
         yield Sample(
             id=row["id"],
             prompt=system.prompt,
-            image=None if system.modality == "audio" else sight(row),
-            audio=None if system.modality == "image" else sound(row),
+            image=None if system.modality == "audio" else partial(open_middle_frame, row),
+            audio=None if system.modality == "image" else partial(open_audio, row, sampling_rate),
             prefix=system.prefix,
         )
 

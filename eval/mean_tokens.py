@@ -5,9 +5,7 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from dali_llava.processing.media import load_audio
-
-from .evaluation import middle_frame
+from dali_llava.processing.corpora.rows import open_audio, open_middle_frame
 
 
 @torch.inference_mode()
@@ -30,12 +28,12 @@ def encode_rows(model, processor, rows: Dataset, modality: str, batch_size: int 
         if modality == "audio":
             extractor = processor.feature_extractor
             rate = extractor.sampling_rate
-            clips = [load_audio(row["audio"]["bytes"], sampling_rate=rate) for row in batch]
+            clips = [open_audio(row, rate) for row in batch]
             features = extractor(clips, sampling_rate=rate, return_tensors="pt")["input_features"]
             encoded = model.model.encode_audio(features.to(model.device))
         else:
             texts = [processor.image_token] * len(batch)
-            inputs = processor(text=texts, images=[middle_frame(row) for row in batch], return_tensors="pt")
+            inputs = processor(text=texts, images=[open_middle_frame(row) for row in batch], return_tensors="pt")
             encoded = model.model.encode_image(inputs["pixel_values"].to(model.device))
         tokens.append(encoded.float().cpu())
     return torch.cat(tokens)

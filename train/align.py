@@ -11,9 +11,10 @@ import inspect
 
 from transformers import set_seed
 
+from dali_llava.train.clips import ClipOpener
 from dali_llava.train.collators import AlignmentCollator
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
-from dali_llava.train.corpus import load_rows, with_features
+from dali_llava.train.corpus import load_rows, stream_rows, with_features
 from dali_llava.train.losses import LOSSES
 from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer, load_base
 
@@ -38,16 +39,17 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     set_seed(arguments.seed)
     captioner, processor = load_base(arguments, after=("prefix",))
     objective = build_objective(arguments, captioner.config.audio_config.output_size)
-    rows = load_rows(arguments)
+    if arguments.streaming and hasattr(objective, "set_epoch") and arguments.schedule_epochs is None:
+        raise ValueError("streaming: a stream has no epochs; name those of the objective's schedule, schedule_epochs.")
+    rows = stream_rows(arguments) if arguments.streaming else load_rows(arguments)
     if arguments.cache_features:
         rows = with_features(rows, captioner, processor)
+    noise, roll = arguments.augmentation_noise, arguments.augmentation_roll
     trainer = AlignmentTrainer(
         model=AlignmentModel(captioner, objective),
         args=arguments,
         train_dataset=rows,
-        data_collator=AlignmentCollator(
-            processor, arguments.augmentation_noise, arguments.augmentation_roll, arguments.frame
-        ),
+        data_collator=AlignmentCollator(processor, noise, roll, arguments.frame, opener=ClipOpener(rows)),
         processing_class=processor,
         stage=f"align:{arguments.objective}",
     )

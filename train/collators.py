@@ -1,29 +1,17 @@
 """Rows of a corpus into batches: captions to learn, and pairs of picture and sound to align."""
 
-import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from dali_llava.processing import LlavaAudioProcessor
-from dali_llava.processing.media import load_audio
+from dali_llava.train.clips import ClipOpener, open_frame
 
 
 IGNORED = -100  # the label that cross-entropy skips
-
-
-def open_frame(row: dict[str, Any], index: int | None = None) -> Image.Image:
-    """Frame `index` of a corpus row, a random one by default, as an RGB image."""
-    frames = row["frames"]
-    index = int(torch.randint(len(frames), ())) if index is None else index
-    return Image.open(io.BytesIO(frames[index]["bytes"])).convert("RGB")
-
-
-def open_audio(row: dict[str, Any], sampling_rate: int = 16000):
-    """The sound of a corpus row as mono float32 samples at `sampling_rate` Hz."""
-    return load_audio(row["audio"]["bytes"], sampling_rate=sampling_rate)
 
 
 def pixel_values(images: list[Image.Image], processor: LlavaAudioProcessor) -> torch.Tensor:
@@ -32,13 +20,10 @@ def pixel_values(images: list[Image.Image], processor: LlavaAudioProcessor) -> t
     return processor(text=texts, images=images, return_tensors="pt")["pixel_values"]
 
 
-def input_features(rows: list[dict[str, Any]], processor: LlavaAudioProcessor) -> torch.Tensor:
-    """(B, frames, mels) of the rows' sound; stored spectrograms (`cache_features`) are taken as they are."""
-    if "input_features" in rows[0]:
-        return torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
+def input_features(sounds: list[np.ndarray], processor: LlavaAudioProcessor) -> torch.Tensor:
+    """(B, frames, mels) of waveforms (samples,) at the extractor's sampling rate."""
     extractor = processor.feature_extractor
-    clips = [open_audio(row, extractor.sampling_rate) for row in rows]
-    return extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
+    return extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
 
 
 def answer_labels(input_ids: torch.Tensor, tokenizer, prompts: list[str], texts: list[str]) -> torch.Tensor:
@@ -66,6 +51,7 @@ class CaptionCollator:
         processor: of the model to train.
         image, audio, prefix: what stands before the question; the rows then hold `frames` or `audio`.
         frame: index of the frame to show; a random one by default.
+        opener: opens the media, and draws other rows for broken ones.
     """
 
     processor: LlavaAudioProcessor
@@ -73,16 +59,20 @@ class CaptionCollator:
     audio: bool = False
     prefix: bool = False
     frame: int | None = None
+    opener: ClipOpener = field(default_factory=ClipOpener)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        media = {"image": self.image, "audio": self.audio, "prefix": self.prefix}
+        media = {"image": self.image, "audio": self.audio}
+        rate = self.processor.feature_extractor.sampling_rate
+        clips = self.opener(rows, second=self.frame, sampling_rate=rate, **media)
+        media["prefix"] = self.prefix
+        rows = [clip.row for clip in clips]
         prompts = [self.processor.format_prompt(row["question"], **media) for row in rows]
         texts = [self.processor.format_prompt(row["question"], answer=row["answer"], **media) for row in rows]
-        rate = self.processor.feature_extractor.sampling_rate
         batch = self.processor(
             text=texts,
-            images=[open_frame(row, self.frame) for row in rows] if self.image else None,
-            audio=[open_audio(row, rate) for row in rows] if self.audio else None,
+            images=[clip.image for clip in clips] if self.image else None,
+            audio=[clip.audio for clip in clips] if self.audio else None,
             sampling_rate=rate,
             padding=True,
             return_tensors="pt",
@@ -187,19 +177,27 @@ class AlignmentCollator:
         processor: of the model to train.
         noise, roll: see `augment_spectrograms`; with 0 and 0 the spectrogram stays as it is.
         frame: index of the frame to align with; a random one by default.
+        opener: opens the media, and draws other rows for broken ones.
     """
 
     processor: LlavaAudioProcessor
     noise: float = 0.1
     roll: int | None = None
     frame: int | None = None
+    opener: ClipOpener = field(default_factory=ClipOpener)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        features = augment_spectrograms(input_features(rows, self.processor), self.noise, self.roll)
         if "image_tokens" in rows[0]:
+            sounds = torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
+            augmented = augment_spectrograms(sounds, self.noise, self.roll)
             tokens = [torch.as_tensor(row["image_tokens"]) for row in rows]
             chosen = [int(torch.randint(len(frames), ())) if self.frame is None else self.frame for frames in tokens]
-            picture = {"image_tokens": torch.stack([frames[i] for frames, i in zip(tokens, chosen, strict=True)])}
-        else:
-            picture = {"pixel_values": pixel_values([open_frame(row, self.frame) for row in rows], self.processor)}
-        return {**picture, "input_features": features}
+            shown = torch.stack([frames[i] for frames, i in zip(tokens, chosen, strict=True)])
+            return {"image_tokens": shown, "input_features": augmented}
+        rate = self.processor.feature_extractor.sampling_rate
+        clips = self.opener(rows, image=True, audio=True, second=self.frame, sampling_rate=rate)
+        sounds = input_features([clip.audio for clip in clips], self.processor)
+        return {
+            "pixel_values": pixel_values([clip.image for clip in clips], self.processor),
+            "input_features": augment_spectrograms(sounds, self.noise, self.roll),
+        }

@@ -2,20 +2,26 @@
 
 import hashlib
 import inspect
+import logging
 import os
 from pathlib import Path
 
 import torch
-from datasets import Array2D, Array3D, Dataset, Features
+from datasets import Array2D, Array3D, Dataset, Features, IterableDataset
 from datasets.fingerprint import Hasher
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.processing.corpora import load_corpus
+from dali_llava.processing.corpora.rows import open_audio, open_frames
+from dali_llava.processing.media import MediaError
 
-from .collators import input_features, open_frame, pixel_values
+from .collators import input_features, pixel_values
+from .trainers.alignment import AlignmentArguments
 from .trainers.stage import StageArguments
 
+
+logger = logging.getLogger(__name__)
 
 KEPT = "kept.txt"  # of a pre-filter's folder: an id a line
 
@@ -26,7 +32,7 @@ def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
 
     Raises:
         ValueError: when corpus, split or an option is unknown, or the split is empty.
-        FileNotFoundError, ValueError: as `keep_rows` does.
+        FileNotFoundError, ValueError: as `kept_ids` does.
     """
     kept = arguments.kept if split in (None, arguments.split) else None
     split = split or arguments.split
@@ -38,6 +44,42 @@ def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
     if len(rows) == 0:
         raise ValueError(f"{arguments.dataset}, split {split}: no rows to train on.")
     return rows
+
+
+def stream_rows(arguments: AlignmentArguments) -> IterableDataset:
+    """
+    The rows of `load_rows` as a stream without end, shuffled within a buffer, anew in each pass.
+
+    Ranks and the workers of a loader read their own parts of it, if the corpus has as many shards.
+
+    Raises:
+        ValueError: as `load_rows`, or for an argument that a stream cannot serve.
+        FileNotFoundError: as `load_rows`.
+    """
+    if arguments.max_steps <= 0:
+        raise ValueError("streaming: a stream has no end; say how many steps to train, --max_steps N.")
+    for name in ("cache_features", "halve_every"):
+        if getattr(arguments, name):
+            raise ValueError(f"streaming: {name} needs a corpus that is not a stream; leave out one of the two.")
+    rows = load_corpus(arguments.dataset, arguments.split, streaming=True, **arguments.dataset_options)
+    if arguments.kept is not None:
+        kept = kept_ids(arguments.kept)
+        rows = rows.filter(lambda name: name in kept, input_columns="id")
+    if arguments.max_samples is not None:
+        rows = rows.take(arguments.max_samples)
+    if next(iter(rows), None) is None:
+        raise ValueError(f"{arguments.dataset}, split {arguments.split}: no rows to train on.")
+    return rows.repeat(None).shuffle(seed=arguments.seed, buffer_size=arguments.shuffle_buffer)
+
+
+def kept_ids(folder: str | Path) -> set[str]:
+    """
+    What a pre-filter kept; FileNotFoundError when the folder, its output_dir, holds no finished one.
+    """
+    path = Path(folder) / KEPT
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such list; run train/prefilter.py to its end first.")
+    return set(path.read_text(encoding="utf-8").splitlines())
 
 
 def keep_rows(rows: Dataset, folder: str | Path) -> Dataset:
@@ -52,13 +94,12 @@ def keep_rows(rows: Dataset, folder: str | Path) -> Dataset:
         FileNotFoundError: when the folder holds no finished pre-filter.
         ValueError: when none of the rows was kept.
     """
-    path = Path(folder) / KEPT
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such list; run train/prefilter.py to its end first.")
-    kept = set(path.read_text(encoding="utf-8").splitlines())
+    kept = kept_ids(folder)
     chosen = [index for index, name in enumerate(rows["id"]) if name in kept]
     if not chosen:
-        raise ValueError(f"{path}: holds the id of none of these {len(rows)} rows; was another corpus filtered?")
+        raise ValueError(
+            f"{Path(folder) / KEPT}: holds the id of none of these {len(rows)} rows; was another corpus filtered?"
+        )
     return rows.select(chosen)
 
 
@@ -68,18 +109,37 @@ def with_features(
     """
     What an alignment needs of the rows, computed once and kept on disk by `datasets`.
 
+    Clips that cannot be opened are left out, each with a warning.
+
     Returns:
         `id`; `input_features` (T, mels); `image_tokens` (frames, N, vision width), each frame's from the frozen tower.
+
+    Raises:
+        ValueError: no clip can be opened.
     """
     extractor, tower = processor.feature_extractor, captioner.model.eval()
 
     def compute(batch: dict) -> dict:
-        frames = [open_frame({"frames": frames}, index) for frames in batch["frames"] for index in range(len(frames))]
+        names, sounds, pictures = [], [], []
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            try:
+                sound, frames = open_audio(row, extractor.sampling_rate), open_frames(row)
+            except MediaError as error:
+                logger.warning("%s; it is left out", error)
+                continue
+            names.append(row["id"])
+            sounds.append(sound)
+            pictures.append(frames)
+        if not names:
+            return {"id": [], "input_features": [], "image_tokens": []}
+        pixels = pixel_values([frame for frames in pictures for frame in frames], processor)
         with torch.no_grad():
-            tokens = tower.encode_image(pixel_values(frames, processor).to(captioner.device)).float().cpu()
+            tokens = tower.encode_image(pixels.to(captioner.device)).float().cpu()
         return {
-            "input_features": input_features([{"audio": audio} for audio in batch["audio"]], processor).numpy(),
-            "image_tokens": [part.numpy() for part in tokens.split([len(frames) for frames in batch["frames"]])],
+            "id": names,
+            "input_features": input_features(sounds, processor).numpy(),
+            "image_tokens": [part.numpy() for part in tokens.split([len(frames) for frames in pictures])],
         }
 
     config = captioner.config
@@ -90,16 +150,19 @@ def with_features(
             "image_tokens": Array3D((None, config.image_seq_length, config.vision_config.hidden_size), "float32"),
         }
     )
-    rows = rows.select_columns(["id", "audio", "frames"]).map(
+    media = rows.select_columns(["id", "audio", "frames", "start", "end"])
+    stored = media.map(
         compute,
         batched=True,
         batch_size=64,
-        remove_columns=["audio", "frames"],
+        remove_columns=["audio", "frames", "start", "end"],
         features=features,
         new_fingerprint=_features_fingerprint(rows, captioner, processor),
         desc="Features",
     )
-    return rows.with_format("numpy", columns=["input_features", "image_tokens"], output_all_columns=True)
+    if len(stored) == 0:
+        raise ValueError(f"none of {len(rows)} clips can be opened; `dali-llava inspect --check 100` tells why.")
+    return stored.with_format("numpy", columns=["input_features", "image_tokens"], output_all_columns=True)
 
 
 def _features_fingerprint(

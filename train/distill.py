@@ -9,18 +9,25 @@ sound: no image, no prefix.
         --base_model runs/mmd --output_dir runs/mmd-distilled
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
 
 from dali_llava.eval.runner import CaptionRunner, Sample
+from dali_llava.processing.corpora.rows import open_audio, open_middle_frame
 from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
-from dali_llava.train.collators import CaptionCollator, open_audio, open_frame
+from dali_llava.train.clips import ClipOpener
+from dali_llava.train.collators import CaptionCollator
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import load_rows
 from dali_llava.train.trainers import CaptioningTrainer, StageArguments, load_base, train_only
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,14 +46,8 @@ def pseudo_caption(captioner, processor, rows, arguments: DistillationArguments)
 
     def samples() -> Iterator[Sample]:
         for row in rows:
-            sound = open_audio(row, processor.feature_extractor.sampling_rate)
-            yield Sample(
-                id=row["id"],
-                prompt=arguments.prompt,
-                image=open_frame(row, len(row["frames"]) // 2),
-                audio=sound,
-                prefix=True,
-            )
+            media = {"image": partial(open_middle_frame, row), "audio": partial(open_audio, row)}
+            yield Sample(id=row["id"], prompt=arguments.prompt, prefix=True, **media)
 
     runner = CaptionRunner(
         captioner,
@@ -56,7 +57,10 @@ def pseudo_caption(captioner, processor, rows, arguments: DistillationArguments)
         do_sample=arguments.caption_temperature > 0,
         temperature=arguments.caption_temperature or None,
     )
-    results = runner.run(samples(), out=Path(arguments.output_dir) / "pseudo_captions.jsonl")
+    results = list(runner.run(samples(), out=Path(arguments.output_dir) / "pseudo_captions.jsonl", total=len(rows)))
+    failed = [result for result in results if result.error is not None]
+    if failed:
+        logger.warning("%d of %d clips got no caption, the first: %s", len(failed), len(rows), failed[0].error)
     return {result.id: result.caption for result in results if result.caption}
 
 
@@ -77,7 +81,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
         model=captioner,
         args=arguments,
         train_dataset=rows,
-        data_collator=CaptionCollator(processor, audio=True),
+        data_collator=CaptionCollator(processor, audio=True, opener=ClipOpener(rows)),
         processing_class=processor,
         stage="distill",
     )

@@ -19,7 +19,8 @@ from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGenera
 from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcessor
 from dali_llava.processing.corpora.avworld.vocabulary import build_tokenizer
 from dali_llava.processing.processing_llava_audio import PLAIN_CHAT_TEMPLATE
-from dali_llava.train.collators import TokenViewCollator, WordCollator, open_frame, pixel_values
+from dali_llava.train.clips import open_frame
+from dali_llava.train.collators import TokenViewCollator, WordCollator, pixel_values
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import load_rows
 from dali_llava.train.trainers import StageArguments, TokenViewTrainer, WordTrainer, train_only

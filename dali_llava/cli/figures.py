@@ -77,9 +77,9 @@ def draw_mean_tokens(folder: Path, methods: list[str]) -> Path:
 def draw_attention(folder: Path) -> Path:
     """The figure of the attention of a run, on `test`; prints what it looks at on average."""
     from dali_llava.eval.attention_maps import attention_by_content, image_attention
-    from dali_llava.eval.evaluation import middle_frame
     from dali_llava.eval.figures import plot_attention
     from dali_llava.processing.corpora import load_corpus
+    from dali_llava.processing.corpora.rows import open_middle_frame
     from dali_llava.train.losses.attentive import load_alignment_attention
 
     aligned = folder / "ot_att-aligned"
@@ -91,4 +91,4 @@ def draw_attention(folder: Path) -> Path:
     shown = list(test.select(range(SHOWN)))
     captions = [row["captions"][0] for row in shown]
     path = folder / "figures" / "attention.png"
-    return plot_attention([middle_frame(row) for row in shown], maps[:SHOWN], captions, path)
+    return plot_attention([open_middle_frame(row) for row in shown], maps[:SHOWN], captions, path)

@@ -93,7 +93,8 @@ def _open_shards(args: argparse.Namespace, index: Path) -> tuple[str, Iterable[M
     if is_local and not index.is_file():
         remedy = "`dali-llava prepare` makes it; a folder of clips is inspected with `folder --data-dir`"
         raise FileNotFoundError(f"{index}: no such file, so {args.corpus} holds no shards; {remedy}")
-    from dali_llava.processing.shards import stream_shards
+    from dali_llava.processing.corpora import load_corpus
 
     total = json.loads(index.read_text(encoding="utf-8"))["clips"] if is_local else None
-    return Path(args.corpus).resolve().name, stream_shards(args.corpus), total
+    rows = load_corpus("shards", "train", streaming=True, data_dir=args.corpus)
+    return Path(args.corpus).resolve().name, rows, total

@@ -28,6 +28,7 @@ _BUILDERS: dict[str, tuple[str, str]] = {
     "clotho": (".clotho", "Clotho"),
     "cav_mae_json": (".cav_mae_json", "CAVMAE"),
     "folder": (".folder", "Folder"),
+    "shards": (".shards", "Shards"),
 }
 
 

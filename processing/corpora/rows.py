@@ -10,6 +10,8 @@ from PIL import Image
 
 from dali_llava.processing.media import MediaError, load_audio, load_frames, load_image, probe
 
+from .members import read_member
+
 
 END_TOLERANCE = 1.0  # seconds by which a sound may stop before its clip's end: published ends are rounded
 
@@ -24,10 +26,10 @@ def open_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> np.ndarray
         MediaError: on a row without sound, a file that `load_audio` rejects, or a clip that lies outside its file, or
             ends over `END_TOLERANCE` after it; it names the row's id.
     """
-    audio = row["audio"]
     with _naming(row):
-        if audio is None:
+        if row["audio"] is None:
             raise MediaError("the row has no sound; load the corpus with missing='skip', or add the file")
+        audio = read_member(row["audio"])
         if audio["bytes"] is not None:
             return load_audio(audio, sampling_rate)
         start, end = row["start"] or 0.0, row["end"]
@@ -60,31 +62,58 @@ def open_frames(row: Mapping[str, Any], seconds: Sequence[int] | None = None) ->
         MediaError: on a row without frames, files that cannot be read, a clip that starts after its video, or a second
             that the clip does not have; it names the row's id.
     """
-    frames = row["frames"]
     with _naming(row):
-        if not frames:
-            raise MediaError("the row has no frames; add a video or pictures")
-        if len(frames) > 1 or probe(frames[0]).kind == "image":
-            return [load_image(frames[second]) for second in _chosen(seconds, len(frames))]
-        start, end = (0.0, None) if frames[0]["bytes"] is not None else (row["start"] or 0.0, row["end"])
-        length = probe(frames[0]).duration
-        if length is not None and start >= length:
-            raise MediaError(f"{frames[0]['path']}: the clip starts at {start:g} s, the video ends at {length:.2f} s")
-        known = [time for time in (end, length) if time is not None]
-        if not known and seconds is None:
-            raise MediaError(f"{frames[0]['path']}: declares no duration; give the clip an end, or name the seconds")
-        count = max(1, math.floor(min(known) - start + 0.5)) if known else math.inf
-        return load_frames(frames[0], [start + second for second in _chosen(seconds, count)])
+        count, start = _frames(row)
+        if seconds is None:
+            seconds = range(_known(count, row))
+        for second in seconds:
+            if not 0 <= second < count:
+                raise MediaError(f"has no second {second}: it has {count}, from 0")
+        if start is None:
+            return [load_image(read_member(row["frames"][second])) for second in seconds]
+        return load_frames(row["frames"][0], [start + second for second in seconds])
 
 
-def _chosen(seconds: Sequence[int] | None, count: float) -> Sequence[int]:
-    """The indices asked for, all of `count` by default."""
-    if seconds is None:
-        return range(int(count))
-    for second in seconds:
-        if not 0 <= second < count:
-            raise MediaError(f"has no second {second}: it has {count}, from 0")
-    return seconds
+def count_frames(row: Mapping[str, Any]) -> int:
+    """
+    How many frames `open_frames` gives, without decoding any.
+
+    Raises:
+        MediaError: on a row without frames, a video that cannot be read or does not tell how long it is, or a clip
+            that starts after its video; it names the row's id.
+    """
+    with _naming(row):
+        return _known(_frames(row)[0], row)
+
+
+def open_middle_frame(row: Mapping[str, Any]) -> Image.Image:
+    """The middle frame of a clip, RGB (the sixth of ten, as the reference evaluates); MediaError as `open_frames`."""
+    return open_frames(row, [count_frames(row) // 2])[0]
+
+
+def _frames(row: Mapping[str, Any]) -> tuple[float, float | None]:
+    """How many frames a row has, infinity where that is unknown; and of a video, the time of the first."""
+    frames = row["frames"]
+    if not frames:
+        raise MediaError("the row has no frames; add a video or pictures")
+    if len(frames) > 1:
+        return len(frames), None
+    source = read_member(frames[0])
+    info = probe(source)
+    if info.kind == "image":
+        return 1, None
+    start, end = (0.0, None) if source["bytes"] is not None else (row["start"] or 0.0, row["end"])
+    if info.duration is not None and start >= info.duration:
+        raise MediaError(f"{source['path']}: the clip starts at {start:g} s, the video ends at {info.duration:.2f} s")
+    known = [time for time in (end, info.duration) if time is not None]
+    return max(1, math.floor(min(known) - start + 0.5)) if known else math.inf, start
+
+
+def _known(count: float, row: Mapping[str, Any]) -> int:
+    if count == math.inf:
+        path = row["frames"][0]["path"]
+        raise MediaError(f"{path}: declares no duration; give the clip an end, or name the seconds")
+    return int(count)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from .clip import REASONS, ClipSettings
 from .prepare import Summary, prepare_shards
-from .read import stream_shards
 
 
-__all__ = ["REASONS", "ClipSettings", "Summary", "prepare_shards", "stream_shards"]
+__all__ = ["REASONS", "ClipSettings", "Summary", "prepare_shards"]

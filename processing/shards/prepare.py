@@ -9,11 +9,12 @@ from pathlib import Path
 import datasets
 from tqdm import tqdm
 
+from ..corpora.shards import INDEX_FILE
 from .clip import Clip, ClipSettings, Dropped, prepare_clip
 from .lock import output_lock
 from .plan import Plan, make_plan
 from .pool import Died, WorkerPool
-from .report import INDEX_FILE, Summary, read_record, shard_name, summarise, write_index, write_record
+from .report import Summary, read_record, shard_name, summarise, write_index, write_record
 from .writer import TarShard, tar_size, write_error, write_whole
 
 

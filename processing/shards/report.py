@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..corpora.shards import INDEX_FILE
 from .clip import REASONS, Dropped
 from .plan import Plan
 from .writer import TarShard, write_whole
 
 
-INDEX_FILE = "index.json"
 REPORT_FILE = "report.csv"
 
 

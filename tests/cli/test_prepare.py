@@ -19,7 +19,8 @@ from PIL import Image
 
 from dali_llava.cli import build_parser, main
 from dali_llava.cli.prepare import CLIP_SETTINGS, CORPORA, EXAMPLES
-from dali_llava.processing.shards import ClipSettings, stream_shards
+from dali_llava.processing.corpora import load_corpus
+from dali_llava.processing.shards import ClipSettings
 from dali_llava.processing.shards.clip import clip_key
 
 
@@ -136,7 +137,7 @@ def test_a_folder_in_which_five_per_cent_are_bad(prepare, good_clip, tmp_path):
         assert [name.partition(".")[2] for name in names] == ["flac", "0.jpg", "1.jpg", "json"] * (len(names) // 4)
         keys |= {name.partition(".")[0] for name in names}
     assert keys == {clip_key(name) for name in good}
-    rows = list(stream_shards(out))
+    rows = list(load_corpus("shards", "train", streaming=True, data_dir=out))
     assert [row["id"] for row in rows] == good
     assert rows[5]["captions"] == ["what sub.folder/clip 005 sounds like"] and rows[5]["source"] == "folder"
 
@@ -154,7 +155,7 @@ def test_audiocaps_clips_and_whole_videos(prepare, good_clip, tmp_path):
     words = ("audiocaps", "--csv", tmp_path / "test.csv", "--data-dir", tmp_path, "--split", "test")
     code, printed, _ = prepare(*words, "--out", tmp_path / "out")
     assert code == 0 and "  missing           1  a file is not there" in printed
-    (row,) = stream_shards(tmp_path / "out")
+    (row,) = load_corpus("shards", "train", streaming=True, data_dir=tmp_path / "out")
     assert (row["captions"], row["start"], row["end"]) == (["A dog barks", "Barking"], 0.0, None)
     # as a whole video the file ends long before the clip does
     code, _, error = prepare(*words, "--whole-videos", "--out", tmp_path / "whole")
@@ -264,5 +265,5 @@ def test_help_needs_no_torch():
 def test_real_clips(prepare, shared_data, tmp_path):
     code, printed, _ = prepare("folder", "--data-dir", shared_data / "clips", "--out", tmp_path / "out")
     assert code == 0 and printed.startswith("2 clips: 2 ready (0.01 h of sound")
-    rows = list(stream_shards(tmp_path / "out"))
+    rows = list(load_corpus("shards", "train", streaming=True, data_dir=tmp_path / "out"))
     assert [len(row["frames"]) for row in rows] == [10, 10]

@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset
 
 from dali_llava.processing.media import load_audio
-from dali_llava.train.collators import AlignmentCollator, open_frame, pixel_values
+from dali_llava.train.clips import open_frame
+from dali_llava.train.collators import AlignmentCollator, pixel_values
 from dali_llava.train.corpus import load_rows, with_features
 from dali_llava.train.trainers import StageArguments
 

@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 
 from dali_llava.processing.corpora.avworld.scenes import CELL, GRID, IMAGE_SIZE
-from dali_llava.train.collators import open_frame, pixel_values
+from dali_llava.train.clips import open_frame
+from dali_llava.train.collators import pixel_values
 from dali_llava.train.configuration import CONFIGS, parse_stage_arguments
 from dali_llava.train.pretrain_captioner import (
     CaptionerArguments,

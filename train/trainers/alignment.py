@@ -35,6 +35,10 @@ class AlignmentArguments(StageArguments):
     )
 
     # Input
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the corpus while training, again and again, for max_steps."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream, of which one is drawn at a time."})
     cache_features: bool = field(
         default=False,
         metadata={"help": "Compute spectrograms and image tokens once, onto disk: a small corpus, many epochs."},
@@ -65,6 +69,9 @@ class AlignmentArguments(StageArguments):
     def __post_init__(self):
         super().__post_init__()
         self.objective_options = dict(self.objective_options or {})
+        if self.streaming:
+            # Each rank reads its own part of the stream; by default the first one would read for all.
+            self.accelerator_config.dispatch_batches = False
 
 
 @dataclass

@@ -111,6 +111,11 @@ class StageTrainer(Trainer):
             self.add_callback(StageProgress)
         self.remove_callback(PrinterCallback)
 
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As `Trainer.log`, with `broken_clips`, how many clips of this rank have given way to others, if any have."""
+        broken = self.data_collator.opener.broken if hasattr(self.data_collator, "opener") else 0
+        super().log(logs | {"broken_clips": broken} if broken else logs, *args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         if not self.args.should_save:  # every rank is asked
             return

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import datasets
 import fsspec
 import numpy as np
 import pytest
@@ -12,8 +13,14 @@ import soundfile
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
-from dali_llava.processing.corpora.rows import open_audio, open_frames
-from dali_llava.processing.shards import ClipSettings, prepare_shards, stream_shards
+from dali_llava.processing.corpora import load_corpus
+from dali_llava.processing.corpora.rows import count_frames, open_audio, open_frames
+from dali_llava.processing.media import MediaError
+from dali_llava.processing.shards import ClipSettings, prepare_shards
+
+
+def stream_shards(folder) -> datasets.IterableDataset:
+    return load_corpus("shards", "train", streaming=True, data_dir=folder)
 
 
 def test_rows_come_back_as_they_went_in(corpus, unbroken):
@@ -27,6 +34,38 @@ def test_rows_come_back_as_they_went_in(corpus, unbroken):
         for frame, pixels in zip(open_frames(row), open_frames(source), strict=True):
             assert frame.size == pixels.size
             assert np.abs(np.asarray(frame, float) - np.asarray(pixels, float)).mean() < 12  # JPEG, of bright specks
+
+
+def test_clips_are_opened_where_they_lie_in_any_order(corpus, unbroken, tmp_path):
+    streamed = list(stream_shards(unbroken))
+    rows = load_corpus("shards", "train", data_dir=unbroken, cache_dir=tmp_path, num_proc=2)
+    assert rows.num_rows == 20 and rows.data.nbytes < 20_000  # places, no bytes
+    assert rows["id"] == corpus["id"] and rows["captions"] == corpus["captions"]
+    for number in (13, 0, 19, 13):
+        row = rows[number]
+        assert row["audio"]["bytes"] is None and len(row["frames"]) == 2
+        np.testing.assert_array_equal(open_audio(row), open_audio(streamed[number]))
+        assert open_frames(row) == open_frames(streamed[number]) and count_frames(row) == 2
+        assert open_frames(row, [1]) == open_frames(row)[1:]
+
+
+def test_an_archive_that_went_or_ends_early_is_named(unbroken, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(unbroken, folder)
+    rows = load_corpus("shards", "train", data_dir=folder, cache_dir=tmp_path)
+    os.truncate(folder / "shard-000001.tar", 3000)
+    with pytest.raises(MediaError, match=r"clip 'clip-003': .*shard-000001.tar: is damaged, it ends within clip-003"):
+        open_audio(rows[3])
+    os.remove(folder / "shard-000000.tar")
+    with pytest.raises(MediaError, match=r"clip 'clip-000': .*shard-000000.tar: cannot be read \(No such file"):
+        open_frames(rows[0])
+    for size, name in ((0, "000000"), (3000, "000001")):
+        with pytest.raises(ValueError, match=rf"shard-{name}.tar: is damaged \({size} bytes of \d+\); copy it again"):
+            load_corpus("shards", "train", data_dir=folder, cache_dir=tmp_path / "new")
+        shutil.copy(unbroken / f"shard-{name}.tar", folder)
+    with pytest.raises(ValueError, match=r"memory://x: is not on a disk; pass streaming=True"):
+        fsspec.filesystem("memory").pipe("/x/index.json", (unbroken / "index.json").read_bytes())
+        load_corpus("shards", "train", data_dir="memory://x", cache_dir=tmp_path)
 
 
 def test_a_cut_clip_is_not_cut_again(made, tmp_path):

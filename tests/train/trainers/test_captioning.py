@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dali_llava.train.collators import CaptionCollator, TokenViewCollator, open_frame, pixel_values
+from dali_llava.train.clips import open_frame
+from dali_llava.train.collators import CaptionCollator, TokenViewCollator, pixel_values
 from dali_llava.train.pretrain_captioner import CaptionerArguments, encode_pictures
 from dali_llava.train.trainers import TokenViewTrainer, token_views
 

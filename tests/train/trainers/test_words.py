@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dali_llava.train.collators import WordCollator, open_frame, pixel_values
+from dali_llava.train.clips import open_frame
+from dali_llava.train.collators import WordCollator, pixel_values
 from dali_llava.train.trainers import word_loss
 from dali_llava.train.trainers.words import WORD_PRIOR
 
