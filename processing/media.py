@@ -18,31 +18,28 @@ import av
 import numpy as np
 import soundfile
 import soxr
-from av.container import InputContainer as Container
-from av.stream import Disposition
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dali_llava.processing.feature_extraction_llava_audio import MIN_DURATION
+
+from .containers import (
+    CUT_TOLERANCE,
+    TIME_ROUNDING,
+    MediaError,
+    audio_stream,
+    cut_error,
+    frames_shown,
+    open_container,
+    read_container,
+    shrunken_size,
+    video_stream,
+)
 
 
 MediaSource = str | os.PathLike | bytes | BinaryIO | Mapping
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-# A playlist or a text file that FFmpeg would follow or draw is not media: only real containers are opened.
-CONTAINERS = (
-    "mov,matroska,ogg,mp3,wav,w64,flac,aac,aiff,au,caf,ac3,eac3,amr,wv,ape,avi,mpegts,mpeg,mpegvideo,flv,asf,rm,dv,ivf"
-)
-# Containers whose tables give exact durations and positions. Elsewhere (MP3, MPEG-TS) both are estimates: nothing is
-# concluded from a duration, and a position is reached by decoding from the start.
-INDEXED_CONTAINERS = ("mov", "matroska")
-CUT_TOLERANCE = 0.25  # seconds missing at the end that are codec delay and rounding, not a cut
-SEEK_GAP = 10.0  # seconds; where keyframes are unknown, a shorter way is decoded rather than sought
-TIME_ROUNDING = 1e-6  # seconds
 RESAMPLING_MARGIN = 0.1  # seconds
-
-
-class MediaError(ValueError):
-    """A media file that cannot give what was asked of it; one line with the file, the trouble and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,8 @@ def probe(path: MediaSource) -> MediaInfo:
             with soundfile.SoundFile(handle) as sound:
                 duration = sound.frames / sound.samplerate
                 return MediaInfo(name, "audio", True, False, duration, sound.samplerate, sound.channels)
-        with _open_container(name, handle) as container:
-            audio, video = _audio_stream(container), _video_stream(container)
+        with open_container(name, handle) as container:
+            audio, video = audio_stream(container), video_stream(container)
             duration = None if container.duration is None else container.duration / av.time_base
             info = {}
             if audio is not None:
@@ -111,7 +108,7 @@ def load_audio(
         kind = _sniff(handle)
         if kind == "image":
             raise MediaError(f"{name}: is a still image, without sound; use it as an image, or pass audio or video")
-        read = _read_soundfile if kind == "audio" else _read_container
+        read = _read_soundfile if kind == "audio" else read_container
         waveform, rate = read(name, handle, base, end + RESAMPLING_MARGIN)
     if len(waveform) == 0 and base == 0:
         raise MediaError(f"{name}: holds no sound at all (zero length); record or export it again")
@@ -130,11 +127,14 @@ def load_audio(
     return np.ascontiguousarray(waveform, dtype=np.float32)
 
 
-def load_frames(path: MediaSource, times: float | Sequence[float]) -> list[Image.Image]:
+def load_frames(
+    path: MediaSource, times: float | Sequence[float], shorter_side: int | None = None
+) -> list[Image.Image]:
     """
     The video frames shown at `times` (seconds from the beginning of the file), as RGB images in the order of `times`.
 
     The frame shown at t is the last one whose time stamp is not after t, or the first frame where t lies before it.
+    Frames whose shorter side is above `shorter_side` pixels are shrunk to it.
 
     Raises:
         MediaError: no such file, nothing readable, no picture, a time outside the video, or a file cut off before it.
@@ -146,8 +146,8 @@ def load_frames(path: MediaSource, times: float | Sequence[float]) -> list[Image
             raise MediaError(f"{name}: is a still image, not a video; load it as an image")
         if kind == "audio":
             raise MediaError(f"{name}: holds sound only, no picture; use it as audio, or pass a video")
-        with _open_container(name, handle) as container:
-            stream = _video_stream(container)
+        with open_container(name, handle) as container:
+            stream = video_stream(container)
             if stream is None:
                 raise MediaError(f"{name}: holds sound only, no picture; use it as audio, or pass a video")
             length = None if container.duration is None else container.duration / av.time_base
@@ -155,13 +155,14 @@ def load_frames(path: MediaSource, times: float | Sequence[float]) -> list[Image
                 if not 0 <= time <= (math.inf if length is None else length + TIME_ROUNDING):
                     known = "" if length is None else f", which lasts {length:.3f} s"
                     raise MediaError(f"{name}: time {time:g} s lies outside the video{known}; ask for one inside it")
-            shown = _frames_shown(name, container, stream, sorted(set(times)))
+            shown = frames_shown(name, container, stream, sorted(set(times)), shorter_side)
     return [shown[time] for time in times]
 
 
-def load_image(path: MediaSource) -> Image.Image:
+def load_image(path: MediaSource, shorter_side: int | None = None) -> Image.Image:
     """
-    A still image in RGB, upright as its EXIF data says.
+    A still image in RGB, upright as its EXIF data says; shrunk where its shorter side has more than `shorter_side`
+    pixels.
 
     Raises:
         MediaError: no such file, not an image, or one cut off in the middle.
@@ -177,9 +178,11 @@ def load_image(path: MediaSource) -> Image.Image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 16-bit greyscale, which `convert` would clip to white
                     image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-                return image.convert("RGB")
+                image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise MediaError(f"{name}: is damaged ({_one_line(error)}); download or export it again") from error
+    size = shrunken_size(*image.size, shorter_side)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def _name(source: MediaSource) -> str:
@@ -259,174 +262,5 @@ def _read_soundfile(name: str, handle: BinaryIO, start: int, end: float) -> tupl
     except soundfile.SoundFileError as error:
         raise MediaError(f"{name}: is damaged ({_one_line(error)}); download or export it again") from error
     if last - first - len(samples) > CUT_TOLERANCE * rate:
-        raise _cut_error(name, start + len(samples) / rate, length / rate)
+        raise cut_error(name, start + len(samples) / rate, length / rate)
     return samples.mean(axis=1), rate
-
-
-def _cut_error(name: str, reached: float, declared: float) -> MediaError:
-    return MediaError(f"{name}: is cut off at {reached:.2f} s of {declared:.2f} s; download or export it again")
-
-
-@contextmanager
-def _open_container(name: str, handle: BinaryIO) -> Iterator[Container]:
-    try:
-        container = av.open(handle, options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
-    except av.error.FFmpegError as error:
-        raise MediaError(
-            f"{name}: is no readable audio, image or video file (text, or cut off?); download or export it again"
-        ) from error
-    with container:
-        if _audio_stream(container) is None and _video_stream(container) is None:
-            raise MediaError(f"{name}: holds neither sound nor picture; give an audio, image or video file")
-        yield container
-
-
-def _audio_stream(container: Container) -> av.AudioStream | None:
-    return next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
-
-
-def _video_stream(container: Container) -> av.VideoStream | None:
-    """The first moving picture: covers and thumbnails are attached pictures."""
-    covers = Disposition.attached_pic | Disposition.timed_thumbnails
-    streams = (stream for stream in container.streams.video if stream.codec_context is not None)
-    return next((stream for stream in streams if not stream.disposition & covers), None)
-
-
-def _is_indexed(container: Container) -> bool:
-    return container.format.name.startswith(INDEXED_CONTAINERS)
-
-
-def _origin(container: Container) -> float:
-    """The time stamp of the file's beginning, common to its tracks."""
-    return (container.start_time or 0) / av.time_base
-
-
-def _declared_end(container: Container, stream: av.stream.Stream) -> float | None:
-    """Seconds from the beginning at which the track's own table says it ends, None where that is not known exactly."""
-    if not _is_indexed(container):
-        return None
-    if stream.duration is not None:
-        return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - _origin(container)
-    hours, minutes, seconds = stream.metadata.get("DURATION", "nan:nan:nan").split(":")  # as Matroska's tags write it
-    end = 3600 * float(hours) + 60 * float(minutes) + float(seconds) - _origin(container)
-    return None if math.isnan(end) else end
-
-
-def _decode(container: Container, stream: av.stream.Stream) -> Iterator[av.frame.Frame]:
-    """The frames from here on. A damaged packet is passed over: whoever counts on what it held sees it missing."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except av.error.FFmpegError:  # the file ends in the middle of a packet
-            return
-        if packet is None:
-            return
-        try:
-            frames = packet.decode()
-        except av.error.FFmpegError:
-            continue
-        yield from frames
-
-
-def _seek(container: Container, stream: av.stream.Stream, time: float) -> None:
-    container.seek(math.floor((time + _origin(container)) / stream.time_base), stream=stream)
-
-
-def _read_container(name: str, handle: BinaryIO, start: int, end: float) -> tuple[np.ndarray, int]:
-    """Mono samples from `start` to `end` (seconds) or to the sound's end, and their rate."""
-    with _open_container(name, handle) as container:
-        stream = _audio_stream(container)
-        if stream is None:
-            raise MediaError(f"{name}: is a video without sound; use its picture only, or pass a file with sound")
-        origin, declared = _origin(container), _declared_end(container, stream)
-        end = end if declared is None else min(end, declared)
-        if end <= start:
-            return np.zeros(0, np.float32), 1
-        if start > SEEK_GAP and _is_indexed(container):
-            _seek(container, stream, start - 1.0)  # ahead of the excerpt, so that the decoder has settled
-        chunks, rate, begin, reached = [], 0, 0.0, 0.0
-        for frame in _decode(container, stream):
-            if not chunks:
-                rate, begin = frame.sample_rate, 0.0 if frame.time is None else frame.time - origin
-                reached = begin
-            elif frame.sample_rate != rate:
-                raise MediaError(f"{name}: changes its sampling rate midway; convert it to one rate first")
-            chunks.append(_to_mono(frame))
-            reached += len(chunks[-1]) / rate
-            if reached >= end:
-                break
-    if declared is not None and end - reached > max(CUT_TOLERANCE, 0.02 * declared):
-        raise _cut_error(name, reached, declared)
-    if not chunks:
-        return np.zeros(0, np.float32), 1
-    # a sound track that begins later than the picture is silent until then
-    lead = np.zeros(max(0, round((begin - start) * rate)), np.float32)
-    waveform = np.concatenate([lead, *chunks])[max(0, round((start - begin) * rate)) :]
-    return waveform if end == math.inf else waveform[: math.ceil((end - start) * rate)], rate
-
-
-def _to_mono(frame: av.AudioFrame) -> np.ndarray:
-    """The mean of a frame's channels `(samples,)` float32; integer samples are scaled to [-1, 1]."""
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(frame.samples, -1).T
-    if np.issubdtype(samples.dtype, np.floating):
-        return samples.mean(axis=0, dtype=np.float32)
-    bits = 8 * samples.dtype.itemsize
-    centre = 128 if samples.dtype == np.uint8 else 0
-    return ((samples.mean(axis=0, dtype=np.float64) - centre) / 2 ** (bits - 1)).astype(np.float32)
-
-
-def _frames_shown(
-    name: str, container: Container, stream: av.VideoStream, times: list[float]
-) -> dict[float, Image.Image]:
-    """The image shown at each of the ascending times; decodes forward, and seeks where that passes frames over."""
-    stream.thread_type = "AUTO"
-    origin, declared = _origin(container), _declared_end(container, stream)
-    frames, current, following = _restart(container, stream)
-    shown = {}
-    for time in times:
-        position = 0.0 if current is None else current.time - origin
-        if _is_indexed(container) and _next_keyframe_pays(container, stream, position, time):
-            _seek(container, stream, time)
-            frames, current, following = _restart(container, stream)
-            if following is None or following.time - origin > time + TIME_ROUNDING:  # landed behind the time
-                container.seek(container.start_time or 0)
-                frames, current, following = _restart(container, stream)
-        while following is not None and following.time - origin <= time + TIME_ROUNDING:
-            current, following = following, next(frames, None)
-        frame = current or following
-        if frame is None:
-            raise MediaError(f"{name}: its picture cannot be decoded; download or export it again")
-        if following is None:
-            length = float((frame.duration or 0) * frame.time_base) if frame.time_base else 0.0
-            reached = frame.time - origin + length
-            # the last frame stays until the track's end; beyond what was decoded there is only a cut
-            if min(time, math.inf if declared is None else declared) - reached > CUT_TOLERANCE:
-                raise _cut_error(name, reached, time if declared is None else declared)
-        shown[time] = _to_image(frame)
-    return shown
-
-
-def _restart(container: Container, stream: av.VideoStream) -> tuple[Iterator, None, av.VideoFrame | None]:
-    """The frames from here on: their iterator, none shown yet, and the one that follows."""
-    frames = (frame for frame in _decode(container, stream) if frame.time is not None)
-    following = next(frames, None)
-    return frames, None, following
-
-
-def _next_keyframe_pays(container: Container, stream: av.VideoStream, position: float, time: float) -> bool:
-    """Whether the keyframe before `time` lies ahead of `position`, so that a seek spares decoding."""
-    if not len(stream.index_entries):
-        return time - position > SEEK_GAP
-    index = stream.index_entries.search_timestamp(math.floor((time + _origin(container)) / stream.time_base))
-    if index < 0:
-        return False
-    return float(stream.index_entries[index].timestamp * stream.time_base) - _origin(container) > position
-
-
-def _to_image(frame: av.VideoFrame) -> Image.Image:
-    """The frame in RGB, turned as its display matrix says (telephones record on their side)."""
-    image = frame.to_image()
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image

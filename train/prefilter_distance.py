@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from dali_llava.processing.corpora.rows import open_frames
 
@@ -26,13 +25,6 @@ def label_text(labels: Sequence[str]) -> str:
     if not labels:
         raise ValueError("the row has no labels")
     return ", ".join(labels)
-
-
-def first_frames(row: Mapping[str, Any], count: int) -> list[Image.Image]:
-    """The first frame of each of a clip's first `count` seconds, at most what it has. MediaError as `open_frames`."""
-    start = row["start"] or 0.0
-    end = start + count if row["end"] is None else min(row["end"], start + count)
-    return open_frames({**row, "frames": (row["frames"] or [])[:count], "end": end})[:count]
 
 
 def caption_distances(captions: Sequence[Sequence[str]], documents: Sequence[str], embed: Embed) -> np.ndarray:
@@ -81,7 +73,7 @@ def score_clips(rows: Iterable[Mapping[str, Any]], frames: int, caption: Caption
     opened, left_out = [], {}
     for row in rows:
         try:
-            opened.append((row, label_text(row["labels"]), first_frames(row, frames)))
+            opened.append((row, label_text(row["labels"]), open_frames(row, most=frames)))
         except (ValueError, OSError) as error:
             left_out[row["id"]] = " ".join(str(error).split())
     try:

@@ -47,7 +47,12 @@ def open_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> np.ndarray
         return waveform
 
 
-def open_frames(row: Mapping[str, Any], seconds: Sequence[int] | None = None) -> list[Image.Image]:
+def open_frames(
+    row: Mapping[str, Any],
+    seconds: Sequence[int] | None = None,
+    most: int | None = None,
+    shorter_side: int | None = None,
+) -> list[Image.Image]:
     """
     The first frame of each second of a clip, as RGB images.
 
@@ -57,6 +62,8 @@ def open_frames(row: Mapping[str, Any], seconds: Sequence[int] | None = None) ->
     Args:
         row: of a corpus.
         seconds: indices of the frames to open, in the order wanted; all by default.
+        most: without `seconds`, open the first so many frames, or all that there are.
+        shorter_side: pixels, to which larger frames are shrunk.
 
     Raises:
         MediaError: on a row without frames, files that cannot be read, a clip that starts after its video, or a second
@@ -65,13 +72,13 @@ def open_frames(row: Mapping[str, Any], seconds: Sequence[int] | None = None) ->
     with _naming(row):
         count, start = _frames(row)
         if seconds is None:
-            seconds = range(_known(count, row))
+            seconds = range(_known(count, row) if most is None else int(min(count, most)))
         for second in seconds:
             if not 0 <= second < count:
                 raise MediaError(f"has no second {second}: it has {count}, from 0")
         if start is None:
-            return [load_image(read_member(row["frames"][second])) for second in seconds]
-        return load_frames(row["frames"][0], [start + second for second in seconds])
+            return [load_image(read_member(row["frames"][second]), shorter_side) for second in seconds]
+        return load_frames(row["frames"][0], [start + second for second in seconds], shorter_side)
 
 
 def count_frames(row: Mapping[str, Any]) -> int:

@@ -178,13 +178,12 @@ def _pictures(row: Mapping, settings: ClipSettings) -> list[Image.Image]:
     for source in sources:
         _check_there(source)
     try:
-        frames = _first_frames(row, settings.frames)
+        pictures = open_frames(row, most=settings.frames, shorter_side=settings.frame_size)
     except MediaError as error:
         reason = _why_no_picture(sources[0])
         if reason == "no_picture":
             return _absent(reason, _told(row, error), "frames", settings) or []
         raise _Drop(reason, _told(row, error)) from error
-    pictures = [_shrink(frame, settings.frame_size) for frame in frames]
     if len(pictures) > 1 and not settings.keep_frozen and _are_alike(pictures):
         raise _Drop("frozen", f"{len(pictures)} frames that differ by {FROZEN_LEVELS} of 255 at most")
     return pictures
@@ -212,24 +211,9 @@ def _check_there(source: Mapping) -> None:
         raise _Drop("missing", f"{source['path']}: no such file")
 
 
-def _first_frames(row: Mapping, count: int) -> list[Image.Image]:
-    """The frames of the clip's first `count` seconds, fewer where it ends before."""
-    end = (row["start"] or 0.0) + count
-    end = end if row["end"] is None else min(end, row["end"])
-    return open_frames({**row, "frames": row["frames"][:count], "end": end})[:count]
-
-
 def _told(row: Mapping, error: MediaError) -> str:
     """The error without the clip's name, which stands beside it in the report."""
     return str(error).removeprefix(f"clip {row['id']!r}: ")
-
-
-def _shrink(image: Image.Image, size: int) -> Image.Image:
-    """The image with a shorter side of at most `size` pixels."""
-    scale = size / min(image.size)
-    if scale >= 1:
-        return image
-    return image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
 
 
 def _are_alike(pictures: list[Image.Image]) -> bool:

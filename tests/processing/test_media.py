@@ -10,6 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from dali_llava.processing import containers
 from dali_llava.processing.media import MediaError, load_audio, load_frames, load_image, probe
 
 
@@ -264,20 +265,62 @@ def test_last_frame_stays_until_the_end(tmp_path):
     assert number(load_frames(path, 3.0)[0]) == 74
 
 
-def test_sparse_frames_are_sought(tmp_path, monkeypatch):
-    """Two frames of a video of eight groups: the rest of its groups are not decoded."""
-    path = write_media(tmp_path / "a.mp4", "mp4", "libx264", seconds=8.0, gop=25)
-    decoded = []
-    original = load_frames.__globals__["_decode"]
+@pytest.fixture
+def decoded(monkeypatch) -> list[float]:
+    """The times of the frames that are decoded from here on."""
+    times = []
+    original = containers._decode
 
-    def counting(container, stream):
-        for frame in original(container, stream):
-            decoded.append(frame.time)
+    def counting(container, stream, is_wanted=None):
+        for frame in original(container, stream, is_wanted):
+            times.append(frame.time)
             yield frame
 
-    monkeypatch.setitem(load_frames.__globals__, "_decode", counting)
+    monkeypatch.setattr(containers, "_decode", counting)
+    return times
+
+
+def test_sparse_frames_are_sought(tmp_path, decoded):
+    """Two frames of a video of eight groups: the rest of its groups are not decoded."""
+    path = write_media(tmp_path / "a.mp4", "mp4", "libx264", seconds=8.0, gop=25)
     assert [number(image) for image in load_frames(path, [1.0, 6.5])] == [25, 162]
     assert len(decoded) < 60
+
+
+def test_frames_that_no_other_refers_to_are_passed_over(tmp_path, decoded):
+    path = write_media(tmp_path / "a.mp4", "mp4", "libx264", seconds=8.0, gop=1000)
+    seconds = [float(second) for second in range(8)]
+    assert [number(image) for image in load_frames(path, seconds)] == [25 * second for second in range(8)]
+    assert len(decoded) < 130  # of 176 up to the last
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_frames_far_apart_are_not_passed_over(tmp_path, decoded, container):
+    """A frame each 0.6 s, most of them without a reference: each is shown until the next."""
+    with av.open(str(tmp_path / "a"), "w", format=container) as output:
+        stream = output.add_stream("libx264", rate=FRAME_RATE)
+        (stream.width, stream.height), stream.pix_fmt, stream.gop_size = SIZE, "yuv420p", 1000
+        for index in range(30):
+            frame = av.VideoFrame.from_ndarray(picture(index), format="rgb24")
+            frame.pts, frame.time_base = 15 * index, Fraction(1, FRAME_RATE)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    times = [0.61, 1.1, 3.5, 3.7, 9.55, 16.9]
+    assert [number(image) for image in load_frames(tmp_path / "a", times)] == [1, 1, 5, 6, 15, 28]
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_frames_are_shrunk_and_never_enlarged(tmp_path, rotation):
+    path = write_media(tmp_path / "a.mp4", "mp4", "libx264", rotation=rotation)
+    turned = SIZE[::-1] if rotation else SIZE
+    for side, size in ((24, (32, 24)), (48, SIZE), (100, SIZE)):
+        (image,) = load_frames(path, 1.0, shorter_side=side)
+        assert image.size == (size[::-1] if rotation else size)
+        whole = load_frames(path, 1.0)[0]
+        assert whole.size == turned
+        expected = np.asarray(whole.resize(image.size, Image.Resampling.BOX), float)
+        # chroma is scaled with the half resolution that it is stored in
+        assert np.abs(np.asarray(image, float) - expected).mean() < (4 if side == 24 else 1e-9)
 
 
 def test_rotation_of_the_display_matrix(tmp_path):
@@ -304,6 +347,8 @@ def test_images(tmp_path):
         name = tmp_path / ("b.jpg" if mode == "CMYK" else "b.png")
         image.convert(mode).save(name)
         assert load_image(name.read_bytes()).mode == "RGB"
+    shrunk = load_image(tmp_path / "a.jpg", shorter_side=9)
+    assert shrunk.size == (18, 9) and load_image(tmp_path / "a.jpg", shorter_side=16).size == (32, 16)
     Image.fromarray(np.full((2, 2), 257 * 100, np.uint16)).save(tmp_path / "16bit.png")
     assert np.asarray(load_image(tmp_path / "16bit.png")).tolist() == [[[100] * 3] * 2] * 2
 

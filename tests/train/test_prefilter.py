@@ -27,6 +27,7 @@ from transformers import (
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing.corpora import load_corpus
+from dali_llava.processing.corpora.rows import open_frames
 from dali_llava.train import prefilter
 from dali_llava.train.captioner_cache import pretrained_captioner
 from dali_llava.train.configuration import CONFIGS
@@ -34,7 +35,6 @@ from dali_llava.train.corpus import keep_rows
 from dali_llava.train.prefilter_distance import (
     caption_distances,
     choose,
-    first_frames,
     label_text,
     score_clips,
 )
@@ -149,11 +149,11 @@ def test_a_choice_that_cannot_be_meant_is_an_error(choice, message):
 
 def test_a_clip_gives_its_first_frames(make_rows, media_dir):
     (row,) = make_rows([[0, 1, 2]])
-    assert [frame.getpixel((0, 0))[0] for frame in first_frames(row, 2)] == [0, 1]
-    assert len(first_frames(row, 10)) == 3
+    assert [frame.getpixel((0, 0))[0] for frame in open_frames(row, most=2)] == [0, 1]
+    assert len(open_frames(row, most=10)) == 3
     video = next(path for path in sorted(media_dir.iterdir()) if path.suffix == ".mp4")
     row |= {"frames": [{"path": str(video), "bytes": None}], "end": None}
-    assert len(first_frames(row, 1)) == 1
+    assert len(open_frames(row, most=1)) == 1
 
 
 def test_clips_are_scored_over_their_frames(make_rows):
