@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
+from .clip_page import Sample, open_clip
 from .media import probe
-from .shards.clip import REQUIREMENTS, ClipSettings, Dropped, prepare_clip
+from .shards.clip import is_given
 
 
 MAX_BINS = 20  # of the histogram
@@ -45,7 +46,7 @@ class Summary:
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a row; its media are decoded in no case, and probed only where the row has no `end`."""
         self.clips += 1
-        self.with_sound += _is_given(row["audio"])
+        self.with_sound += is_given(row["audio"])
         self.with_frames += bool(row["frames"])
         self.with_captions += bool(row["captions"])
         self.with_labels += bool(row["labels"])
@@ -116,16 +117,6 @@ class Summary:
         return lines
 
 
-@dataclass(frozen=True)
-class Sample:
-    """An opened clip: its row, its media by extension (flac, 0.jpg, 1.jpg, ...), what of it cannot be opened, and
-    why."""
-
-    row: Mapping[str, Any]
-    files: dict[str, bytes]
-    problems: list[Dropped]
-
-
 def inspect_rows(
     rows: Iterable[Mapping[str, Any]],
     samples: int = 10,
@@ -171,22 +162,6 @@ def _counted(rows: Iterable[Mapping], summary: Summary, total: int | None) -> It
         yield row
 
 
-def open_clip(row: Mapping[str, Any]) -> Sample:
-    """Sound and frames of a clip, decoded as `dali-llava prepare` does; each on its own, so that one may be broken."""
-    files, problems = {}, []
-    # an id may come from the name of a file, which need not be Unicode
-    part = {**row, "id": row["id"].encode(errors="replace").decode(), "audio": None, "frames": []}
-    given = {"audio": _is_given(row["audio"]), "frames": bool(row["frames"])}
-    for column in (column for column in REQUIREMENTS if given[column]):
-        settings = ClipSettings(min_seconds=0.1, keep_silent=True, keep_frozen=True, require=(column,))
-        outcome = prepare_clip(part | {column: row[column]}, settings)
-        if isinstance(outcome, Dropped):
-            problems.append(outcome)
-        else:
-            files |= {name: content for name, content in outcome.files.items() if name != "json"}
-    return Sample(row, files, problems)
-
-
 def clip_duration(row: Mapping[str, Any]) -> tuple[float | None, str | None]:
     """
     Seconds of a clip by its row, else by the header of its file, and None; or None and the reason why nothing tells.
@@ -197,7 +172,7 @@ def clip_duration(row: Mapping[str, Any]) -> tuple[float | None, str | None]:
     start, end = row["start"] or 0.0, row["end"]
     if end is not None:
         return end - start, None
-    source = row["audio"] if _is_given(row["audio"]) else next(iter(row["frames"]), None)
+    source = row["audio"] if is_given(row["audio"]) else next(iter(row["frames"]), None)
     if source is None:
         return None, "no media"
     if source["bytes"] is not None:
@@ -211,10 +186,6 @@ def clip_duration(row: Mapping[str, Any]) -> tuple[float | None, str | None]:
     if duration is None:
         return None, "undeclared"
     return (duration - start, None) if duration > start else (None, "too_short")
-
-
-def _is_given(source: Mapping | None) -> bool:
-    return source is not None and (source["bytes"] is not None or source["path"] is not None)
 
 
 def _by_reason(counts: Counter[str]) -> str:

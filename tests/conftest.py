@@ -1,5 +1,6 @@
-"""Fixtures for the whole tree: a tiny model with random weights, saved as any checkpoint is."""
+"""For the whole tree: a tiny model with random weights, saved as any checkpoint is; media files; a reader of HTML."""
 
+from html.parser import HTMLParser
 from pathlib import Path
 
 import av
@@ -149,3 +150,49 @@ def media_dir(tmp_path_factory) -> Path:
     colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(colours).resize((80, 60)).save(folder / "photo.jpg")
     return folder
+
+
+VOID = {"meta", "img", "br", "rect"}
+
+
+class Page(HTMLParser):
+    """The elements of a page, and the text of each as a browser shows it; every tag must be closed in its turn."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.append((self._open[-1], data.strip()))
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.elements)
+
+    def texts_of(self, tag: str) -> list[str]:
+        return [text for name, text in self.texts if name == tag]
+
+    def sources(self) -> list[str]:
+        return [attributes["src"] for _, attributes in self.elements if "src" in attributes]
+
+
+@pytest.fixture(scope="session")
+def read_page() -> type[Page]:
+    """`read_page(text)`: the elements and texts of HTML, a `Page`."""
+    return Page

@@ -19,6 +19,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from dali_llava.eval.runner import weights_digest
+from dali_llava.processing.clip_page import PAGE
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import load_rows
 from dali_llava.train.prefilter_distance import check_choice, choose, score_clips
@@ -128,22 +129,22 @@ def main(argv: list[str] | None = None) -> ScoreFolder:
     fields += ("embedder_kind", "layer", "frames", "bf16")
     settings = {name: getattr(arguments, name) for name in fields} | digests
     folder = ScoreFolder(arguments.output_dir, settings)
-    # The sound, most of a row, is never read.
-    rows = rows.remove_columns("audio")
-    left_out = score_rows(rows, folder, arguments.frames, caption, embed, arguments.batch_size)
-    ids = [name for name in rows["id"] if name in folder.scores]
-    if not ids:
+    # The sound, most of a row, is not read for the scores.
+    silent = rows.remove_columns("audio")
+    left_out = score_rows(silent, folder, arguments.frames, caption, embed, arguments.batch_size)
+    rows = rows.select([index for index, name in enumerate(rows["id"]) if name in folder.scores])
+    if not len(rows):
         raise ValueError(
             f"{arguments.dataset}, split {arguments.split}: no clip could be scored; the first: "
             f"{next(iter(left_out.values()))}"
         )
-    kept = choose(np.array([folder.scores[name]["score"] for name in ids]), arguments.keep, arguments.threshold)
+    kept = choose(np.array([folder.scores[name]["score"] for name in rows["id"]]), arguments.keep, arguments.threshold)
     if arguments.keep is None:
         choice = f"those under {arguments.threshold:g}"
     else:
         choice = f"the {arguments.keep} nearest were asked for"
-    folder.finish(ids, kept, left_out, choice)
-    print(f"{kept.sum()} of {len(ids)} clips kept; {folder.folder / 'report.md'}")
+    folder.finish(rows, kept, left_out, choice)
+    print(f"{kept.sum()} of {len(rows)} clips kept; {folder.report / PAGE}")
     if left_out:
         name, reason = next(iter(left_out.items()))
         print(f"{len(left_out)} clips without a score, the first {name}: {reason}", file=sys.stderr)

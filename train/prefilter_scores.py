@@ -3,8 +3,8 @@
 settings.json      what the scores depend on
 parts/             the scores of a block of rows each
 scores.parquet     id, score, captions, labels, kept; in the corpus's order
+report/            the page, with media of the clips that it shows
 kept.txt           an id a line
-histogram.png, report.md
 """
 
 import json
@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from datasets import Features, List, Value, load_dataset
+from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.arrow_writer import ParquetWriter
 
-from dali_llava.eval.figures import new_figure, save_figure
 from dali_llava.eval.results import write_text
 
 from .corpus import KEPT
+from .prefilter_page import check_report, write_report
 
 
 FEATURES = Features(
@@ -30,7 +30,7 @@ FEATURES = Features(
         "labels": List(Value("string")),
     }
 )
-SHOWN = 10  # clips at either end of the report
+REPORT = "report"
 
 
 class ScoreFolder:
@@ -42,12 +42,14 @@ class ScoreFolder:
 
     Raises:
         ValueError: when the folder's scores were made with other settings, each named; or a file is not what it
-            should be.
+            should be, or would be lost to the report.
+        OSError: when it cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike, settings: Mapping):
         self.folder = Path(folder)
-        self.parts = self.folder / "parts"
+        self.parts, self.report = self.folder / "parts", self.folder / REPORT
+        check_report(self.report)  # before the scores, which may take days
         self._check(json.loads(json.dumps(settings)))
         self.parts.mkdir(parents=True, exist_ok=True)
         paths = sorted(self.parts.glob("part-*.parquet"))
@@ -57,7 +59,6 @@ class ScoreFolder:
     def _check(self, settings: dict) -> None:
         path = self.folder / "settings.json"
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(settings, indent=2) + "\n")
             return
         try:
@@ -79,23 +80,20 @@ class ScoreFolder:
             self.next_part += 1
             self.scores.update((row["id"], dict(row)) for row in scored)
 
-    def finish(self, ids: Sequence[str], kept: np.ndarray, left_out: Mapping[str, str], choice: str) -> None:
+    def finish(self, rows: Dataset, kept: np.ndarray, left_out: Mapping[str, str], choice: str) -> None:
         """Write the lists and the report.
 
         Args:
-            ids: the scored clips, in the corpus's order.
+            rows: the n scored ones, whole: the report opens the media of some.
             kept: (n,) bool.
             left_out: id -> reason of those without a score.
             choice: how they were chosen, in words.
         """
-        rows = [self.scores[name] for name in ids]
-        table = [{**row, "kept": bool(keep)} for row, keep in zip(rows, kept, strict=True)]
-        _write_parquet(table, Features({**FEATURES, "kept": Value("bool")}), self.folder / "scores.parquet")
-        scores = np.array([row["score"] for row in rows])
-        plot_scores(scores, kept, self.folder / "histogram.png")
-        write_text(self.folder / "report.md", report(rows, kept, left_out, choice))
+        scored = [{**self.scores[name], "kept": bool(keep)} for name, keep in zip(rows["id"], kept, strict=True)]
+        _write_parquet(scored, Features({**FEATURES, "kept": Value("bool")}), self.folder / "scores.parquet")
+        write_report(self.report, rows, scored, left_out, choice)
         # Last: what selects the rows stands for a finished run.
-        write_text(self.folder / KEPT, "".join(f"{row['id']}\n" for row, keep in zip(rows, kept, strict=True) if keep))
+        write_text(self.folder / KEPT, "".join(f"{row['id']}\n" for row in scored if row["kept"]))
 
 
 def _read_parts(paths: Sequence[Path]) -> list[dict]:
@@ -122,38 +120,3 @@ def _write_parquet(rows: Iterable[Mapping], features: Features, path: Path) -> N
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def plot_scores(scores: np.ndarray, kept: np.ndarray, path: str | os.PathLike) -> Path:
-    """A histogram of the (n,) distances as a PNG, the kept ones in colour."""
-    figure = new_figure(4.8, 3.2)
-    panel = figure.subplots()
-    edges = np.histogram_bin_edges(scores, bins=40)
-    shares = [scores[kept], scores[~kept]]
-    panel.hist(shares, bins=edges, stacked=True, color=["tab:red", "0.6"], label=["kept", "left out"])
-    panel.set(xlabel="distance of captions and labels", ylabel="clips")
-    panel.legend(frameon=False)
-    return save_figure(figure, path)
-
-
-def report(rows: Sequence[Mapping], kept: np.ndarray, left_out: Mapping[str, str], choice: str) -> str:
-    """Markdown: how many were kept, the nearest and the farthest clips, and why some have no score."""
-    ranked = sorted(rows, key=lambda row: row["score"])
-    lines = ["# Pre-filter", "", f"{int(kept.sum())} of {len(rows)} scored clips kept: {choice}."]
-    chosen = [row["score"] for row, keep in zip(rows, kept, strict=True) if keep]
-    if chosen:
-        lines[-1] += f" The farthest of them lies at {max(chosen):.4f}."
-    lines += ["", "![distances](histogram.png)"]
-    for title, some in (("Nearest", ranked[:SHOWN]), ("Farthest", ranked[::-1][:SHOWN])):
-        lines += ["", f"## {title}", "", "| id | distance | labels | first caption |", "|---|---|---|---|"]
-        lines += [
-            _table_row(row["id"], f"{row['score']:.4f}", ", ".join(row["labels"]), row["captions"][0]) for row in some
-        ]
-    if left_out:
-        lines += ["", f"## Without a score ({len(left_out)})", "", "| id | reason |", "|---|---|"]
-        lines += [_table_row(name, reason) for name, reason in left_out.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _table_row(*cells: str) -> str:
-    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"

@@ -16,6 +16,12 @@ def member_path(archive: str, member: tarfile.TarInfo) -> str:
     return f"{archive}#{member.name}@{member.offset_data}+{member.size}"
 
 
+def file_of(path: str) -> str:
+    """The file on disk that a row's path leads to: an archive for its member, itself for anything else."""
+    match = _PATH.fullmatch(path)
+    return path if match is None else match["archive"]
+
+
 def read_member(source: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     {path, bytes} of a row with the bytes of a tar's member; of anything else, as it is.

@@ -12,6 +12,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from ..corpora.members import file_of
 from ..corpora.rows import open_audio, open_frames
 from ..media import MediaError, probe
 
@@ -207,8 +208,8 @@ def is_given(source: Mapping | None) -> bool:
 
 
 def _check_there(source: Mapping) -> None:
-    if source["bytes"] is None and not Path(source["path"]).exists():
-        raise _Drop("missing", f"{source['path']}: no such file")
+    if source["bytes"] is None and not Path(file := file_of(source["path"])).exists():
+        raise _Drop("missing", f"{file}: no such file")
 
 
 def _told(row: Mapping, error: MediaError) -> str:

@@ -11,7 +11,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from dali_llava.processing.inspection import Summary, clip_duration, inspect_rows, open_clip
+from dali_llava.processing.clip_page import open_clip
+from dali_llava.processing.inspection import Summary, clip_duration, inspect_rows
 
 
 def source(path: Path | None, content: bytes | None = None) -> dict:

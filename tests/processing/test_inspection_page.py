@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import tempfile
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -17,44 +16,6 @@ from dali_llava.processing.inspection_page import bar_chart, to_html, write_page
 
 
 NASTY = '<script>alert("1 & 2")</script>'
-VOID = {"meta", "img", "br", "rect"}
-
-
-class Page(HTMLParser):
-    """The elements of a page, and the text of each as a browser shows it; every tag must be closed in its turn."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict]] = []
-        self.texts: list[tuple[str, str]] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if data.strip():
-            self.texts.append((self._open[-1], data.strip()))
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.elements)
-
-    def texts_of(self, tag: str) -> list[str]:
-        return [text for name, text in self.texts if name == tag]
-
-    def sources(self) -> list[str]:
-        return [attributes["src"] for _, attributes in self.elements if "src" in attributes]
 
 
 def make_rows(media_dir: Path) -> list[dict]:
@@ -78,7 +39,7 @@ def found(media_dir):
     return inspect_rows(make_rows(media_dir))
 
 
-def lengths(page: Page, out: Path) -> list[float]:
+def lengths(page, out: Path) -> list[float]:
     """Seconds of the sounds that a page plays; its pictures are opened too."""
     for name in page.sources():
         if name.endswith(".jpg"):
@@ -87,10 +48,10 @@ def lengths(page: Page, out: Path) -> list[float]:
     return sorted(sound.frames / sound.samplerate for sound in sounds)
 
 
-def test_page_shows_figures_and_samples(found, media_dir, tmp_path):
+def test_page_shows_figures_and_samples(found, media_dir, tmp_path, read_page):
     summary, samples = found
     write_page(tmp_path / "out", "made-test", summary, samples, {"corpus": "made"})
-    page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
+    page = read_page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     assert page.texts_of("h1") == ["made-test"]
     assert dict(zip(page.texts_of("th"), page.texts_of("td"), strict=True)) == dict(summary.table())
     assert page.count("article") == 3 and set(page.texts_of("h3")) == {"video", NASTY, "gone"}
@@ -102,10 +63,10 @@ def test_page_shows_figures_and_samples(found, media_dir, tmp_path):
     assert f"cannot be opened, missing: {media_dir / '<gone>.wav'}: no such file" in shown
 
 
-def test_nothing_but_our_own_markup_and_files(found, tmp_path):
+def test_nothing_but_our_own_markup_and_files(found, tmp_path, read_page):
     write_page(tmp_path / "out", NASTY, *found, {})
     text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    page = Page(text)
+    page = read_page(text)
     assert page.count("script") == 0 and "http" not in text and "data:" not in text
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert files == {"index.html", "summary.json", *page.sources()}
@@ -123,8 +84,10 @@ def test_the_figures_as_json(found, tmp_path):
     assert list(figures["labels"].items()) == [("tone", 2), (NASTY, 1)]
 
 
-def test_bars_are_as_long_as_their_counts():
-    page = Page(bar_chart([("dog", 1000), ("a label that is far too long for its column", 250), ("<", 0)], "labels"))
+def test_bars_are_as_long_as_their_counts(read_page):
+    page = read_page(
+        bar_chart([("dog", 1000), ("a label that is far too long for its column", 250), ("<", 0)], "labels")
+    )
     bars = [float(attributes["width"]) for tag, attributes in page.elements if tag == "rect"]
     assert bars == [400.0, 100.0, 0.0]
     texts = page.texts_of("text")
@@ -132,18 +95,18 @@ def test_bars_are_as_long_as_their_counts():
     assert page.texts_of("title")[1:] == ["a label that is far too long for its column: 250", "<: 0"]
 
 
-def test_at_most_thirty_labels_are_drawn(media_dir):
+def test_at_most_thirty_labels_are_drawn(media_dir, read_page):
     rows = [make_rows(media_dir)[2] | {"labels": [f"label {number}" for number in range(40)]}]
-    page = Page(to_html("made", *inspect_rows(rows)))
+    page = read_page(to_html("made", *inspect_rows(rows)))
     assert page.count("rect") == 1 + 30
 
 
-def test_a_page_replaces_an_older_one_whole(found, media_dir, tmp_path):
+def test_a_page_replaces_an_older_one_whole(found, media_dir, tmp_path, read_page):
     out = tmp_path / "deep" / "out"
     write_page(out, "first", *found, {})
     one = inspect_rows(make_rows(media_dir)[1:2])
     write_page(out, "second", *one, {})
-    assert Page((out / "index.html").read_text()).texts_of("h1") == ["second"]
+    assert read_page((out / "index.html").read_text()).texts_of("h1") == ["second"]
     assert [path.name for path in (out / "media").iterdir()] == ["000.flac"]
     assert list(out.parent.iterdir()) == [out]
 
@@ -185,16 +148,23 @@ def test_a_place_that_cannot_be_written_to_is_named(found, tmp_path, monkeypatch
         write_page(tmp_path / "out", "made", *found, {})
 
 
-def test_text_that_is_no_unicode(media_dir, tmp_path):
+def test_text_that_is_no_unicode(media_dir, tmp_path, read_page):
     row = make_rows(media_dir)[1] | {"id": "caf\udce9"}
     write_page(tmp_path / "out", "made", *inspect_rows([row]), {})
-    assert Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8")).texts_of("h3") == ["caf?"]
+    assert read_page((tmp_path / "out" / "index.html").read_text(encoding="utf-8")).texts_of("h3") == ["caf?"]
 
 
-def test_bytes_are_shown_as_files_are(media_dir):
+def test_a_clip_without_sound_says_so(media_dir, read_page):
+    row = make_rows(media_dir)[0]
+    for audio, expected in ((row["audio"], 0), (None, 1), ({"path": None, "bytes": None}, 1)):
+        page = read_page(to_html("made", *inspect_rows([row | {"audio": audio}])))
+        assert (page.texts_of("p").count("no sound"), page.count("audio")) == (expected, 1 - expected)
+
+
+def test_bytes_are_shown_as_files_are(media_dir, read_page):
     row = make_rows(media_dir)[1]
     content = (media_dir / "bark.wav").read_bytes()
     row |= {"audio": {"path": "inside.wav", "bytes": content}, "start": 30.0}
     summary, (sample,) = inspect_rows([row])
     assert soundfile.info(io.BytesIO(sample.files["flac"])).duration == pytest.approx(1.5)
-    assert "from 30 s" in Page(to_html("made", summary, [sample])).texts_of("p")
+    assert "from 30 s" in read_page(to_html("made", summary, [sample])).texts_of("p")

@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from datasets import Dataset, load_dataset
 from PIL import Image
@@ -27,7 +28,8 @@ from transformers import (
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing.corpora import load_corpus
-from dali_llava.processing.corpora.rows import open_frames
+from dali_llava.processing.corpora.listing import FEATURES
+from dali_llava.processing.corpora.rows import open_audio, open_frames
 from dali_llava.train import prefilter
 from dali_llava.train.captioner_cache import pretrained_captioner
 from dali_llava.train.configuration import CONFIGS
@@ -83,8 +85,9 @@ def make_rows(tmp_path):
                 path = tmp_path / f"shade{shade}.png"
                 Image.new("RGB", (8, 8), (shade,) * 3).save(path)
                 frames.append({"path": str(path), "bytes": None})
-            rows.append({"id": f"clip{index}", "frames": frames, "labels": ["dog"], "start": 0.0, "end": 10.0})
-        return Dataset.from_list(rows)
+            row = {"id": f"clip{index}", "frames": frames, "labels": ["dog"], "start": 0.0, "end": 10.0}
+            rows.append(row | {"audio": None, "captions": [], "source": "made"})
+        return Dataset.from_list(rows, features=FEATURES)
 
     return make_rows
 
@@ -202,7 +205,7 @@ def test_an_interrupted_run_goes_on_to_the_same_scores(make_rows, tmp_path):
 
         folder = ScoreFolder(tmp_path / name, {"layer": 0})
         left_out = prefilter.score_rows(rows, folder, 10, caption, stub_embed, batch_size=2)
-        folder.finish(rows["id"], choose(np.array([folder.scores[i]["score"] for i in rows["id"]]), 3), left_out, "3")
+        folder.finish(rows, choose(np.array([folder.scores[i]["score"] for i in rows["id"]]), 3), left_out, "3")
         return (tmp_path / name / "scores.parquet").read_bytes()
 
     whole = run("whole")
@@ -335,10 +338,10 @@ def test_bad_arguments_are_errors_that_leave_nothing(words, tmp_path, overrides,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_whole_run_keeps_rows_and_another_choice_captions_nothing(words, tmp_path, monkeypatch, capsys):
+def test_a_whole_run_keeps_rows_and_another_choice_captions_nothing(words, tmp_path, read_page, monkeypatch, capsys):
     out = tmp_path / "filtered"
     prefilter.main(words(out, "--keep", "5"))
-    assert capsys.readouterr().out == f"5 of 16 clips kept; {out}/report.md\n"
+    assert capsys.readouterr().out == f"5 of 16 clips kept; {out}/report/index.html\n"
     table = read_scores(out)
     assert list(table) == ["id", "score", "captions", "labels", "kept"]
     rows = load_corpus("avworld", "train", sizes={"train": 16})
@@ -350,13 +353,20 @@ def test_a_whole_run_keeps_rows_and_another_choice_captions_nothing(words, tmp_p
     kept = keep_rows(rows, out)
     assert kept["id"][:] == (out / "kept.txt").read_text().splitlines()
     assert kept["id"][:] == [name for name, keep in zip(table["id"], table["kept"], strict=True) if keep]
-    assert Image.open(out / "histogram.png").format == "PNG"
-    assert (out / "report.md").read_text().count("| train-") == 20
-    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    page = read_page((out / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "5 of 16 scored clips kept: the 5 nearest were asked for." in page.texts_of("p")[0]
+    ranked = [name for _, name in sorted(zip(table["score"], table["id"], strict=True))]
+    assert page.texts_of("h3") == ranked[:10] + ranked[:5:-1]
+    waveform, rate = soundfile.read(out / "report" / "media" / "000.flac")
+    nearest = rows[rows["id"][:].index(ranked[0])]
+    assert rate == 16_000 and waveform == pytest.approx(open_audio(nearest), abs=2**-15)
+    assert {path.name for path in out.iterdir()} == {"kept.txt", "parts", "report", "scores.parquet", "settings.json"}
 
     monkeypatch.setattr(LlavaAudioForConditionalGeneration, "generate", None)
     prefilter.main(words(out, "--threshold", "-1"))  # no clip is that near
     assert "0 of 16 clips kept" in capsys.readouterr().out
+    page = read_page((out / "report" / "index.html").read_text(encoding="utf-8"))
+    assert page.texts_of("p")[0] == "0 of 16 scored clips kept: those under -1."
     with pytest.raises(ValueError, match="holds the id of none of these 16 rows"):
         keep_rows(rows, out)
     with pytest.raises(ValueError, match="holds other scores: layer 0 there, 1 now"):

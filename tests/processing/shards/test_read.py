@@ -17,6 +17,7 @@ from dali_llava.processing.corpora import load_corpus
 from dali_llava.processing.corpora.rows import count_frames, open_audio, open_frames
 from dali_llava.processing.media import MediaError
 from dali_llava.processing.shards import ClipSettings, prepare_shards
+from dali_llava.processing.shards.clip import prepare_clip
 
 
 def stream_shards(folder) -> datasets.IterableDataset:
@@ -47,6 +48,13 @@ def test_clips_are_opened_where_they_lie_in_any_order(corpus, unbroken, tmp_path
         np.testing.assert_array_equal(open_audio(row), open_audio(streamed[number]))
         assert open_frames(row) == open_frames(streamed[number]) and count_frames(row) == 2
         assert open_frames(row, [1]) == open_frames(row)[1:]
+    again = prepare_clip(rows[2], ClipSettings())
+    assert again.files["flac"] == streamed[2]["audio"]["bytes"] and set(again.files) == {
+        "flac",
+        "0.jpg",
+        "1.jpg",
+        "json",
+    }
 
 
 def test_an_archive_that_went_or_ends_early_is_named(unbroken, tmp_path):
