@@ -31,9 +31,11 @@ def captioner_key(config: Path, overrides: list[str]) -> str:
     for part in (config.read_text(), *overrides, content_hash(), *versions):
         digest.update(part.encode() + b"\0")
     root = Path(__file__).parent.parent
-    modules = [root / "train" / name for name in ("pretrain_captioner.py", "collators.py", "corpus.py")]
+    modules = [root / "train" / name for name in ("pretrain_captioner.py", "clips.py", "collators.py", "corpus.py")]
     modules += [root / "train" / "trainers" / name for name in ("captioning.py", "stage.py", "words.py")]
-    for path in (*modules, *sorted(root.glob("modeling/*.py")), *sorted(root.glob("processing/*.py"))):
+    names = ("processing_llava_audio.py", "feature_extraction_llava_audio.py", "media.py", "corpora/rows.py")
+    modules += [root / "processing" / name for name in names]
+    for path in (*modules, *sorted(root.glob("modeling/*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
 

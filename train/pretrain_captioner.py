@@ -95,9 +95,11 @@ def tokenize_dialogues(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset
             for index, dialogue in zip(indices, batch["dialogues"], strict=True)
             for turn in dialogue
         ]
-        prompts = [processor.format_prompt(question, image=bool(shown)) for shown, question, _ in turns]
         texts = [processor.format_prompt(q, image=bool(shown), answer=answer) for shown, q, answer in turns]
-        prompt_ids = tokenizer(prompts)["input_ids"]
+        asked = dict.fromkeys((bool(shown), question) for shown, question, _ in turns)  # the same few over and over
+        prompts = [processor.format_prompt(question, image=shown) for shown, question in asked]
+        ids_of = dict(zip(asked, tokenizer(prompts)["input_ids"], strict=True))
+        prompt_ids = [ids_of[bool(shown), question] for shown, question, _ in turns]
         answer_ids = [
             ids[len(prompt) :] for ids, prompt in zip(tokenizer(texts)["input_ids"], prompt_ids, strict=True)
         ]
