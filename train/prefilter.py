@@ -22,8 +22,8 @@ from dali_llava.eval.runner import weights_digest
 from dali_llava.processing.clip_page import PAGE
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import load_rows
-from dali_llava.train.prefilter_distance import check_choice, choose, score_clips
-from dali_llava.train.prefilter_models import (
+from dali_llava.train.filtering.distance import check_choice, choose, score_clips
+from dali_llava.train.filtering.models import (
     Caption,
     Embed,
     language_model,
@@ -33,7 +33,7 @@ from dali_llava.train.prefilter_models import (
     make_caption,
     make_embed,
 )
-from dali_llava.train.prefilter_scores import ScoreFolder
+from dali_llava.train.filtering.scores import ScoreFolder
 from dali_llava.train.trainers import StageArguments
 
 

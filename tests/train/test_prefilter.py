@@ -34,13 +34,13 @@ from dali_llava.train import prefilter
 from dali_llava.train.captioner_cache import pretrained_captioner
 from dali_llava.train.configuration import CONFIGS
 from dali_llava.train.corpus import keep_rows
-from dali_llava.train.prefilter_distance import (
+from dali_llava.train.filtering.distance import (
     caption_distances,
     choose,
     label_text,
     score_clips,
 )
-from dali_llava.train.prefilter_models import (
+from dali_llava.train.filtering.models import (
     language_model,
     load_captioner,
     load_language_model,
@@ -48,7 +48,7 @@ from dali_llava.train.prefilter_models import (
     make_caption,
     make_embed,
 )
-from dali_llava.train.prefilter_scores import ScoreFolder
+from dali_llava.train.filtering.scores import ScoreFolder
 
 
 VECTORS = {"dog": (1.0, 0.0), "a dog": (2.0, 0.0), "a cat": (0.0, 3.0), "no dog": (-1.0, 0.0)}

@@ -18,8 +18,8 @@ from datasets.arrow_writer import ParquetWriter
 
 from dali_llava.eval.results import write_text
 
-from .corpus import KEPT
-from .prefilter_page import check_report, write_report
+from ..corpus import KEPT
+from .page import check_report, write_report
 
 
 FEATURES = Features(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from dali_llava.processing.corpora.rows import open_frames
 
-from .prefilter_models import Caption, Embed
+from .models import Caption, Embed
 
 
 def label_text(labels: Sequence[str]) -> str:
