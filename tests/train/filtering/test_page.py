@@ -12,7 +12,6 @@ from PIL import Image
 
 from dali_llava.processing import clip_page
 from dali_llava.processing.corpora.listing import FEATURES
-from dali_llava.train import filtering.page, filtering.scores
 from dali_llava.train.filtering.page import plot_scores, write_report
 from dali_llava.train.filtering.scores import ScoreFolder
 
@@ -73,7 +72,7 @@ def test_both_ends_are_shown_in_order_with_their_media(make_clips, read_report, 
         opened.append(row["id"])
         return clip_page.open_clip(row, *args)
 
-    monkeypatch.setattr(filtering.page, "open_clip", open_clip)
+    monkeypatch.setattr("dali_llava.train.filtering.page.open_clip", open_clip)
     write_report(tmp_path / "report", *make_clips(scores, 7), {}, "the 7 nearest")
     page, articles = read_report(tmp_path / "report")
 
@@ -149,11 +148,11 @@ def test_a_report_that_fails_leaves_the_older_one_and_no_list(make_clips, tmp_pa
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(filtering.page, "plot_scores", full)
+    monkeypatch.setattr("dali_llava.train.filtering.page.plot_scores", full)
     with pytest.raises(OSError, match=r"report: cannot be written \(No space left on device\); give --output_dir"):
         folder.finish(rows, np.array([True, True]), {}, "two")
     assert files_of(folder.report) == before and not (tmp_path / "out" / "kept.txt").exists()
-    monkeypatch.setattr(filtering.scores, "write_report", lambda *args: None)
+    monkeypatch.setattr("dali_llava.train.filtering.scores.write_report", lambda *args: None)
     folder.finish(rows, np.array([False, True]), {}, "one")
     assert (tmp_path / "out" / "kept.txt").read_text() == "clip1\n"
 
