@@ -60,12 +60,12 @@ def texts(place: str, column: str, value: Any) -> list[str]:
 
 
 def captions_of(place: str, row: dict[str, Any]) -> list[str]:
-    """The captions of a row: of `captions`, of `caption`, and of `caption_1` onwards."""
+    """The captions of a row: of `captions`, of `caption`, and of `caption_1` onwards; an empty cell holds none."""
     numbered = sorted(
         (column for column in row if column.startswith("caption_") and column[8:].isdigit()),
         key=lambda column: int(column[8:]),
     )
-    columns = [column for column in ("captions", "caption", *numbered) if row.get(column) is not None]
+    columns = [column for column in ("captions", "caption", *numbered) if row.get(column) not in (None, "")]
     return [text for column in columns for text in texts(place, column, row[column])]
 
 

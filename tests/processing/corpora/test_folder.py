@@ -111,6 +111,7 @@ def test_changes_are_seen_at_the_next_load(load):
     assert load("b.wav")["captions"] == [[], []]
     assert load(csv="file_name,caption\na.wav,Rain\n")["captions"] == [["Rain"]]
     assert load(csv="file_name,caption\na.wav,Wind\n")["captions"] == [["Wind"]]
+    assert load(csv="file_name,caption,caption_2\na.wav,,Wind\nb.wav,,\n")["captions"] == [["Wind"], []]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_changes_are_seen_at_the_next_load(load):
         ),
         ("file_name\na.wav\nb.wav\na.flac\n", "line 4: 'a' stands in .*csv, line 2 already; remove one, or give each"),
         ("id,file_name\nx,a.wav\nx,b.wav\n", "line 3: 'x' stands in .*csv, line 2 already"),
-        ("file_name,caption\na.wav,\n", r"line 2: caption is \[''\], not texts of at least a letter; fill it in"),
+        ('file_name,caption\na.wav," "\n', r"line 2: caption is \[' '\], not texts of at least a letter; fill it in"),
         ('file_name,captions\na.wav,"[""Rain"""\n', "line 2: captions is no list in JSON"),
         ('file_name,captions\na.wav,"[""Rain"", 3]"\n', "line 2: captions is .*, not texts"),
         ("file_name,start\na.wav,soon\n", r"line 2: start and end \['soon', None\] are no numbers of seconds"),
