@@ -1,16 +1,19 @@
 """Caption a test split and score the captions.
 
-Writes the contract's results file and, beside it, every caption (OUT.captions/), from which a run that was cut short
-goes on.
+Writes the results file and, beside it, every caption (OUT.captions/), from which a run that was cut short goes on.
 
-example:
+examples:
   dali-llava evaluate runs/quickstart/model --dataset avworld --out results.json
+  dali-llava evaluate MODEL --dataset audiocaps --data-dir audiocaps/media --option csv=audiocaps/dataset --out ac.json
+  dali-llava evaluate MODEL --dataset clotho --split evaluation --data-dir clotho --modality audio --out clotho.json
+  dali-llava evaluate MODEL --dataset shards/audiocaps-test --out audiocaps.json
 """
 
 import argparse
 import time
 from pathlib import Path
 
+from .corpora import add_corpus_arguments, is_shards, open_corpus
 from .loading import add_model_arguments, load_captioner
 
 
@@ -20,8 +23,8 @@ MODALITIES = ("audio", "image", "audiovisual")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dali-llava evaluate`."""
     add_model_arguments(parser)
-    parser.add_argument("--dataset", required=True, metavar="NAME", help="corpus: avworld")
-    parser.add_argument("--split", default="test", help="default: %(default)s")
+    parser.add_argument("--dataset", required=True, metavar="CORPUS", help="a corpus's name, or a folder of shards")
+    parser.add_argument("--split", metavar="NAME", help="default: test, or all that shards or a folder hold")
     parser.add_argument(
         "--modality",
         nargs="+",
@@ -29,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["audio", "audiovisual"],
         help="default: audio audiovisual",
     )
-    parser.add_argument("--data-dir", metavar="DIR", help="where the corpus lies; AVWorld needs none")
+    add_corpus_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="results file to write")
 
 
@@ -42,14 +45,13 @@ def run(args: argparse.Namespace) -> int:
     from dali_llava.eval.evaluation import System, caption_split, score_split
     from dali_llava.eval.results import Results, print_results, versions, write_text
     from dali_llava.eval.runner import CaptionRunner
-    from dali_llava.processing.corpora import load_corpus
     from dali_llava.processing.corpora.avworld import names
     from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 
     start = time.monotonic()
-    if args.data_dir is not None and args.dataset == "avworld":
-        raise ValueError("--data-dir: avworld is generated and has no folder; leave it out")
-    rows = load_corpus(args.dataset, args.split)
+    default = None if is_shards(args.dataset) or args.dataset == "folder" else "test"
+    rows, split = open_corpus(args.dataset, args.split or default, args)
+    check_rows(rows, args.modality, args.dataset)
     model, processor = load_captioner(args.model, args.device, args.dtype)
     runner = CaptionRunner(
         model, processor, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, num_beams=args.num_beams
@@ -59,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         said = []
         for modality in args.modality:
             prefix = modality in model.config.prefix_modalities
-            system = System(Path(args.model).name, stage, modality, SOUND_PROMPT, prefix)
-            said.append(caption_split(runner, rows, system, args.split, args.out.with_suffix(".captions")))
+            system = System(Path(args.model).resolve().name, stage, modality, SOUND_PROMPT, prefix)
+            said.append(caption_split(runner, rows, system, split, args.out.with_suffix(".captions")))
         table = score_split(scorer, rows, said, seed=0, names=names if args.dataset == "avworld" else None)
     results = Results(args.dataset, time.monotonic() - start, versions(), table)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,3 +72,16 @@ def run(args: argparse.Namespace) -> int:
     for name, error in failures.items():
         print(f"{name}: {error}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def check_rows(rows, modalities: list[str], corpus: str) -> None:
+    """ValueError, before a model is loaded, where clips lack captions to score by, or what a modality shows."""
+    for column, what, wanted, remedy in (
+        ("captions", "captions to score by", True, "use a split that is captioned"),
+        ("frames", "pictures", {"image", "audiovisual"} & set(modalities), "--modality audio does without"),
+        ("audio", "sound", {"audio", "audiovisual"} & set(modalities), "--modality image does without"),
+    ):
+        lacking = [row["id"] for row in rows.select_columns(["id", column]) if not row[column]] if wanted else []
+        if lacking:
+            first = f"{len(lacking)} of {len(rows)} clips have no {what}, the first {lacking[0]!r}"
+            raise ValueError(f"{corpus}: {first}; {remedy}")

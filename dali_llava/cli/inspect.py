@@ -13,10 +13,9 @@ examples:
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from .corpora import add_corpus_arguments, is_shards, open_corpus
 from .loading import positive_int
 
 
@@ -24,15 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dali-llava inspect`."""
     parser.add_argument("corpus", metavar="CORPUS", help="a corpus's name, or a folder of shards")
     parser.add_argument("--split", metavar="NAME", help="of the corpus; may be left out where there is only one")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the media lie")
-    parser.add_argument(
-        "--option",
-        type=_option,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the corpus, in JSON or as text; may be repeated",
-    )
+    add_corpus_arguments(parser)
     parser.add_argument("--samples", type=positive_int, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--check", type=positive_int, default=0, metavar="N", help="random clips to decode; default: the samples"
@@ -46,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     from dali_llava.processing.inspection import inspect_rows
     from dali_llava.processing.inspection_page import PAGE, check_output, write_page
 
-    name, rows, total = _open(args)
+    rows, args.split = open_corpus(args.corpus, args.split, args, streaming=True)
+    name = Path(args.corpus).resolve().name if is_shards(args.corpus) else f"{args.corpus}-{args.split}"
+    index = Path(args.corpus, "index.json")
+    total = json.loads(index.read_text(encoding="utf-8"))["clips"] if index.is_file() else None
     out = args.out or Path("runs/inspect", name)
     check_output(out)  # before the pass, which may take hours
     summary, samples = inspect_rows(rows, args.samples, args.check, args.seed, total)
@@ -58,43 +52,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"{line:<{width}}  {value}")
     print(f"\nwritten: {out / PAGE}")
     return 0
-
-
-def _option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, not {text!r}")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
-
-
-def _open(args: argparse.Namespace) -> tuple[str, Iterable[Mapping[str, Any]], int | None]:
-    """The corpus's name for the page, its rows, and their number where that is known."""
-    index = Path(args.corpus, "index.json")
-    if "/" in args.corpus or index.is_file():
-        return _open_shards(args, index)
-    from dali_llava.processing.corpora import load_corpus
-
-    options = dict(args.option) if args.data_dir is None else {"data_dir": args.data_dir, **dict(args.option)}
-    rows = load_corpus(args.corpus, args.split, streaming=True, **options)
-    if args.split is None:
-        if len(rows) > 1:
-            raise ValueError(f"corpus {args.corpus!r} has several splits: choose --split from {', '.join(rows)}")
-        ((args.split, rows),) = rows.items()
-    return f"{args.corpus}-{args.split}", rows, None
-
-
-def _open_shards(args: argparse.Namespace, index: Path) -> tuple[str, Iterable[Mapping[str, Any]], int | None]:
-    if args.split or args.data_dir or args.option:
-        raise ValueError(f"{args.corpus}: shards take no --split, --data-dir or --option; leave them out")
-    is_local = "://" not in args.corpus
-    if is_local and not index.is_file():
-        remedy = "`dali-llava prepare` makes it; a folder of clips is inspected with `folder --data-dir`"
-        raise FileNotFoundError(f"{index}: no such file, so {args.corpus} holds no shards; {remedy}")
-    from dali_llava.processing.corpora import load_corpus
-
-    total = json.loads(index.read_text(encoding="utf-8"))["clips"] if is_local else None
-    rows = load_corpus("shards", "train", streaming=True, data_dir=args.corpus)
-    return Path(args.corpus).resolve().name, rows, total
