@@ -100,7 +100,7 @@ def test_a_make_target_that_is_shown_exists(words):
     assert {word for word in words[1:] if "=" not in word} <= set(targets)
 
 
-@pytest.mark.parametrize("words", commands("accelerate launch"))
+@pytest.mark.parametrize("words", commands("accelerate launch") + commands("python train/prefilter.py"))
 def test_a_stage_that_is_shown_has_its_script_configuration_and_options(words):
     start = next(index for index, word in enumerate(words) if word.endswith(".py"))  # accelerate's own options before
     script, config, *options = words[start:]
@@ -141,6 +141,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "not included in the" not in done.stderr
-    for page in (ROOT / "docs").glob("*.md"):
-        built = "index.html" if page.stem == "index" else f"{page.stem}/index.html"
-        assert (tmp_path / "site" / built).is_file()
+    for page in (ROOT / "docs").glob("**/*.md"):
+        folder = page.relative_to(ROOT / "docs").with_suffix("")
+        folder = folder.parent if page.stem == "index" else folder
+        assert (tmp_path / "site" / folder / "index.html").is_file()
