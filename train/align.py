@@ -14,7 +14,7 @@ from transformers import set_seed
 from dali_llava.train.clips import ClipOpener
 from dali_llava.train.collators import AlignmentCollator
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
-from dali_llava.train.corpus import load_rows, stream_rows, with_features
+from dali_llava.train.corpus import check_pictures, load_rows, stream_rows, with_features
 from dali_llava.train.losses import LOSSES
 from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer, load_base
 
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     if arguments.streaming and hasattr(objective, "set_epoch") and arguments.schedule_epochs is None:
         raise ValueError("streaming: a stream has no epochs; name those of the objective's schedule, schedule_epochs.")
     rows = stream_rows(arguments) if arguments.streaming else load_rows(arguments)
+    if not arguments.streaming:
+        check_pictures(rows, arguments)
     if arguments.cache_features:
         rows = with_features(rows, captioner, processor)
     noise, roll = arguments.augmentation_noise, arguments.augmentation_roll

@@ -55,11 +55,22 @@ def parse_stage_arguments(arguments: type[Arguments], description: str, argv: li
 
 
 def run_stage(main: Callable[[list[str]], object]) -> None:
-    """Run a stage's `main` as a script: bad input ends it with one line on stderr and exit code 1, no traceback."""
+    """
+    Run a stage's `main` as a script: it ends with a line on what was trained, where `main` returns a `StageTrainer`.
+
+    Bad input ends it with one line on stderr and exit code 1, no traceback.
+    """
     try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
+        trained = main(sys.argv[1:])
+        if hasattr(trained, "summary"):
+            line = trained.summary()
+            if trained.is_world_process_zero():
+                print(line)
+    except (ValueError, OSError, ImportError) as error:  # some packages are needed by some file systems alone
+        told = str(error)
+        if told.startswith("Caught "):  # by a loader's worker: a whole traceback, which ends "package.Name: ..."
+            told = told.strip().splitlines()[-1].partition(": ")[2]
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(told.split())}")
 
 
 def read_stage_config(path: Path, known: set[str]) -> dict:

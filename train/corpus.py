@@ -4,6 +4,8 @@ import hashlib
 import inspect
 import logging
 import os
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from .trainers.stage import StageArguments
 
 logger = logging.getLogger(__name__)
 
+SEEN_FIRST = 20  # rows of which one at least has a picture
 KEPT = "kept.txt"  # of a pre-filter's folder: an id a line
 
 
@@ -60,16 +63,24 @@ def stream_rows(arguments: AlignmentArguments) -> IterableDataset:
         raise ValueError("streaming: a stream has no end; say how many steps to train, --max_steps N.")
     for name in ("cache_features", "halve_every"):
         if getattr(arguments, name):
-            raise ValueError(f"streaming: {name} needs a corpus that is not a stream; leave out one of the two.")
+            raise ValueError(f"streaming: a stream cannot serve {name}; leave out one of the two, --{name} 0.")
     rows = load_corpus(arguments.dataset, arguments.split, streaming=True, **arguments.dataset_options)
     if arguments.kept is not None:
         kept = kept_ids(arguments.kept)
         rows = rows.filter(lambda name: name in kept, input_columns="id")
     if arguments.max_samples is not None:
         rows = rows.take(arguments.max_samples)
-    if next(iter(rows), None) is None:
+    first = list(islice(rows, SEEN_FIRST))
+    if not first:
         raise ValueError(f"{arguments.dataset}, split {arguments.split}: no rows to train on.")
+    check_pictures(first, arguments)
     return rows.repeat(None).shuffle(seed=arguments.seed, buffer_size=arguments.shuffle_buffer)
+
+
+def check_pictures(rows: Iterable[dict], arguments: AlignmentArguments) -> None:
+    """ValueError where none of the first rows has a picture to align its sound with."""
+    if not any(row["frames"] for row in islice(rows, SEEN_FIRST)):
+        raise ValueError(f"{arguments.dataset}, split {arguments.split}: no pictures to align the sounds with.")
 
 
 def kept_ids(folder: str | Path) -> set[str]:

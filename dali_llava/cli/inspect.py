@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check", type=positive_int, default=0, metavar="N", help="random clips to decode; default: the samples"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random choice; default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/inspect/CORPUS-SPLIT")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/inspect/CORPUS-SPLIT, or shards-FOLDER")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     from dali_llava.processing.inspection_page import PAGE, check_output, write_page
 
     rows, args.split = open_corpus(args.corpus, args.split, args, streaming=True)
-    name = Path(args.corpus).resolve().name if is_shards(args.corpus) else f"{args.corpus}-{args.split}"
+    shards = Path(args.corpus).resolve().name if is_shards(args.corpus) else None
+    name = f"{args.corpus}-{args.split}" if shards is None else f"shards-{shards}"
     index = Path(args.corpus, "index.json")
     total = json.loads(index.read_text(encoding="utf-8"))["clips"] if index.is_file() else None
     out = args.out or Path("runs/inspect", name)

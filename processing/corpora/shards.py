@@ -45,7 +45,7 @@ class ShardsConfig(datasets.BuilderConfig):
         if tuple(self.splits) != SPLITS:
             raise ValueError(f"shards has no split {self.splits[0]!r}; known: {', '.join(SPLITS)}")
         if self.data_dir is not None:
-            self.data_dir = os.fspath(self.data_dir)
+            self.data_dir = os.fspath(self.data_dir).removeprefix("file://")
             if "://" not in self.data_dir:
                 self.data_dir = os.path.abspath(os.path.expanduser(self.data_dir))
 
@@ -59,7 +59,7 @@ class ShardsConfig(datasets.BuilderConfig):
                 content = file.read()
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{url}: no such file; `dali-llava prepare` writes it when all shards are there"
+                f"{url}: no such file, or out of reach; `dali-llava prepare` writes it when all shards are there"
             ) from error
         self.index = json.loads(content)
         if not self.index["shards"]:

@@ -98,7 +98,7 @@ def test_shards(tmp_path, capsys):
     assert main(["inspect", "shards"]) == 0
     shown = table(capsys)
     assert (shown["clips"], shown["captions in all"], shown["with sound"]) == ("5", "25", "5 (100%)")
-    assert (tmp_path / "runs" / "inspect" / "shards" / "index.html").is_file()
+    assert (tmp_path / "runs" / "inspect" / "shards-shards" / "index.html").is_file()
     assert main(["inspect", "./shards", "--split", "test"]) == 1
     assert "./shards: shards take no --split" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dali_llava.processing.corpora import load_corpus
 from dali_llava.processing.corpora.rows import open_audio, open_frames
 from dali_llava.processing.shards import prepare_shards
 from dali_llava.train import align
+from dali_llava.train.configuration import run_stage as run_stage_script
 from dali_llava.train.corpus import stream_rows
 from dali_llava.train.trainers import AlignmentArguments
 
@@ -142,13 +144,49 @@ def test_a_stream_holds_what_was_kept(shards, tmp_path):
     ("arguments", "message"),
     [
         ({"max_steps": -1}, "a stream has no end; say how many steps to train, --max_steps N"),
-        ({"cache_features": True}, "cache_features needs a corpus that is not a stream"),
-        ({"halve_every": 5}, "halve_every needs a corpus that is not a stream"),
+        (
+            {"cache_features": True},
+            "a stream cannot serve cache_features; leave out one of the two, --cache_features 0",
+        ),
+        ({"halve_every": 5}, "a stream cannot serve halve_every"),
     ],
 )
 def test_what_a_stream_cannot_serve(shards, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         streamed(shards, tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_sounds_alone_cannot_be_aligned(broken_folder, run_dir, run_stage, tmp_path, streaming):
+    for picture in broken_folder.glob("*.png"):
+        picture.unlink()
+    words = ("--dataset", "folder", "--dataset_options", json.dumps({"data_dir": str(broken_folder)}))
+    with pytest.raises(ValueError, match="folder, split train: no pictures to align the sounds with"):
+        run_stage(
+            *("aligned", run_dir / "prefix", tmp_path / "out", *words, "--cache_features", "false"),
+            *("--streaming", streaming),
+        )
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_script_ends_in_a_line(broken_folder, run_dir, stage_words, tmp_path, monkeypatch, capsys, workers):
+    options = json.dumps({"data_dir": str(broken_folder)})
+    words = stage_words(
+        *("aligned", run_dir / "prefix", tmp_path / "out", "--dataset", "folder", "--dataset_options", options),
+        *("--cache_features", "false", "--dataloader_num_workers", workers),
+    )
+    monkeypatch.setattr("sys.argv", ["align.py", *words])
+    run_stage_script(align.main)
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith(f"{tmp_path}/out: align:mmd, 2 steps")
+    assert re.search(r"; [23456] times a clip could not be opened, and another took its place$", told)
+    for path in broken_folder.glob("*.flac"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        SystemExit, match=r"^align.py: error: 100 clips in a row cannot be opened, the last: clip 'tr"
+    ) as end:
+        run_stage_script(align.main)
+    assert "\n" not in end.value.code and len(end.value.code) < 400
 
 
 def test_a_schedule_needs_its_epochs(shards, run_dir, tmp_path):

@@ -72,6 +72,13 @@ def test_mappings_come_from_file_or_command_line(parse):
     assert parse(text, "--dataset_options", json.dumps({"seed": 5})).dataset_options == {"seed": 5}
 
 
+@pytest.mark.parametrize("name", ["dataset_options", "objective_options"])
+@pytest.mark.parametrize("text", ["data_dir=clips", "[1]", '{"seed": ', "3"])
+def test_options_that_are_no_mapping(parse, name, text):
+    with pytest.raises(ValueError, match=f"^{name}: expected JSON such as .*, not '{re.escape(text)}'"):
+        parse("", f"--{name}", text)
+
+
 def test_lists_keep_their_items(parse):
     assert parse("label_names: [a, b]\n").label_names == ["a", "b"]
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS, save_alignment_attention
 
-from .stage import StageArguments, StageTrainer, train_only
+from .stage import StageArguments, StageTrainer, parse_options, train_only
 
 
 @dataclass
@@ -67,8 +67,8 @@ class AlignmentArguments(StageArguments):
     )
 
     def __post_init__(self):
+        self.objective_options = parse_options("objective_options", self.objective_options)
         super().__post_init__()
-        self.objective_options = dict(self.objective_options or {})
         if self.streaming:
             # Each rank reads its own part of the stream; by default the first one would read for all.
             self.accelerator_config.dispatch_batches = False

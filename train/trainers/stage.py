@@ -1,10 +1,12 @@
 """What every stage shares: its arguments, what it freezes, and a checkpoint that holds what it trained."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -45,8 +47,19 @@ class StageArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
 
     def __post_init__(self):
+        self.dataset_options = parse_options("dataset_options", self.dataset_options)
         super().__post_init__()
-        self.dataset_options = dict(self.dataset_options or {})
+
+
+def parse_options(name: str, value: dict | str | None) -> dict:
+    """The mapping that the argument `name` gives, in JSON on a command line; ValueError where it is none."""
+    try:
+        options = json.loads(value) if isinstance(value, str) else dict(value or {})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: expected JSON such as '{{\"seed\": 1}}', not {value!r}.") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{name}: expected JSON such as '{{\"seed\": 1}}', not {value!r}.")
+    return options
 
 
 class StageProgress(ProgressCallback):
@@ -111,10 +124,22 @@ class StageTrainer(Trainer):
             self.add_callback(StageProgress)
         self.remove_callback(PrinterCallback)
 
+    @property
+    def broken_clips(self) -> int:
+        """How many clips of this rank could not be opened and gave way to others; see `ClipOpener`."""
+        return self.data_collator.opener.broken if hasattr(self.data_collator, "opener") else 0
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As `Trainer.log`, with `broken_clips`, how many clips of this rank have given way to others, if any have."""
-        broken = self.data_collator.opener.broken if hasattr(self.data_collator, "opener") else 0
-        super().log(logs | {"broken_clips": broken} if broken else logs, *args, **kwargs)
+        """As `Trainer.log`, with `broken_clips` where there are any."""
+        super().log(logs | {"broken_clips": self.broken_clips} if self.broken_clips else logs, *args, **kwargs)
+
+    def summary(self) -> str:
+        """A finished stage in a line; every rank is to ask for it."""
+        broken = self.accelerator.reduce(torch.tensor(self.broken_clips, device=self.accelerator.device)).item()
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        line = f"{self.args.output_dir}: {self.stage}, {self.state.global_step} steps"
+        line += f", the last loss {losses[-1]:.4g}" if losses else ""
+        return line + (f"; {broken} times a clip could not be opened, and another took its place" if broken else "")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         if not self.args.should_save:  # every rank is asked

@@ -76,6 +76,11 @@ def test_an_archive_that_went_or_ends_early_is_named(unbroken, tmp_path):
         load_corpus("shards", "train", data_dir="memory://x", cache_dir=tmp_path)
 
 
+def test_a_file_url_is_a_folder(unbroken, tmp_path):
+    rows = load_corpus("shards", "train", data_dir=f"file://{unbroken}", cache_dir=tmp_path)
+    assert len(rows) == len(list(stream_shards(f"file://{unbroken}"))) == 20
+
+
 def test_a_cut_clip_is_not_cut_again(made, tmp_path):
     soundfile.write(tmp_path / "a.wav", made["noise"](9.0), 16_000)
     rows = made["as_corpus"]([made["make_row"]("a/b.c", tmp_path / "a.wav", start=4.0, end=6.5)])
@@ -127,7 +132,9 @@ def test_shards_are_shuffled_and_resumed(unbroken, corpus):
 
 def test_a_folder_that_is_not_finished_or_not_there(unbroken, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere", "memory://nowhere"):
-        with pytest.raises(FileNotFoundError, match=r"index.json: no such file; `dali-llava prepare` writes it"):
+        with pytest.raises(
+            FileNotFoundError, match=r"index.json: no such file, or out of reach; `dali-llava prepare`"
+        ):
             stream_shards(folder)
     (tmp_path / "index.json").write_text(json.dumps({"shards": []}))
     with pytest.raises(ValueError, match="lists no shards"):
