@@ -39,18 +39,19 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     set_seed(arguments.seed)
     captioner, processor = load_base(arguments, after=("prefix",))
     objective = build_objective(arguments, captioner.config.audio_config.output_size)
-    if arguments.streaming and hasattr(objective, "set_epoch") and arguments.schedule_epochs is None:
+    streaming = arguments.streaming
+    if streaming and hasattr(objective, "set_epoch") and arguments.schedule_epochs is None:
         raise ValueError("streaming: a stream has no epochs; name those of the objective's schedule, schedule_epochs.")
-    rows = stream_rows(arguments) if arguments.streaming else load_rows(arguments)
-    if not arguments.streaming:
-        check_pictures(rows, arguments)
+    rows = stream_rows(arguments) if streaming else load_rows(arguments)
+    check_pictures(rows, arguments)
     if arguments.cache_features:
         rows = with_features(rows, captioner, processor)
     noise, roll = arguments.augmentation_noise, arguments.augmentation_roll
     trainer = AlignmentTrainer(
         model=AlignmentModel(captioner, objective),
         args=arguments,
-        train_dataset=rows,
+        # Anew in each pass: it is the endless stream that is shuffled, not the pass.
+        train_dataset=rows.shuffle(arguments.seed, buffer_size=arguments.shuffle_buffer) if streaming else rows,
         data_collator=AlignmentCollator(processor, noise, roll, arguments.frame, opener=ClipOpener(rows)),
         processing_class=processor,
         stage=f"align:{arguments.objective}",

@@ -51,7 +51,7 @@ def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
 
 def stream_rows(arguments: AlignmentArguments) -> IterableDataset:
     """
-    The rows of `load_rows` as a stream without end, shuffled within a buffer, anew in each pass.
+    The rows of `load_rows` as a stream that begins again where it ends.
 
     Ranks and the workers of a loader read their own parts of it, if the corpus has as many shards.
 
@@ -70,11 +70,9 @@ def stream_rows(arguments: AlignmentArguments) -> IterableDataset:
         rows = rows.filter(lambda name: name in kept, input_columns="id")
     if arguments.max_samples is not None:
         rows = rows.take(arguments.max_samples)
-    first = list(islice(rows, SEEN_FIRST))
-    if not first:
+    if next(iter(rows), None) is None:
         raise ValueError(f"{arguments.dataset}, split {arguments.split}: no rows to train on.")
-    check_pictures(first, arguments)
-    return rows.repeat(None).shuffle(seed=arguments.seed, buffer_size=arguments.shuffle_buffer)
+    return rows.repeat(None)
 
 
 def check_pictures(rows: Iterable[dict], arguments: AlignmentArguments) -> None:
@@ -84,9 +82,7 @@ def check_pictures(rows: Iterable[dict], arguments: AlignmentArguments) -> None:
 
 
 def kept_ids(folder: str | Path) -> set[str]:
-    """
-    What a pre-filter kept; FileNotFoundError when the folder, its output_dir, holds no finished one.
-    """
+    """The ids that a pre-filter kept; FileNotFoundError when the folder, its output_dir, holds no finished one."""
     path = Path(folder) / KEPT
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such list; run train/prefilter.py to its end first.")
