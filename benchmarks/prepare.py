@@ -3,7 +3,8 @@
 Both make the same of each clip: 16 kHz mono FLAC, and the first frame of each second as JPEG. The whole benchmark is
 held on one core. Where there is no `ffmpeg` on the path, the baseline is PyAV, which brings FFmpeg's libraries: its
 own decoding loop, in a fresh process for each clip. The same processes without their work are timed as well, since
-Python takes longer to start than ffmpeg does. Clips are made (10 s, 640 x 360, H.264 and AAC) or given. Three minutes:
+Python takes longer to start than ffmpeg does. Ours includes the start of its one worker process. Clips are made (10 s,
+640 x 360, H.264 and AAC) or given. Five minutes:
 
     python benchmarks/prepare.py
     python benchmarks/prepare.py --media ../shared/data/clips --repeats 3
@@ -112,7 +113,7 @@ def run_nothing(count: int) -> None:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--media", type=Path, metavar="DIR", help="clips to cut; made ones by default")
-    parser.add_argument("--clips", type=positive_int, default=8, help="clips to make (default: 8)")
+    parser.add_argument("--clips", type=positive_int, default=24, help="clips to make (default: 24)")
     parser.add_argument("--frame-size", type=positive_int, default=336, help="(default: 336)")
     parser.add_argument("--repeats", type=positive_int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--output", type=Path, default=RESULTS / "prepare.json", help="record of the run")

@@ -23,6 +23,7 @@ CONTAINERS = (
 INDEXED_CONTAINERS = ("mov", "matroska")
 CUT_TOLERANCE = 0.25  # seconds missing at the end that are codec delay and rounding, not a cut
 SEEK_GAP = 10.0  # seconds; where keyframes are unknown, a shorter way is decoded rather than sought
+REORDERED = 4  # frames by which an index, in the order of decoding, may be ahead of the order of showing
 FRAME_GAP = 0.2  # seconds; frames that lie farther apart are looked for once more, decoding every frame
 TIME_ROUNDING = 1e-6  # seconds
 
@@ -191,8 +192,10 @@ def frames_shown(
     shown, reformatter = {}, VideoReformatter()
     for time in times:
         position = 0.0 if current is None else current.time - origin
-        if _is_indexed(container) and _next_keyframe_pays(container, stream, position, time):
-            _seek(container, stream, time)
+        # A keyframe closer to `time` may be shown after it.
+        sought = time - REORDERED / float(stream.average_rate or 25)
+        if _is_indexed(container) and _next_keyframe_pays(container, stream, position, sought):
+            _seek(container, stream, sought)
             frames, current, following = _restart(container, stream, is_wanted)
             if following is None or following.time - origin > time + TIME_ROUNDING:  # landed behind the time
                 container.seek(container.start_time or 0)

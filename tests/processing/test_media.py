@@ -287,6 +287,13 @@ def test_sparse_frames_are_sought(tmp_path, decoded):
     assert len(decoded) < 60
 
 
+def test_a_keyframe_shown_just_after_the_time_is_not_sought(tmp_path, decoded):
+    """The index has keyframes where they are decoded, some frames before they are shown."""
+    path = write_media(tmp_path / "a.mp4", "mp4", "libx264", seconds=4.0, gop=50)
+    assert [number(image) for image in load_frames(path, [1.0, 1.97])] == [25, 49]
+    assert decoded == sorted(decoded) and len(decoded) <= 51
+
+
 def test_frames_that_no_other_refers_to_are_passed_over(tmp_path, decoded):
     path = write_media(tmp_path / "a.mp4", "mp4", "libx264", seconds=8.0, gop=1000)
     seconds = [float(second) for second in range(8)]
