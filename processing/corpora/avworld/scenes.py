@@ -1,6 +1,6 @@
 """Scenes of AVWorld: what is there, where, when and how loud; and their sound and frames."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -107,18 +107,8 @@ def _draw_span(rng: np.random.Generator) -> tuple[float, float]:
     return start, start + length
 
 
-def _even_weights(weights: np.ndarray, classes: Collection[str]) -> np.ndarray:
-    """The weights, those of `classes` replaced by their mean."""
-    chosen = np.isin(_NAMES, tuple(classes))
-    return np.where(chosen, weights[chosen].mean(), weights) if chosen.any() else weights
-
-
 def sample_scene(
-    rng: np.random.Generator,
-    shifted: bool = False,
-    curated: bool = False,
-    flattened: bool = False,
-    soloists: Collection[str] = (),
+    rng: np.random.Generator, shifted: bool = False, curated: bool = False, flattened: bool = False
 ) -> Scene:
     """Draw a scene.
 
@@ -127,11 +117,8 @@ def sample_scene(
     `curated` draws what a user would choose as an example: all that sounds shows, all that could sound does.
     `flattened` draws classes and numbers of sources by the square root of their weights: pictures of several things,
     and a shorter tail.
-    `soloists` are classes drawn equally often. The first of them in a scene sounds throughout and shows, and no other
-    class is there; silent objects may be.
     """
-    weights = np.sqrt(_WEIGHTS) if flattened else _WEIGHTS
-    cumulative = np.cumsum(_even_weights(weights, soloists))
+    cumulative = np.cumsum(np.sqrt(_WEIGHTS) if flattened else _WEIGHTS)
     counts = np.sqrt(SOURCE_COUNTS) if flattened else np.asarray(SOURCE_COUNTS)
     excluded: set[str] = set()
     count = 1 + int(rng.choice(len(counts), p=counts / counts.sum()))
@@ -142,11 +129,8 @@ def sample_scene(
     for level in levels:
         shows = curated or rng.random() >= OFF_SCREEN
         things.append((_draw_class(rng, excluded, cumulative), _draw_span(rng), float(level), shows))
-    solo = next((name for name, *_ in things if name in soloists), None)
-    if solo is not None:
-        things = [(solo, (0.0, DURATION), 0.0, True)]
     room = GRID * GRID - sum(shows for *_, shows in things)
-    for _ in range(0 if curated or solo is not None else sum(shows for *_, shows in things)):
+    for _ in range(0 if curated else sum(shows for *_, shows in things)):
         if room and rng.random() < SILENT_SOURCE / (1 - SILENT_SOURCE):
             things.append((_draw_class(rng, excluded, cumulative), None, 0.0, True))
             room -= 1

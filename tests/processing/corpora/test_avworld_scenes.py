@@ -100,30 +100,6 @@ def test_curated_scenes_show_all_that_sounds_and_hide_nothing():
         assert all(entity.name in SILENT_OBJECTS for entity in scene.entities if entity.span is None)
 
 
-def test_soloists_sound_alone_throughout_and_show():
-    rng = np.random.default_rng(0)
-    soloists = ("dog", "clock", "rain")
-    scenes = [sample_scene(rng, soloists=soloists) for _ in range(6000)]
-    solo = [scene for scene in scenes if any(entity.name in soloists for entity in scene.entities if entity.span)]
-    for scene in solo:
-        (entity,) = (entity for entity in scene.entities if entity.name in CLASSES)
-        assert entity.span == (0.0, DURATION) and entity.level == 0.0 and entity.cell is not None
-    assert any(len(scene.entities) > 1 for scene in solo)  # beside silent objects
-    # As frequent as one another: 10, 3.6 and 4.8 become 6.13 each.
-    names = [scene.audible[0].name for scene in solo]
-    for name in soloists:
-        assert _within(names.count(name), len(names), 1 / 3)
-    others = [scene for scene in scenes if scene not in solo]
-    assert {len(scene.audible) for scene in others} == {1, 2, 3}
-
-
-def test_without_soloists_scenes_are_as_ever():
-    scene = sample_scene(np.random.default_rng(5))
-    things = [(entity.name, entity.colour, entity.cell) for entity in scene.entities]
-    assert things == [("dog", "orange", 1), ("handbell", "purple", None), ("umbrella", "yellow", 3)]
-    assert scene.background == "grass"
-
-
 def test_shifted_scenes_lie_outside_the_training_ranges():
     rng = np.random.default_rng(2)
     shifted = [sample_scene(rng, shifted=True) for _ in range(200)]
