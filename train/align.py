@@ -46,19 +46,13 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     check_pictures(rows, arguments)
     if arguments.cache_features:
         rows = with_features(rows, captioner, processor)
+    noise, roll = arguments.augmentation_noise, arguments.augmentation_roll
     trainer = AlignmentTrainer(
         model=AlignmentModel(captioner, objective),
         args=arguments,
         # Anew in each pass: it is the endless stream that is shuffled, not the pass.
         train_dataset=rows.shuffle(arguments.seed, buffer_size=arguments.shuffle_buffer) if streaming else rows,
-        data_collator=AlignmentCollator(
-            processor,
-            noise=arguments.augmentation_noise,
-            roll=arguments.augmentation_roll,
-            equaliser=arguments.augmentation_equaliser,
-            frame=arguments.frame,
-            opener=ClipOpener(rows),
-        ),
+        data_collator=AlignmentCollator(processor, noise, roll, arguments.frame, opener=ClipOpener(rows)),
         processing_class=processor,
         stage=f"align:{arguments.objective}",
     )

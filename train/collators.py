@@ -166,26 +166,6 @@ def augment_spectrograms(features: torch.Tensor, noise: float = 0.1, roll: int |
     return rolled + amplitude * torch.rand_like(rolled)
 
 
-def equalise_spectrograms(features: torch.Tensor, strength: float, knots: int = 5) -> torch.Tensor:
-    """
-    A random gain at every mel bin, as of another microphone or room: `knots` normal deviates, smoothly joined.
-
-    Args:
-        features: (B, frames, mels), normalised logarithms.
-        strength: standard deviation of the deviates, in the features' unit.
-        knots: evenly spread over the mel bins, the first and the last bin included; at least 2.
-
-    Returns:
-        (B, frames, mels), new memory; the gain of a clip is the same in all its frames.
-    """
-    batch, _, mels = features.shape
-    gains = strength * torch.randn(batch, knots)
-    position = torch.linspace(0, knots - 1, mels)
-    left = position.long().clamp(max=knots - 2)
-    share = (1 - torch.cos(torch.pi * (position - left))) / 2
-    return features + (gains[:, left] * (1 - share) + gains[:, left + 1] * share)[:, None]
-
-
 @dataclass
 class AlignmentCollator:
     """
@@ -196,7 +176,6 @@ class AlignmentCollator:
     Args:
         processor: of the model to train.
         noise, roll: see `augment_spectrograms`; with 0 and 0 the spectrogram stays as it is.
-        equaliser: strength of `equalise_spectrograms`; 0 draws nothing.
         frame: index of the frame to align with; a random one by default.
         opener: opens the media, and draws other rows for broken ones.
     """
@@ -204,25 +183,21 @@ class AlignmentCollator:
     processor: LlavaAudioProcessor
     noise: float = 0.1
     roll: int | None = None
-    equaliser: float = 0.0
     frame: int | None = None
     opener: ClipOpener = field(default_factory=ClipOpener)
 
-    def augment(self, features: torch.Tensor) -> torch.Tensor:
-        """Spectrograms as they are trained on, (B, frames, mels)."""
-        if self.equaliser:
-            features = equalise_spectrograms(features, self.equaliser)
-        return augment_spectrograms(features, self.noise, self.roll)
-
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "image_tokens" in rows[0]:
-            sounds = self.augment(torch.stack([torch.as_tensor(row["input_features"]) for row in rows]))
+            sounds = torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
+            augmented = augment_spectrograms(sounds, self.noise, self.roll)
             tokens = [torch.as_tensor(row["image_tokens"]) for row in rows]
             chosen = [int(torch.randint(len(frames), ())) if self.frame is None else self.frame for frames in tokens]
             shown = torch.stack([frames[i] for frames, i in zip(tokens, chosen, strict=True)])
-            return {"image_tokens": shown, "input_features": sounds}
+            return {"image_tokens": shown, "input_features": augmented}
         rate = self.processor.feature_extractor.sampling_rate
         clips = self.opener(rows, image=True, audio=True, second=self.frame, sampling_rate=rate)
         sounds = input_features([clip.audio for clip in clips], self.processor)
-        pictures = pixel_values([clip.image for clip in clips], self.processor)
-        return {"pixel_values": pictures, "input_features": self.augment(sounds)}
+        return {
+            "pixel_values": pixel_values([clip.image for clip in clips], self.processor),
+            "input_features": augment_spectrograms(sounds, self.noise, self.roll),
+        }

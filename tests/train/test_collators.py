@@ -14,7 +14,6 @@ from dali_llava.train.collators import (
     CaptionCollator,
     TokenViewCollator,
     augment_spectrograms,
-    equalise_spectrograms,
     pixel_values,
 )
 
@@ -182,31 +181,6 @@ def test_augmentation_depends_on_the_seed_alone():
         torch.manual_seed(seed)
         augmented.append(augment_spectrograms(spectrograms()))
     assert torch.equal(augmented[0], augmented[1]) and not torch.equal(augmented[0], augmented[2])
-
-
-def test_equaliser_gives_each_clip_a_smooth_gain_of_the_mel_bins():
-    torch.manual_seed(0)
-    features = torch.randn(500, 3, 61)
-    gains = equalise_spectrograms(features, strength=0.5) - features
-    torch.testing.assert_close(gains, gains[:, :1].expand_as(gains), rtol=0, atol=1e-5)  # the same in all frames
-    knots = gains[:, 0, ::15]  # bins 0, 15, 30, 45, 60: independent N(0, 0.5)
-    torch.testing.assert_close(knots.T.cov(), 0.25 * torch.eye(5), rtol=0, atol=0.05)
-    middle = gains[:, 0, 5]  # a third of the way: (1 + cos(pi / 3)) / 2 = 3/4 of one knot, 1/4 of the next
-    torch.testing.assert_close(middle, 0.75 * knots[:, 0] + 0.25 * knots[:, 1], rtol=0, atol=1e-5)
-
-
-def test_collator_equalises_before_noise_and_draws_nothing_without(avworld_processor):
-    rows = [{"input_features": torch.zeros(256, 64), "image_tokens": torch.zeros(4, 4, 8).numpy()}] * 2
-    collators = [AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0, equaliser=e) for e in (0.0, 0.5)]
-    torch.manual_seed(0)
-    plain, equalised = (collator(rows)["input_features"] for collator in collators)
-    assert torch.equal(plain, torch.zeros(2, 256, 64)) and not torch.equal(equalised[0], equalised[1])
-    states = []
-    for options in ({}, {"equaliser": 0.0}):
-        torch.manual_seed(0)
-        AlignmentCollator(avworld_processor, **options)(rows)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
 
 
 def test_pairs_without_augmentation_are_first_frame_and_clean_sound(avworld_processor, rows):

@@ -53,9 +53,6 @@ class AlignmentArguments(StageArguments):
     augmentation_roll: int | None = field(
         default=None, metadata={"help": "Roll by up to so many frames; default all."}
     )
-    augmentation_equaliser: float = field(
-        default=0.0, metadata={"help": "Random gain at each mel bin: its deviation, of normalised log-mel."}
-    )
 
     # Optimiser: Adam with coupled weight decay, the rate halved every few epochs (reference implementation)
     learning_rate: float = field(default=1e-4, metadata={"help": "Rate of the audio tower."})
