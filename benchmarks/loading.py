@@ -107,7 +107,7 @@ def measure_throughput(corpora: dict, collator: AlignmentCollator, batch: int, r
 def measure_memory(rows: datasets.IterableDataset, collator: AlignmentCollator, batch: int, count: int) -> dict:
     """Resident memory after the first pairs of a stream and at its highest from there on, in MB."""
     source, memory = batches(rows, batch), {}
-    for done in tqdm(range(batch, count + 1, batch), desc="stream", unit="batch", leave=False):
+    for done in tqdm(range(batch, count + batch, batch), desc="stream", unit="batch", leave=False):
         collator(next(source))
         memory[done] = resident_mb()
     warm = min(WARM_UP, max(memory))

@@ -137,7 +137,11 @@ def measure(media: Path, arguments: argparse.Namespace) -> dict:
             name: len(paths) / own["seconds"][other]
             for name, other in (("min", "max"), ("median", "median"), ("max", "min"))
         }
-    return {"clips": len(paths), "baseline": baseline, "figures": figures}
+    tools = {"pyav": av.__version__, "pyav_libavcodec": ".".join(map(str, av.library_versions["libavcodec"]))}
+    if has_ffmpeg:
+        told = subprocess.run(["ffmpeg", "-version"], check=True, capture_output=True, text=True).stdout
+        tools["ffmpeg"] = told.split()[2]  # "ffmpeg version 7.1 Copyright ..."
+    return {"clips": len(paths), "baseline": baseline, "tools": tools, "figures": figures}
 
 
 def main() -> None:

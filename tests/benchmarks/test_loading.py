@@ -26,7 +26,7 @@ def test_operations_of_a_step(loading):
 
 def test_the_whole_runs(loading, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    words = ["--clips", "2", "--batch", "2", "--repeats", "1", "--streamed", "6"]
+    words = ["--clips", "2", "--batch", "2", "--repeats", "1", "--streamed", "5"]
     loading.main([*words, "--output", str(tmp_path / "loading.json")])
     record = json.loads((tmp_path / "loading.json").read_text())
     (case,) = record["cases"]
