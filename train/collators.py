@@ -62,11 +62,10 @@ class CaptionCollator:
     opener: ClipOpener = field(default_factory=ClipOpener)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        media = {"image": self.image, "audio": self.audio}
         rate = self.processor.feature_extractor.sampling_rate
-        clips = self.opener(rows, second=self.frame, sampling_rate=rate, **media)
-        media["prefix"] = self.prefix
+        clips = self.opener(rows, image=self.image, audio=self.audio, second=self.frame, sampling_rate=rate)
         rows = [clip.row for clip in clips]
+        media = {"image": self.image, "audio": self.audio, "prefix": self.prefix}
         prompts = [self.processor.format_prompt(row["question"], **media) for row in rows]
         texts = [self.processor.format_prompt(row["question"], answer=row["answer"], **media) for row in rows]
         batch = self.processor(

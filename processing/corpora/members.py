@@ -27,8 +27,10 @@ def read_member(source: Mapping[str, Any]) -> Mapping[str, Any]:
     {path, bytes} of a row with the bytes of a tar's member; of anything else, as it is.
 
     Raises:
-        MediaError: the archive cannot be read, or not as far as the member goes.
+        MediaError: the archive cannot be read, or not as far as the member goes; or there is neither path nor bytes.
     """
+    if source["bytes"] is None and source["path"] is None:
+        raise MediaError("the row names neither a file nor bytes; add the file, or leave the row out")
     match = None if source["bytes"] is not None else _PATH.fullmatch(source["path"])
     if match is None:
         return source

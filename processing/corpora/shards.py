@@ -6,13 +6,14 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.utils.file_utils import xjoin, xopen
 
+from . import members
 from .listing import FEATURES
-from .members import member_path
 
 
 SPLITS = ("train",)  # a folder of shards is one split, whatever it is for
@@ -42,7 +43,8 @@ class ShardsConfig(datasets.BuilderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if tuple(self.splits) != SPLITS:
+        self.splits = (self.splits,) if isinstance(self.splits, str) else tuple(self.splits)
+        if self.splits != SPLITS:
             raise ValueError(f"shards has no split {self.splits[0]!r}; known: {', '.join(SPLITS)}")
         if self.data_dir is not None:
             self.data_dir = os.fspath(self.data_dir).removeprefix("file://")
@@ -50,7 +52,7 @@ class ShardsConfig(datasets.BuilderConfig):
                 self.data_dir = os.path.abspath(os.path.expanduser(self.data_dir))
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        """Reads `index`, kept, on which the cache key depends: it holds the digests of all shards."""
+        """Reads `index`, kept, on which the cache key depends, for it holds the digests of all shards."""
         if self.data_dir is None:
             raise ValueError("shards needs data_dir=, a folder that `dali-llava prepare` has filled")
         url = xjoin(self.data_dir, INDEX_FILE)
@@ -64,8 +66,10 @@ class ShardsConfig(datasets.BuilderConfig):
         self.index = json.loads(content)
         if not self.index["shards"]:
             raise ValueError(f"{url}: lists no shards; every clip was left out, and report.csv tells why")
-        source = f"{self.data_dir}\0{custom_features or ''}\0".encode()
-        return f"{self.name}-{hashlib.sha256(source + content).hexdigest()[:16]}"
+        digest = hashlib.sha256(f"{self.data_dir}\0{custom_features or ''}\0".encode() + content)
+        for path in (__file__, members.__file__):
+            digest.update(Path(path).read_bytes())
+        return f"{self.name}-{digest.hexdigest()[:16]}"
 
     @property
     def download_config(self) -> datasets.DownloadConfig:
@@ -132,7 +136,7 @@ def _rows(tar: tarfile.TarFile, archive: str | None) -> Iterator[dict[str, Any]]
         if archive is None:
             media = {"path": member.name, "bytes": _content(tar, member)}
         else:
-            media = {"path": member_path(archive, member), "bytes": None}
+            media = {"path": members.member_path(archive, member), "bytes": None}
         if member.name.endswith(".flac"):
             audio = media
         else:

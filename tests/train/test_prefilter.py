@@ -29,7 +29,7 @@ from transformers import (
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing.corpora import load_corpus
 from dali_llava.processing.corpora.listing import FEATURES
-from dali_llava.processing.corpora.rows import open_audio, open_frames
+from dali_llava.processing.corpora.rows import open_audio
 from dali_llava.train import prefilter
 from dali_llava.train.captioner_cache import pretrained_captioner
 from dali_llava.train.configuration import CONFIGS
@@ -148,15 +148,6 @@ def test_the_nearest_are_kept_and_ties_go_to_the_earlier():
 def test_a_choice_that_cannot_be_meant_is_an_error(choice, message):
     with pytest.raises(ValueError, match=message):
         choose(np.zeros(3), **choice)
-
-
-def test_a_clip_gives_its_first_frames(make_rows, media_dir):
-    (row,) = make_rows([[0, 1, 2]])
-    assert [frame.getpixel((0, 0))[0] for frame in open_frames(row, most=2)] == [0, 1]
-    assert len(open_frames(row, most=10)) == 3
-    video = next(path for path in sorted(media_dir.iterdir()) if path.suffix == ".mp4")
-    row |= {"frames": [{"path": str(video), "bytes": None}], "end": None}
-    assert len(open_frames(row, most=1)) == 1
 
 
 def test_clips_are_scored_over_their_frames(make_rows):

@@ -121,6 +121,24 @@ def test_pictures_are_frames_as_they_stand(tmp_path, media_dir):
     assert open_frames(row(frames=[media_dir / "photo.jpg"], start=5.0))[0].size == (80, 60)
 
 
+def test_the_first_frames_are_as_many_as_there_are(tmp_path, media_dir):
+    for colour in ("red", "lime", "blue"):
+        (tmp_path / f"{colour}.png").write_bytes(png(colour))
+    clip = row(frames=[tmp_path / "red.png", tmp_path / "lime.png", tmp_path / "blue.png"])
+    assert [frame.getpixel((0, 0)) for frame in open_frames(clip, most=2)] == [(255, 0, 0), (0, 255, 0)]
+    assert len(open_frames(clip, most=10)) == 3
+    assert len(open_frames(row(frames=[media_dir / "clip.mp4"]), most=1)) == 1
+    assert len(open_frames(row(frames=[media_dir / "clip.mp4"]), most=10)) == 3
+
+
+def test_a_row_that_names_nothing_is_told():
+    nothing = {"path": None, "bytes": None}
+    with pytest.raises(MediaError, match="clip 'this': the row names neither a file nor bytes; add the file"):
+        open_audio(row() | {"audio": nothing})
+    with pytest.raises(MediaError, match="clip 'this': the row names neither a file nor bytes; add the file"):
+        open_frames(row() | {"frames": [nothing]})
+
+
 @pytest.mark.parametrize(
     ("names", "options", "seconds", "message"),
     [

@@ -1,0 +1,42 @@
+"""Still images: every mode comes as RGB, upright and of the size asked for; a damaged one is told."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dali_llava.processing.media import MediaError, load_image, probe
+
+
+def test_images(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.png")), pixels)
+    info = probe(tmp_path / "a.png")
+    assert (info.kind, info.width, info.height, info.has_audio, info.has_video) == ("image", 8, 6, False, False)
+    Image.new("RGB", (32, 16), (200, 30, 30)).save(tmp_path / "a.jpg", quality=95)
+    assert np.abs(np.asarray(load_image(tmp_path / "a.jpg"), int) - (200, 30, 30)).max() <= 3
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "turned.png")), np.rot90(pixels, -1))
+    for mode in ("L", "RGBA", "P", "1", "CMYK"):
+        name = tmp_path / ("b.jpg" if mode == "CMYK" else "b.png")
+        image.convert(mode).save(name)
+        assert load_image(name.read_bytes()).mode == "RGB"
+    shrunk = load_image(tmp_path / "a.jpg", shorter_side=9)
+    assert shrunk.size == (18, 9) and load_image(tmp_path / "a.jpg", shorter_side=16).size == (32, 16)
+    Image.fromarray(np.full((2, 2), 257 * 100, np.uint16)).save(tmp_path / "16bit.png")
+    assert np.asarray(load_image(tmp_path / "16bit.png")).tolist() == [[[100] * 3] * 2] * 2
+
+
+def test_image_cut_in_the_middle(tmp_path):
+    for name in ("a.png", "a.jpg"):
+        pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+        os.truncate(tmp_path / name, (tmp_path / name).stat().st_size // 2)
+        with pytest.raises(MediaError, match=f"{name}: is damaged") as error:
+            load_image(tmp_path / name)
+        assert "\n" not in str(error.value)
