@@ -14,7 +14,7 @@ from transformers import set_seed
 from dali_llava.train.clips import ClipOpener
 from dali_llava.train.collators import AlignmentCollator
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
-from dali_llava.train.corpus import check_pictures, load_rows, stream_rows, with_features
+from dali_llava.train.corpus import open_rows, shuffled
 from dali_llava.train.losses import LOSSES
 from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer, load_base
 
@@ -39,20 +39,14 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     set_seed(arguments.seed)
     captioner, processor = load_base(arguments, after=("prefix",))
     objective = build_objective(arguments, captioner.config.audio_config.output_size)
-    streaming = arguments.streaming
-    if streaming and hasattr(objective, "set_epoch") and arguments.schedule_epochs is None:
+    if arguments.streaming and hasattr(objective, "set_epoch") and arguments.schedule_epochs is None:
         raise ValueError("streaming: a stream has no epochs; name those of the objective's schedule, schedule_epochs.")
-    rows = stream_rows(arguments) if streaming else load_rows(arguments)
-    check_pictures(rows, arguments)
-    if arguments.cache_features:
-        rows = with_features(rows, captioner, processor)
-    noise, roll = arguments.augmentation_noise, arguments.augmentation_roll
+    rows = open_rows(arguments, captioner, processor, pictures=True)
     trainer = AlignmentTrainer(
         model=AlignmentModel(captioner, objective),
         args=arguments,
-        # Anew in each pass: it is the endless stream that is shuffled, not the pass.
-        train_dataset=rows.shuffle(arguments.seed, buffer_size=arguments.shuffle_buffer) if streaming else rows,
-        data_collator=AlignmentCollator(processor, noise, roll, arguments.frame, opener=ClipOpener(rows)),
+        train_dataset=shuffled(rows, arguments),
+        data_collator=AlignmentCollator(processor, arguments.augmentation(), arguments.frame, opener=ClipOpener(rows)),
         processing_class=processor,
         stage=f"align:{arguments.objective}",
     )

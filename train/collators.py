@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dali_llava.processing import LlavaAudioProcessor
+from dali_llava.train.augmentation import Augmentation
 from dali_llava.train.clips import ClipOpener, open_frame
 
 
@@ -144,27 +145,6 @@ class TokenViewCollator:
         return batch
 
 
-def augment_spectrograms(features: torch.Tensor, noise: float = 0.1, roll: int | None = None) -> torch.Tensor:
-    """
-    DALI's training augmentation of normalised spectrograms (reference implementation).
-
-    Args:
-        features: (B, frames, mels).
-        noise: each clip gets non-negative uniform noise of an amplitude drawn from U(0, noise).
-        roll: each clip is rolled in time, padding included, by up to this many frames; all of them by default.
-
-    Returns:
-        (B, frames, mels), new memory.
-    """
-    batch, frames, _ = features.shape
-    roll = frames if roll is None else roll
-    amplitude = noise * torch.rand(batch, 1, 1)
-    shift = torch.randint(-roll, roll + 1, (batch, 1))
-    index = (torch.arange(frames) - shift) % frames
-    rolled = features.gather(1, index.unsqueeze(-1).expand_as(features))
-    return rolled + amplitude * torch.rand_like(rolled)
-
-
 @dataclass
 class AlignmentCollator:
     """
@@ -174,29 +154,54 @@ class AlignmentCollator:
 
     Args:
         processor: of the model to train.
-        noise, roll: see `augment_spectrograms`; with 0 and 0 the spectrogram stays as it is.
+        augmentation: of the spectrograms.
         frame: index of the frame to align with; a random one by default.
         opener: opens the media, and draws other rows for broken ones.
     """
 
     processor: LlavaAudioProcessor
-    noise: float = 0.1
-    roll: int | None = None
+    augmentation: Augmentation = Augmentation()
     frame: int | None = None
     opener: ClipOpener = field(default_factory=ClipOpener)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "image_tokens" in rows[0]:
             sounds = torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
-            augmented = augment_spectrograms(sounds, self.noise, self.roll)
             tokens = [torch.as_tensor(row["image_tokens"]) for row in rows]
             chosen = [int(torch.randint(len(frames), ())) if self.frame is None else self.frame for frames in tokens]
             shown = torch.stack([frames[i] for frames, i in zip(tokens, chosen, strict=True)])
-            return {"image_tokens": shown, "input_features": augmented}
+            return {"image_tokens": shown, "input_features": self.augmentation(sounds)}
         rate = self.processor.feature_extractor.sampling_rate
         clips = self.opener(rows, image=True, audio=True, second=self.frame, sampling_rate=rate)
         sounds = input_features([clip.audio for clip in clips], self.processor)
         return {
             "pixel_values": pixel_values([clip.image for clip in clips], self.processor),
-            "input_features": augment_spectrograms(sounds, self.noise, self.roll),
+            "input_features": self.augmentation(sounds),
         }
+
+
+@dataclass
+class SoundCollator:
+    """
+    Rows into sounds alone: `input_features` (B, frames, mels).
+
+    Rows of `train.corpus.with_features` hold them already.
+
+    Args:
+        processor: of the model to train.
+        augmentation: of the spectrograms.
+        opener: opens the media, and draws other rows for broken ones.
+    """
+
+    processor: LlavaAudioProcessor
+    augmentation: Augmentation = Augmentation()
+    opener: ClipOpener = field(default_factory=ClipOpener)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "input_features" in rows[0]:
+            sounds = torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
+        else:
+            rate = self.processor.feature_extractor.sampling_rate
+            clips = self.opener(rows, audio=True, sampling_rate=rate)
+            sounds = input_features([clip.audio for clip in clips], self.processor)
+        return {"input_features": self.augmentation(sounds)}

@@ -19,7 +19,7 @@ from dali_llava.processing.corpora.rows import open_audio, open_frames
 from dali_llava.processing.media import MediaError
 
 from .collators import input_features, pixel_values
-from .trainers.alignment import AlignmentArguments
+from .trainers.sound import SoundArguments
 from .trainers.stage import StageArguments
 
 
@@ -49,7 +49,7 @@ def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
     return rows
 
 
-def stream_rows(arguments: AlignmentArguments) -> IterableDataset:
+def stream_rows(arguments: SoundArguments) -> IterableDataset:
     """
     The rows of `load_rows` as a stream that begins again where it ends.
 
@@ -62,7 +62,7 @@ def stream_rows(arguments: AlignmentArguments) -> IterableDataset:
     if arguments.max_steps <= 0:
         raise ValueError("streaming: a stream has no end; say how many steps to train, --max_steps N.")
     for name in ("cache_features", "halve_every"):
-        if getattr(arguments, name):
+        if getattr(arguments, name, False):
             raise ValueError(f"streaming: a stream cannot serve {name}; leave out one of the two, --{name} 0.")
     rows = load_corpus(arguments.dataset, arguments.split, streaming=True, **arguments.dataset_options)
     if arguments.kept is not None:
@@ -75,7 +75,35 @@ def stream_rows(arguments: AlignmentArguments) -> IterableDataset:
     return rows.repeat(None)
 
 
-def check_pictures(rows: Iterable[dict], arguments: AlignmentArguments) -> None:
+def open_rows(
+    arguments: SoundArguments,
+    captioner: LlavaAudioForConditionalGeneration,
+    processor: LlavaAudioProcessor,
+    pictures: bool = False,
+) -> Dataset | IterableDataset:
+    """
+    The rows of a stage that trains the audio tower: streamed, or with features computed ahead, as the arguments say.
+
+    Args:
+        pictures: whether the stage needs them.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_rows`, `stream_rows` and `check_pictures`.
+    """
+    rows = stream_rows(arguments) if arguments.streaming else load_rows(arguments)
+    if pictures or arguments.cache_features:
+        check_pictures(rows, arguments)
+    return with_features(rows, captioner, processor) if arguments.cache_features else rows
+
+
+def shuffled(rows: Dataset | IterableDataset, arguments: SoundArguments) -> Dataset | IterableDataset:
+    """Rows to train on. A `Dataset` is shuffled by its loader, anew in each pass; a stream, which has none, here."""
+    if not arguments.streaming:
+        return rows
+    return rows.shuffle(arguments.seed, buffer_size=arguments.shuffle_buffer)
+
+
+def check_pictures(rows: Iterable[dict], arguments: SoundArguments) -> None:
     """ValueError where none of the first rows has a picture to align its sound with."""
     if not any(row["frames"] for row in islice(rows, SEEN_FIRST)):
         raise ValueError(f"{arguments.dataset}, split {arguments.split}: no pictures to align the sounds with.")

@@ -97,16 +97,17 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
     last method's whole captioner, model."""
     from dali_llava.modeling import LlavaAudioForConditionalGeneration
     from dali_llava.processing import LlavaAudioProcessor
-    from dali_llava.train import align, distill, prefix_tune
+    from dali_llava.train import align, distill, prefix_tune, pretrain_tower
     from dali_llava.train.captioner_cache import pretrained_captioner
     from dali_llava.train.configuration import CONFIGS
 
     configs = CONFIGS / "avworld"
     folders = {"captioner": out / "captioner", "prefix": out / "prefix", "model": out / "model"}
-    alignment, corpus = "align.yaml", []
+    alignment, start, corpus = "align.yaml", "prefix", []
     if recordings is not None:
         options = {"recordings": str(recordings), "sizes": {"train": RECORDINGS_CLIPS}}
-        alignment, corpus = "align_recordings.yaml", ["--dataset_options", json.dumps(options)]
+        alignment, start = "align_recordings.yaml", "tower"
+        corpus = ["--dataset_options", json.dumps(options)]
 
     announce("captioner: an image captioner, from scratch (cached)")
     shutil.copytree(pretrained_captioner(configs / "captioner.yaml"), folders["captioner"], dirs_exist_ok=True)
@@ -118,9 +119,12 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
 
     announce("prefix: 16 pictures with a caption of their sound")
     stage(prefix_tune.main, "prefix_tune.yaml", "captioner", "prefix")
+    if start == "tower":
+        announce("audio tower: sounds alone, as recordings are few")
+        stage(pretrain_tower.main, "pretrain_tower.yaml", "prefix", "tower", *corpus)
     for method in methods:
         announce(f"{method}: audio tokens onto image tokens")
-        stage(align.main, alignment, "prefix", f"{method}-aligned", "--objective", method, *corpus)
+        stage(align.main, alignment, start, f"{method}-aligned", "--objective", method, *corpus)
         announce(f"{method}: captions from sound and picture, distilled into the audio projector")
         stage(distill.main, "distill.yaml", f"{method}-aligned", f"{method}-distilled", *corpus)
     last = folders[f"{methods[-1]}-distilled"]

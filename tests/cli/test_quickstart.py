@@ -1,14 +1,17 @@
 """The quickstart: what it refuses before anything trains, its table of examples, and (slow) the whole run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from dali_llava.cli import main
-from dali_llava.cli.quickstart import print_examples
+from dali_llava.cli.quickstart import print_examples, train
 from dali_llava.eval.results import load_results
-from dali_llava.train import captioner_cache
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.processing import LlavaAudioProcessor
+from dali_llava.train import align, captioner_cache, distill, prefix_tune, pretrain_tower
 
 
 @pytest.fixture
@@ -48,6 +51,36 @@ def test_missing_classes_of_esc10_are_all_named(untrained, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "no recordings of waves ('Sea waves'), baby ('Baby cry')" in error and "fire ('Fire crackling')" in error
     assert "dog" not in error.split(";")[0] and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("recordings", [None, "ESC-10"])
+def test_recordings_alone_are_heard_before_the_alignment(recordings, tmp_path, monkeypatch):
+    """The stages in their order, each with the one that it starts from."""
+    ran = []
+
+    def stage_of(name):
+        def main(words: list[str]) -> None:
+            base, output = (words[words.index(flag) + 1] for flag in ("--base_model", "--output_dir"))
+            ran.append((name, base.rpartition("/")[2], output.rpartition("/")[2], "--dataset_options" in words))
+
+        return main
+
+    for stage in (align, distill, prefix_tune, pretrain_tower):
+        name = stage.__name__.rpartition(".")[2]
+        monkeypatch.setattr(stage, "main", stage_of(name))
+    (tmp_path / "cached").mkdir()
+    monkeypatch.setattr(captioner_cache, "pretrained_captioner", lambda config: tmp_path / "cached")
+    for loaded in (LlavaAudioForConditionalGeneration, LlavaAudioProcessor):
+        monkeypatch.setattr(loaded, "from_pretrained", lambda name: SimpleNamespace(save_pretrained=lambda folder: 0))
+    folders = train(tmp_path / "run", 0, ["ot"], recordings)
+    heard = [("pretrain_tower", "prefix", "tower", True)] if recordings else []
+    assert ran == [
+        ("prefix_tune", "captioner", "prefix", False),
+        *heard,
+        ("align", "tower" if recordings else "prefix", "ot-aligned", recordings is not None),
+        ("distill", "ot-aligned", "ot-distilled", recordings is not None),
+    ]
+    assert folders["model"] == tmp_path / "run" / "model"
 
 
 def test_examples_are_a_section_a_clip_and_a_line_a_method(capsys):

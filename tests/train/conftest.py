@@ -9,7 +9,7 @@ from datasets import Dataset
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing import SOUND_PROMPT, LlavaAudioProcessor
 from dali_llava.processing.corpora.avworld.avworld import make_row
-from dali_llava.train import align, distill, prefix_tune, pretrain_captioner
+from dali_llava.train import align, distill, prefix_tune, pretrain_captioner, pretrain_tower
 from dali_llava.train.configuration import CONFIGS
 from dali_llava.train.pretrain_captioner import tokenize_dialogues
 
@@ -30,6 +30,7 @@ QUICK = [
 STAGES = {
     "captioner": (pretrain_captioner, AVWORLD / "captioner.yaml", TINY_CAPTIONER),
     "prefix": (prefix_tune, AVWORLD / "prefix_tune.yaml", []),
+    "tower": (pretrain_tower, AVWORLD / "pretrain_tower.yaml", ["--examples", "8"]),
     "aligned": (align, AVWORLD / "align.yaml", []),
     "distilled": (distill, AVWORLD / "distill.yaml", ["--caption_max_new_tokens", "6"]),
 }
@@ -68,7 +69,7 @@ def run_stage(stage_words):
 
 @pytest.fixture(scope="session")
 def run_dir(run_stage, tmp_path_factory) -> Path:
-    """A run's folder with `captioner`, `prefix`, `aligned`, `distilled`, each on the one before. Only read it."""
+    """A run's folder, one of each of `STAGES`, each on the one before. Only read it."""
     folder = tmp_path_factory.mktemp("run")
     base = None
     for stage in STAGES:

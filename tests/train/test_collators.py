@@ -7,13 +7,14 @@ import torch
 from PIL import Image
 
 from dali_llava.processing.media import load_audio
+from dali_llava.train.augmentation import UNCHANGED, Augmentation
 from dali_llava.train.clips import open_frame
 from dali_llava.train.collators import (
     IGNORED,
     AlignmentCollator,
     CaptionCollator,
+    SoundCollator,
     TokenViewCollator,
-    augment_spectrograms,
     pixel_values,
 )
 
@@ -143,48 +144,8 @@ def test_a_quarter_of_the_views_are_the_grid_half_drawn_a_quarter_both(avworld_p
     assert {extra for _, extra in views if extra} == {5, 6, 7, 8}
 
 
-def spectrograms(batch: int = 6, frames: int = 32, mels: int = 4) -> torch.Tensor:
-    return torch.randn(batch, frames, mels, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.mark.parametrize("limit", [None, 3, 0])
-def test_roll_permutes_time_and_nothing_else(limit):
-    features = spectrograms(batch=40)
-    before = features.clone()
-    torch.manual_seed(0)
-    rolled = augment_spectrograms(features, noise=0.0, roll=limit)
-    shifts = range(-3, 4) if limit == 3 else range(1) if limit == 0 else range(32)
-    found = []
-    for clip, moved in zip(features, rolled, strict=True):
-        matches = [shift for shift in shifts if torch.equal(torch.roll(clip, shift, dims=0), moved)]
-        assert len(matches) == 1
-        found += matches
-    assert len(set(found)) == {None: 20, 3: 7, 0: 1}[limit] or (limit is None and len(set(found)) > 12)
-    assert torch.equal(features, before) and rolled.data_ptr() != features.data_ptr()
-
-
-def test_noise_is_non_negative_and_bounded_by_each_clips_amplitude():
-    torch.manual_seed(1)
-    features = torch.zeros(200, 16, 8)
-    noise = augment_spectrograms(features, noise=0.1, roll=0)
-    assert noise.min() >= 0 and noise.max() <= 0.1
-    amplitudes = noise.amax((1, 2))  # of 128 uniform draws: close to the amplitude
-    assert amplitudes.min() < 0.01 and amplitudes.max() > 0.09  # U(0, 0.1) over the clips
-    assert amplitudes.mean() == pytest.approx(0.05, abs=0.01)
-    relative = (noise / amplitudes[:, None, None]).flatten()
-    assert relative.mean() == pytest.approx(0.5, abs=0.02) and relative.var() == pytest.approx(1 / 12, abs=0.01)
-
-
-def test_augmentation_depends_on_the_seed_alone():
-    augmented = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        augmented.append(augment_spectrograms(spectrograms()))
-    assert torch.equal(augmented[0], augmented[1]) and not torch.equal(augmented[0], augmented[2])
-
-
 def test_pairs_without_augmentation_are_first_frame_and_clean_sound(avworld_processor, rows):
-    batch = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)
+    batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
     extractor = avworld_processor.feature_extractor
     expected = extractor([load_audio(row["audio"]["bytes"]) for row in rows])["input_features"]
     frames = [Image.open(io.BytesIO(row["frames"][0]["bytes"])).convert("RGB") for row in rows]
@@ -207,8 +168,8 @@ def test_pairs_show_the_frame_that_is_asked_for(avworld_processor, rows, frame):
 
 def test_augmented_pairs_keep_frame_and_sound_of_one_clip(avworld_processor, rows):
     torch.manual_seed(0)
-    clean = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)["input_features"]
-    batch = AlignmentCollator(avworld_processor, noise=0.0)(rows)
+    clean = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)["input_features"]
+    batch = AlignmentCollator(avworld_processor, Augmentation(noise=0.0))(rows)
     for index, row in enumerate(rows):
         frames = [Image.open(io.BytesIO(frame["bytes"])).convert("RGB") for frame in row["frames"]]
         own = pixel_values(frames, avworld_processor)
@@ -216,3 +177,15 @@ def test_augmented_pairs_keep_frame_and_sound_of_one_clip(avworld_processor, row
         # a roll keeps the multiset of frames
         torch.testing.assert_close(batch["input_features"][index].sum(0), clean[index].sum(0), rtol=1e-4, atol=1e-3)
     assert not torch.equal(batch["input_features"], clean)
+
+
+def test_sounds_alone_are_those_of_the_pairs_from_media_and_from_stored_features(avworld_processor, rows):
+    pairs = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
+    sounds = SoundCollator(avworld_processor, UNCHANGED)(rows)
+    assert set(sounds) == {"input_features"} and torch.equal(sounds["input_features"], pairs["input_features"])
+    stored = [{"input_features": features.numpy()} for features in pairs["input_features"]]
+    assert torch.equal(SoundCollator(avworld_processor, UNCHANGED)(stored)["input_features"], pairs["input_features"])
+    torch.manual_seed(0)
+    augmented = SoundCollator(avworld_processor, Augmentation(equaliser=0.5))(stored)["input_features"]
+    torch.manual_seed(0)
+    assert torch.equal(augmented, Augmentation(equaliser=0.5)(pairs["input_features"]))

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 
 from dali_llava.processing.media import load_audio
+from dali_llava.train.augmentation import UNCHANGED
 from dali_llava.train.clips import open_frame
 from dali_llava.train.collators import AlignmentCollator, pixel_values
 from dali_llava.train.corpus import load_rows, with_features
@@ -43,7 +44,7 @@ def test_stored_image_tokens_are_every_frames(stored, captioner, avworld_process
 
 
 def test_stored_features_give_the_same_pairs(stored, captioner, avworld_processor, rows):
-    collator = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)
+    collator = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)
     expected, batch = collator(rows), collator([stored[index] for index in range(len(rows))])
     assert set(batch) == {"input_features", "image_tokens"}
     assert torch.equal(batch["input_features"], expected["input_features"])

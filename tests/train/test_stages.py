@@ -15,8 +15,13 @@ from dali_llava.train.losses import LOSSES
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS, load_alignment_attention
 
 
-TRAINED = {"prefix": "model.prefix.", "aligned": "model.audio_tower.", "distilled": "model.audio_projector."}
-BEFORE = {"prefix": "captioner", "aligned": "prefix", "distilled": "aligned"}
+TRAINED = {
+    "prefix": "model.prefix.",
+    "tower": "model.audio_tower.",
+    "aligned": "model.audio_tower.",
+    "distilled": "model.audio_projector.",
+}
+BEFORE = {"prefix": "captioner", "tower": "prefix", "aligned": "tower", "distilled": "aligned"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def test_stage_saves_what_it_trained_and_its_base(run_dir, stage):
 
 def test_stages_are_named(run_dir):
     names = [json.loads((run_dir / stage / "stage.json").read_text())["stage"] for stage in TRAINED]
-    assert names == ["prefix", "align:mmd", "distill"]
+    assert names == ["prefix", "tower", "align:mmd", "distill"]
 
 
 @pytest.mark.parametrize("stage", ["captioner", *TRAINED])
@@ -105,7 +110,7 @@ def test_same_seed_gives_the_same_weights(run_stage, run_dir, tmp_path, stage):
 
 
 def test_another_seed_gives_other_weights(run_stage, run_dir, tmp_path):
-    run_stage("aligned", run_dir / "prefix", tmp_path / "other", "--seed", "1")
+    run_stage("aligned", run_dir / "tower", tmp_path / "other", "--seed", "1")
     weights = [load_file(folder / "stage.safetensors") for folder in (tmp_path / "other", run_dir / "aligned")]
     assert not torch.equal(*(each["model.audio_tower.proj.weight"] for each in weights))
 

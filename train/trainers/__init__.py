@@ -2,7 +2,9 @@
 
 from .alignment import AlignmentArguments, AlignmentModel, AlignmentTrainer
 from .captioning import CaptioningTrainer, TokenViewTrainer, token_views
+from .sound import SoundArguments
 from .stage import StageArguments, StageTrainer, load_base, train_only
+from .tower import TowerArguments, TowerModel, TowerTrainer
 from .words import WordTrainer, word_loss
 
 
@@ -11,9 +13,13 @@ __all__ = [
     "AlignmentModel",
     "AlignmentTrainer",
     "CaptioningTrainer",
+    "SoundArguments",
     "StageArguments",
     "StageTrainer",
     "TokenViewTrainer",
+    "TowerArguments",
+    "TowerModel",
+    "TowerTrainer",
     "WordTrainer",
     "load_base",
     "token_views",

@@ -14,16 +14,17 @@ from transformers.modeling_outputs import ModelOutput
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS, save_alignment_attention
 
-from .stage import StageArguments, StageTrainer, parse_options, train_only
+from .sound import SoundArguments
+from .stage import StageTrainer, parse_options, train_only
 
 
 @dataclass
-class AlignmentArguments(StageArguments):
+class AlignmentArguments(SoundArguments):
     """
-    Arguments of the alignment: the objective, DALI's augmentation, and its optimiser and schedule.
+    Arguments of the alignment: the objective, its optimiser and schedule.
     """
 
-    _VALID_DICT_FIELDS = [*StageArguments._VALID_DICT_FIELDS, "objective_options"]
+    _VALID_DICT_FIELDS = [*SoundArguments._VALID_DICT_FIELDS, "objective_options"]
 
     # Objective
     objective: str = field(default="mmd", metadata={"help": "What is minimised: a name in train.losses.LOSSES."})
@@ -35,23 +36,8 @@ class AlignmentArguments(StageArguments):
     )
 
     # Input
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the corpus while training, again and again, for max_steps."}
-    )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream, of which one is drawn at a time."})
-    cache_features: bool = field(
-        default=False,
-        metadata={"help": "Compute spectrograms and image tokens once, onto disk: a small corpus, many epochs."},
-    )
-
     frame: int | None = field(
         default=None, metadata={"help": "Frame to align with; a random one of the clip's each epoch by default."}
-    )
-
-    # Augmentation of the spectrogram
-    augmentation_noise: float = field(default=0.1, metadata={"help": "Noise of amplitude U(0, this)."})
-    augmentation_roll: int | None = field(
-        default=None, metadata={"help": "Roll by up to so many frames; default all."}
     )
 
     # Optimiser: Adam with coupled weight decay, the rate halved every few epochs (reference implementation)
@@ -69,9 +55,6 @@ class AlignmentArguments(StageArguments):
     def __post_init__(self):
         self.objective_options = parse_options("objective_options", self.objective_options)
         super().__post_init__()
-        if self.streaming:
-            # Each rank reads its own part of the stream; by default the first one would read for all.
-            self.accelerator_config.dispatch_batches = False
 
 
 @dataclass

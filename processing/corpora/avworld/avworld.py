@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from datasets.builder import Key
 from PIL import Image
 
 from .captions import audio_captions, image_dialogues, pair_dialogues, text_dialogues, visual_captions
-from .recordings import TEST_FOLD, TRAIN_FOLDS, find_recordings, recorded_synthesisers, recordings_hash
+from .recordings import CATEGORIES, TEST_FOLD, TRAIN_FOLDS, find_recordings, recorded_synthesisers, recordings_hash
 from .scenes import DURATION, SAMPLING_RATE, Scene, another_view, render_audio, render_frames, sample_scene
 from .synthesis import Synthesiser
 
@@ -33,6 +33,7 @@ DEFAULT_SIZES: dict[str, int] = {
 SPLITS: tuple[str, ...] = tuple(DEFAULT_SIZES)
 CAPTIONED_SPLITS = frozenset({"train_captioned", "shots", "val", "test", "test_shifted"})
 TEST_SPLITS = frozenset({"test", "test_shifted"})
+SOLO_SPLITS = frozenset({"train", "balanced"})  # in which most recordings sound alone
 TEXT_ONLY = 0.1  # share of the captioner's rows without a picture
 PAIRED = 0.25  # share of its rows with two pictures
 SAME_THINGS = 0.5  # share of those in which both pictures show the same things
@@ -70,7 +71,8 @@ class AVWorldConfig(datasets.BuilderConfig):
     """Options of `AVWorld`.
 
     seed: of all rows; splits: those to generate; sizes: rows of a split, where not the default; recordings: the folder
-    of ESC-10, whose recordings replace ten classes' synthesisers: folds 1 to 3, in the splits to test on fold 4.
+    of ESC-10, whose recordings replace ten classes' synthesisers: folds 1 to 3, in the splits to test on fold 4. In
+    `train` and `balanced` these classes are soloists (`sample_scene`).
 
     Raises:
         ValueError: on an unknown split or a size that is not a positive integer.
@@ -108,6 +110,10 @@ class AVWorldConfig(datasets.BuilderConfig):
             return None
         return recorded_synthesisers(self.recordings, (TEST_FOLD,) if split in TEST_SPLITS else TRAIN_FOLDS)
 
+    def soloists(self, split: str) -> tuple[str, ...]:
+        """The classes that mostly sound alone in a split: those of the recordings, where a stage trains on them."""
+        return tuple(CATEGORIES) if self.recordings is not None and split in SOLO_SPLITS else ()
+
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
         """A cache key of the options that matter, of the recordings where a split plays them, and of this package's
         source."""
@@ -130,15 +136,21 @@ def _encode_frame(frame: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def scene_of(split: str, index: int, seed: int = 0) -> tuple[Scene, list[np.random.Generator]]:
-    """The scene of a row, and generators for its sound, its frames and its text.
+def scene_of(
+    split: str, index: int, seed: int = 0, soloists: Collection[str] = ()
+) -> tuple[Scene, list[np.random.Generator]]:
+    """The scene of a row, and generators for its sound, its frames and its text; `soloists` as in `sample_scene`.
 
     All spring from (seed, split, index) alone, each from a stream of its own.
     """
     streams = np.random.SeedSequence([seed, SPLITS.index(split), index]).spawn(4)
     draws, *others = (np.random.default_rng(stream) for stream in streams)
     scene = sample_scene(
-        draws, shifted=split == "test_shifted", curated=split == "shots", flattened=split in ("captioner", "shots")
+        draws,
+        shifted=split == "test_shifted",
+        curated=split == "shots",
+        flattened=split in ("captioner", "shots"),
+        soloists=soloists,
     )
     return scene, others
 
@@ -165,9 +177,15 @@ def _captioner_columns(name: str, scene: Scene, sight: np.random.Generator, text
     return columns
 
 
-def make_row(split: str, index: int, seed: int = 0, synthesisers: Mapping[str, Synthesiser] | None = None) -> dict:
-    """One row of a split, as described in `AVWorld`; `synthesisers` as in `render_audio`."""
-    scene, (sound, sight, text) = scene_of(split, index, seed)
+def make_row(
+    split: str,
+    index: int,
+    seed: int = 0,
+    synthesisers: Mapping[str, Synthesiser] | None = None,
+    soloists: Collection[str] = (),
+) -> dict:
+    """One row of a split, as in `AVWorld`; `synthesisers` as in `render_audio`, `soloists` as in `sample_scene`."""
+    scene, (sound, sight, text) = scene_of(split, index, seed, soloists)
     row = {
         "id": f"{split}-{index:06d}",
         "audio": None,
@@ -233,7 +251,7 @@ class AVWorld(datasets.GeneratorBasedBuilder):
         return generators
 
     def _generate_examples(self, split: str, ranges: list[tuple[int, int]]) -> Iterator[tuple[Key, dict]]:
-        synthesisers = self.config.synthesisers(split)
+        synthesisers, soloists = self.config.synthesisers(split), self.config.soloists(split)
         for number, (start, stop) in enumerate(ranges):
             for index in range(start, stop):
-                yield Key(number, index - start), make_row(split, index, self.config.seed, synthesisers)
+                yield Key(number, index - start), make_row(split, index, self.config.seed, synthesisers, soloists)

@@ -1,6 +1,6 @@
 """Scenes of AVWorld: what is there, where, when and how loud; and their sound and frames."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +26,10 @@ SILENT_OBJECT_COUNTS = (0.75, 0.20, 0.05)  # of 0, 1, 2 silent objects
 OFF_SCREEN = 0.15  # share of audible sources that are out of sight
 SILENT_SOURCE = 0.10  # share of visible sounding objects that keep silent
 TYPICAL = 0.8  # share of sounding objects in their class's colour, and of scenes in the place of their first source
+
+# What recordings take the place of synthesisers for: few sounds, each to be heard for itself.
+SOLO = 0.8  # share of the scenes with a soloist in which it sounds alone
+SOLOIST_WEIGHT = 2.0  # of all soloists together, relative to their synthesisers'
 
 # How hard it is to hear.
 MIN_SECONDS = 1.0  # a source sounds at least this long
@@ -107,8 +111,18 @@ def _draw_span(rng: np.random.Generator) -> tuple[float, float]:
     return start, start + length
 
 
+def _even_weights(weights: np.ndarray, classes: Collection[str]) -> np.ndarray:
+    """The weights, those of `classes` replaced by SOLOIST_WEIGHT times their mean."""
+    chosen = np.isin(_NAMES, tuple(classes))
+    return np.where(chosen, SOLOIST_WEIGHT * weights[chosen].mean(), weights) if chosen.any() else weights
+
+
 def sample_scene(
-    rng: np.random.Generator, shifted: bool = False, curated: bool = False, flattened: bool = False
+    rng: np.random.Generator,
+    shifted: bool = False,
+    curated: bool = False,
+    flattened: bool = False,
+    soloists: Collection[str] = (),
 ) -> Scene:
     """Draw a scene.
 
@@ -117,8 +131,11 @@ def sample_scene(
     `curated` draws what a user would choose as an example: all that sounds shows, all that could sound does.
     `flattened` draws classes and numbers of sources by the square root of their weights: pictures of several things,
     and a shorter tail.
+    `soloists` are classes drawn equally often, and SOLOIST_WEIGHT times as often together as they would be. In SOLO of
+    the scenes with one, it sounds throughout and shows, and no other class is there; silent objects may be.
     """
-    cumulative = np.cumsum(np.sqrt(_WEIGHTS) if flattened else _WEIGHTS)
+    weights = np.sqrt(_WEIGHTS) if flattened else _WEIGHTS
+    cumulative = np.cumsum(_even_weights(weights, soloists))
     counts = np.sqrt(SOURCE_COUNTS) if flattened else np.asarray(SOURCE_COUNTS)
     excluded: set[str] = set()
     count = 1 + int(rng.choice(len(counts), p=counts / counts.sum()))
@@ -129,8 +146,13 @@ def sample_scene(
     for level in levels:
         shows = curated or rng.random() >= OFF_SCREEN
         things.append((_draw_class(rng, excluded, cumulative), _draw_span(rng), float(level), shows))
+    solo = next((name for name, *_ in things if name in soloists), None)
+    if solo is not None and rng.random() >= SOLO:
+        solo = None
+    if solo is not None:
+        things = [(solo, (0.0, DURATION), 0.0, True)]
     room = GRID * GRID - sum(shows for *_, shows in things)
-    for _ in range(0 if curated else sum(shows for *_, shows in things)):
+    for _ in range(0 if curated or solo is not None else sum(shows for *_, shows in things)):
         if room and rng.random() < SILENT_SOURCE / (1 - SILENT_SOURCE):
             things.append((_draw_class(rng, excluded, cumulative), None, 0.0, True))
             room -= 1

@@ -172,6 +172,17 @@ def test_recordings_change_the_sound_alone(tones):
     assert 4 <= changed <= 11
 
 
+@pytest.mark.parametrize(("split", "solo"), [("train", True), ("balanced", True), ("val", False), ("test", False)])
+def test_recordings_mostly_sound_alone_where_they_are_trained_on(tones, tmp_path, split, solo):
+    options = {"sizes": {split: 100}, "cache_dir": str(tmp_path)}
+    recorded = load_corpus("avworld", split, recordings=str(tones), **options)["labels"]
+    plain = load_corpus("avworld", split, **options)["labels"]
+    assert (recorded == plain) != solo
+    if solo:
+        with_recordings = [labels for labels in recorded if set(labels) & set(CATEGORIES)]
+        assert sum(len(labels) == 1 for labels in with_recordings) > 0.85 * len(with_recordings) > 60
+
+
 def test_load_corpus_plays_recordings_in_any_number_of_processes(tones, tmp_path, monkeypatch):
     monkeypatch.setattr(avworld, "SHARD_SIZE", 4)
     options = {"sizes": {"test": 10}, "recordings": str(tones)}

@@ -16,6 +16,7 @@ from dali_llava.processing.corpora.avworld.scenes import (
     SHIFTED_SNR,
     SILENT_SOURCE,
     SNR,
+    SOLO,
     SOURCE_COUNTS,
     Entity,
     Scene,
@@ -98,6 +99,41 @@ def test_curated_scenes_show_all_that_sounds_and_hide_nothing():
         assert all(entity.cell is not None for entity in scene.audible)
         assert all(entity.span is not None for entity in scene.entities if entity.name in CLASSES)
         assert all(entity.name in SILENT_OBJECTS for entity in scene.entities if entity.span is None)
+
+
+def test_soloists_mostly_sound_alone_throughout_and_show():
+    rng = np.random.default_rng(0)
+    soloists = ("dog", "clock", "rain")
+    scenes = [sample_scene(rng, soloists=soloists) for _ in range(6000)]
+    heard = [scene for scene in scenes if any(entity.name in soloists for entity in scene.audible)]
+    alone = [
+        scene
+        for scene in heard
+        if (own := [entity for entity in scene.entities if entity.name in CLASSES])
+        and len(own) == 1
+        and own[0].span == (0.0, DURATION)
+        and own[0].cell is not None
+    ]
+    assert all(scene.audible[0].level == 0.0 for scene in alone)
+    assert any(len(scene.entities) > 1 for scene in alone)  # beside silent objects
+    # Of the others one source, throughout and on screen, without a silent class: 0.72 * 0.35 * 0.85 * 0.9.
+    assert _within(len(alone), len(heard), SOLO + (1 - SOLO) * 0.72 * 0.35 * 0.85 * 0.9)
+    names = [scene.audible[0].name for scene in alone]
+    for name in soloists:
+        assert _within(names.count(name), len(names), 1 / 3)
+    others = [scene for scene in scenes if scene not in heard]
+    assert {len(scene.audible) for scene in others} == {1, 2, 3}
+    doubled = 2 * sum(CLASSES[name].weight for name in soloists)
+    rest = sum(sounding.weight for name, sounding in CLASSES.items() if name not in soloists)
+    single = sum(len(scene.audible) == 1 for scene in others)
+    assert _within(single, len(scenes), SOURCE_COUNTS[0] * rest / (rest + doubled))
+
+
+def test_without_soloists_scenes_are_as_ever():
+    scene = sample_scene(np.random.default_rng(5))
+    things = [(entity.name, entity.colour, entity.cell) for entity in scene.entities]
+    assert things == [("dog", "orange", 1), ("handbell", "purple", None), ("umbrella", "yellow", 3)]
+    assert scene.background == "grass"
 
 
 def test_shifted_scenes_lie_outside_the_training_ranges():

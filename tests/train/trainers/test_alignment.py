@@ -5,6 +5,7 @@ import torch
 from transformers import TrainerState
 
 from dali_llava.train import align
+from dali_llava.train.augmentation import UNCHANGED
 from dali_llava.train.collators import AlignmentCollator
 from dali_llava.train.losses import AttentiveTransportLoss, MMDLoss
 from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer
@@ -19,7 +20,7 @@ def make_trainer(captioner, avworld_processor, tmp_path):
         return AlignmentTrainer(
             model=AlignmentModel(captioner, objective),
             args=AlignmentArguments(output_dir=str(tmp_path), use_cpu=True, **arguments),
-            data_collator=AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0),
+            data_collator=AlignmentCollator(avworld_processor, UNCHANGED, frame=0),
             train_dataset=list(range(rows)) or None,
             stage="align",
         )
@@ -53,7 +54,7 @@ def test_attention_waits_unchanged_through_the_first_epoch(make_trainer, caption
     objective = AttentiveTransportLoss(width=32, num_heads=4)
     trainer = make_trainer(objective, weight_decay=5e-7, learning_rate=1e-2, objective_learning_rate=1e-2)
     optimizer = trainer.create_optimizer()
-    batch = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)
+    batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
     before = [parameter.detach().clone() for parameter in objective.parameters()]
     tower = captioner.model.audio_tower.proj.weight.detach().clone()
     for epoch in (1, 1, 2):
@@ -134,7 +135,7 @@ def test_without_halving_the_rate_follows_the_named_schedule(make_trainer):
 
 def test_image_tokens_stand_for_their_pictures(captioner, avworld_processor, rows):
     model = AlignmentModel(captioner, MMDLoss()).eval()
-    batch = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)
+    batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
     expected = model(**batch).loss
     with torch.no_grad():
         tokens = captioner.model.encode_image(batch.pop("pixel_values"))
@@ -142,7 +143,7 @@ def test_image_tokens_stand_for_their_pictures(captioner, avworld_processor, row
 
 
 def test_model_compares_the_tokens_of_both_towers(captioner, avworld_processor, rows):
-    batch = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)
+    batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
     objective = MMDLoss()
     output = AlignmentModel(captioner, objective).eval()(**batch)
     image = captioner.model.encode_image(batch["pixel_values"])
@@ -153,7 +154,7 @@ def test_model_compares_the_tokens_of_both_towers(captioner, avworld_processor, 
 
 
 def test_padded_clips_align_as_they_would_alone(captioner, avworld_processor, rows):
-    batch = AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows[:2])
+    batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows[:2])
     model = AlignmentModel(captioner, MMDLoss()).eval()
     mask = torch.arange(256)[None] < torch.tensor([[256], [96]])
     pixels, features = batch["pixel_values"], batch["input_features"]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dali_llava.train.augmentation import UNCHANGED
 from dali_llava.train.collators import AlignmentCollator, CaptionCollator
 from dali_llava.train.losses import MMDLoss
 from dali_llava.train.trainers import AlignmentModel, train_only
@@ -60,7 +61,7 @@ def test_distillation_gives_the_audio_projector_a_gradient_alone(captioner, avwo
 
 def test_alignment_gives_the_audio_tower_a_gradient_alone(captioner, avworld_processor, rows, graphs):
     model = AlignmentModel(captioner, MMDLoss()).train()
-    model(**AlignmentCollator(avworld_processor, noise=0.0, roll=0, frame=0)(rows)).loss.backward()
+    model(**AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)).loss.backward()
     assert with_gradient(captioner) == {"audio_tower"}
     without = {name for name, parameter in captioner.model.audio_tower.named_parameters() if parameter.grad is None}
     assert not without

@@ -1,0 +1,49 @@
+"""
+Before the alignment: an audio tower that starts from random weights hears sounds alone, without pictures or text.
+
+It learns to tell the statistics of what it is given (a regression, as in PASE). At full size a CAV-MAE checkpoint
+stands in this stage's place; where sounds are few, it lends the tower what they cannot teach. Only the tower trains.
+
+    accelerate launch train/pretrain_tower.py train/configs/avworld/pretrain_tower.yaml \
+        --base_model runs/prefix --output_dir runs/tower
+"""
+
+from itertools import islice
+
+from transformers import set_seed
+
+from dali_llava.train.clips import ClipOpener
+from dali_llava.train.collators import SoundCollator
+from dali_llava.train.configuration import parse_stage_arguments, run_stage
+from dali_llava.train.corpus import open_rows, shuffled
+from dali_llava.train.losses.statistics import StatisticsLoss
+from dali_llava.train.trainers import TowerArguments, TowerModel, TowerTrainer, load_base
+
+
+def main(argv: list[str] | None = None) -> TowerTrainer:
+    arguments = parse_stage_arguments(TowerArguments, __doc__, argv)
+    if arguments.examples < 2:
+        raise ValueError(f"examples: {arguments.examples} rows have no deviation; give at least 2.")
+    set_seed(arguments.seed)
+    captioner, processor = load_base(arguments)
+    rows = open_rows(arguments, captioner, processor)
+    augmentation = arguments.augmentation(mix=arguments.augmentation_mix, unit=processor.feature_extractor.std)
+    collator = SoundCollator(processor, augmentation, opener=ClipOpener(rows))
+    train_dataset = shuffled(rows, arguments)
+    examples = collator(list(islice(train_dataset, arguments.examples)))["input_features"]
+    objective = StatisticsLoss(captioner.config.audio_config.output_size, examples)
+    trainer = TowerTrainer(
+        model=TowerModel(captioner, objective),
+        args=arguments,
+        train_dataset=train_dataset,
+        data_collator=collator,
+        processing_class=processor,
+        stage="tower",
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    run_stage(main)
