@@ -14,13 +14,13 @@ from transformers import set_seed
 from dali_llava.train.clips import ClipOpener
 from dali_llava.train.collators import AlignmentCollator
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
-from dali_llava.train.corpus import open_rows, shuffled
+from dali_llava.train.corpus import open_rows, shuffled, with_features
 from dali_llava.train.losses import LOSSES
-from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer, load_base
+from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer, check_base, load_base
 
 
-def build_objective(arguments: AlignmentArguments, width: int):
-    """The objective that the arguments name, for tokens `width` wide; ValueError for an unknown name or option."""
+def check_objective(arguments: AlignmentArguments) -> None:
+    """ValueError for an objective or an option that there is not, or a schedule without epochs."""
     if arguments.objective not in LOSSES:
         raise ValueError(f"unknown objective '{arguments.objective}'; there are {', '.join(LOSSES)}.")
     loss = LOSSES[arguments.objective]
@@ -30,18 +30,26 @@ def build_objective(arguments: AlignmentArguments, width: int):
         raise ValueError(
             f"objective {arguments.objective}: unknown option {', '.join(unknown)}; there are {sorted(known)}."
         )
-    options = {"width": width, **arguments.objective_options} if "width" in known else arguments.objective_options
-    return loss(**options)
+    if arguments.streaming and hasattr(loss, "set_epoch") and arguments.schedule_epochs is None:
+        raise ValueError("streaming: a stream has no epochs; name those of the objective's schedule, schedule_epochs.")
+
+
+def build_objective(arguments: AlignmentArguments, width: int):
+    """The objective that the arguments name, for tokens `width` wide."""
+    loss, options = LOSSES[arguments.objective], arguments.objective_options
+    return loss(**({"width": width, **options} if "width" in inspect.signature(loss).parameters else options))
 
 
 def main(argv: list[str] | None = None) -> AlignmentTrainer:
     arguments = parse_stage_arguments(AlignmentArguments, __doc__, argv)
     set_seed(arguments.seed)
-    captioner, processor = load_base(arguments, after=("prefix",))
+    check_objective(arguments)
+    check_base(arguments, after=("prefix",))
+    rows = open_rows(arguments, pictures=True)
+    captioner, processor = load_base(arguments)
     objective = build_objective(arguments, captioner.config.audio_config.output_size)
-    if arguments.streaming and hasattr(objective, "set_epoch") and arguments.schedule_epochs is None:
-        raise ValueError("streaming: a stream has no epochs; name those of the objective's schedule, schedule_epochs.")
-    rows = open_rows(arguments, captioner, processor, pictures=True)
+    if arguments.cache_features:
+        rows = with_features(rows, captioner, processor)
     trainer = AlignmentTrainer(
         model=AlignmentModel(captioner, objective),
         args=arguments,

@@ -75,14 +75,9 @@ def stream_rows(arguments: SoundArguments) -> IterableDataset:
     return rows.repeat(None)
 
 
-def open_rows(
-    arguments: SoundArguments,
-    captioner: LlavaAudioForConditionalGeneration,
-    processor: LlavaAudioProcessor,
-    pictures: bool = False,
-) -> Dataset | IterableDataset:
+def open_rows(arguments: SoundArguments, pictures: bool) -> Dataset | IterableDataset:
     """
-    The rows of a stage that trains the audio tower: streamed, or with features computed ahead, as the arguments say.
+    The rows of a stage that trains the audio tower, or their stream.
 
     Args:
         pictures: whether the stage needs them.
@@ -91,9 +86,9 @@ def open_rows(
         ValueError, FileNotFoundError: as `load_rows`, `stream_rows` and `check_pictures`.
     """
     rows = stream_rows(arguments) if arguments.streaming else load_rows(arguments)
-    if pictures or arguments.cache_features:
+    if pictures:
         check_pictures(rows, arguments)
-    return with_features(rows, captioner, processor) if arguments.cache_features else rows
+    return rows
 
 
 def shuffled(rows: Dataset | IterableDataset, arguments: SoundArguments) -> Dataset | IterableDataset:

@@ -24,7 +24,7 @@ from dali_llava.train.clips import ClipOpener
 from dali_llava.train.collators import CaptionCollator
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import load_rows
-from dali_llava.train.trainers import CaptioningTrainer, StageArguments, load_base, train_only
+from dali_llava.train.trainers import CaptioningTrainer, StageArguments, check_base, load_base, train_only
 
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,9 @@ def pseudo_caption(captioner, processor, rows, arguments: DistillationArguments)
 def main(argv: list[str] | None = None) -> CaptioningTrainer:
     arguments = parse_stage_arguments(DistillationArguments, __doc__, argv)
     set_seed(arguments.seed)
-    captioner, processor = load_base(arguments, after=("prefix", "align"))
+    check_base(arguments, after=("prefix", "align"))
     rows = load_rows(arguments)
+    captioner, processor = load_base(arguments)
     with arguments.main_process_first(desc="pseudo-captions"):
         captions = pseudo_caption(captioner, processor, rows, arguments)
     if not captions:

@@ -15,7 +15,7 @@ from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 from dali_llava.train.collators import CaptionCollator
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import load_rows
-from dali_llava.train.trainers import CaptioningTrainer, StageArguments, load_base, train_only
+from dali_llava.train.trainers import CaptioningTrainer, StageArguments, check_base, load_base, train_only
 
 
 @dataclass
@@ -31,8 +31,7 @@ class PrefixArguments(StageArguments):
 def main(argv: list[str] | None = None) -> CaptioningTrainer:
     arguments = parse_stage_arguments(PrefixArguments, __doc__, argv)
     set_seed(arguments.seed)
-    captioner, processor = load_base(arguments)
-    train_only(captioner, captioner.model.prefix)
+    check_base(arguments)
     rows = load_rows(arguments)
     if len(rows) < (arguments.max_samples or 1):
         raise ValueError(
@@ -40,6 +39,8 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
             f"({arguments.max_samples}); lower it or bring more captions."
         )
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": row["captions"][0]})
+    captioner, processor = load_base(arguments)
+    train_only(captioner, captioner.model.prefix)
     trainer = CaptioningTrainer(
         model=captioner,
         args=arguments,

@@ -15,9 +15,9 @@ from transformers import set_seed
 from dali_llava.train.clips import ClipOpener
 from dali_llava.train.collators import SoundCollator
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
-from dali_llava.train.corpus import open_rows, shuffled
+from dali_llava.train.corpus import open_rows, shuffled, with_features
 from dali_llava.train.losses.statistics import StatisticsLoss
-from dali_llava.train.trainers import TowerArguments, TowerModel, TowerTrainer, load_base
+from dali_llava.train.trainers import TowerArguments, TowerModel, TowerTrainer, check_base, load_base
 
 
 def main(argv: list[str] | None = None) -> TowerTrainer:
@@ -25,8 +25,11 @@ def main(argv: list[str] | None = None) -> TowerTrainer:
     if arguments.examples < 2:
         raise ValueError(f"examples: {arguments.examples} rows have no deviation; give at least 2.")
     set_seed(arguments.seed)
+    check_base(arguments)
+    rows = open_rows(arguments, pictures=arguments.cache_features)
     captioner, processor = load_base(arguments)
-    rows = open_rows(arguments, captioner, processor)
+    if arguments.cache_features:
+        rows = with_features(rows, captioner, processor)
     augmentation = arguments.augmentation(mix=arguments.augmentation_mix, unit=processor.feature_extractor.std)
     collator = SoundCollator(processor, augmentation, opener=ClipOpener(rows))
     train_dataset = shuffled(rows, arguments)

@@ -33,6 +33,16 @@ def loaded(run_dir) -> dict[str, LlavaAudioForConditionalGeneration]:
     }
 
 
+@pytest.fixture
+def unloaded(monkeypatch) -> None:
+    """Fails where a model is loaded: it may take minutes, and bad input should have been told by then."""
+
+    def fail(*args, **kwargs):
+        pytest.fail("a model is loaded")
+
+    monkeypatch.setattr(LlavaAudioForConditionalGeneration, "from_pretrained", fail)
+
+
 @pytest.mark.parametrize("stage", TRAINED)
 def test_stage_changes_what_it_trains_and_nothing_else(loaded, stage):
     before, after = loaded[BEFORE[stage]].state_dict(), loaded[stage].state_dict()
@@ -137,7 +147,7 @@ def test_stage_before_the_one_before_it_is_an_error_with_its_remedy(run_stage, r
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_objective_lists_those_there_are(run_stage, run_dir, tmp_path):
+def test_unknown_objective_lists_those_there_are(run_stage, run_dir, tmp_path, unloaded):
     with pytest.raises(ValueError, match=f"unknown objective 'mdd'; there are {', '.join(LOSSES)}"):
         run_stage("aligned", run_dir / "prefix", tmp_path / "out", "--objective", "mdd")
 
@@ -158,9 +168,12 @@ def test_unknown_objective_option_is_named(run_stage, run_dir, tmp_path):
         (["--dataset_options", '{"size": 3}'], "has no option 'size'; known: .*sizes"),
     ],
 )
-def test_unknown_corpus_split_or_option_is_named(run_stage, run_dir, tmp_path, words, message):
+@pytest.mark.parametrize("stage", TRAINED)
+def test_unknown_corpus_split_or_option_is_named_before_a_model_is_loaded(
+    run_stage, run_dir, tmp_path, unloaded, stage, words, message
+):
     with pytest.raises(ValueError, match=message):
-        run_stage("aligned", run_dir / "prefix", tmp_path / "out", *words)
+        run_stage(stage, run_dir / BEFORE[stage], tmp_path / "out", *words)
 
 
 def test_too_few_shots_are_an_error(run_stage, run_dir, tmp_path):

@@ -3,7 +3,7 @@
 from .alignment import AlignmentArguments, AlignmentModel, AlignmentTrainer
 from .captioning import CaptioningTrainer, TokenViewTrainer, token_views
 from .sound import SoundArguments
-from .stage import StageArguments, StageTrainer, load_base, train_only
+from .stage import StageArguments, StageTrainer, check_base, load_base, train_only
 from .tower import TowerArguments, TowerModel, TowerTrainer
 from .words import WordTrainer, word_loss
 
@@ -21,6 +21,7 @@ __all__ = [
     "TowerModel",
     "TowerTrainer",
     "WordTrainer",
+    "check_base",
     "load_base",
     "token_views",
     "train_only",

@@ -75,18 +75,16 @@ class StageProgress(ProgressCallback):
 SCRIPTS = {"prefix": "train/prefix_tune.py", "align": "train/align.py"}
 
 
-def load_base(
-    arguments: StageArguments, after: Sequence[str] = ()
-) -> tuple[LlavaAudioForConditionalGeneration, LlavaAudioProcessor]:
+def check_base(arguments: StageArguments, after: Sequence[str] = ()) -> None:
     """
-    The captioner that a stage starts from, and its processor.
+    Whether a stage's base model is there and has been through the stages before it, before anything is loaded.
 
     Args:
         after: the stages that must have come before, of `SCRIPTS`. A whole checkpoint does not tell which it has been
             through; its user is to know.
 
     Raises:
-        ValueError: when no base is named, the one named holds no captioner, or lacks a stage of `after`.
+        ValueError: when no base is named, the one named is no folder, or lacks a stage of `after`.
     """
     base = arguments.base_model
     if not base:
@@ -99,6 +97,11 @@ def load_base(
         raise ValueError(
             f"base_model {base} has been through {', '.join(reversed(been))} only; run {SCRIPTS[missing[0]]} first."
         )
+
+
+def load_base(arguments: StageArguments) -> tuple[LlavaAudioForConditionalGeneration, LlavaAudioProcessor]:
+    """The captioner that a stage starts from, and its processor. `check_base` comes first, then the corpus."""
+    base = arguments.base_model
     return LlavaAudioForConditionalGeneration.from_pretrained(base), LlavaAudioProcessor.from_pretrained(base)
 
 

@@ -33,7 +33,7 @@ DEFAULT_SIZES: dict[str, int] = {
 SPLITS: tuple[str, ...] = tuple(DEFAULT_SIZES)
 CAPTIONED_SPLITS = frozenset({"train_captioned", "shots", "val", "test", "test_shifted"})
 TEST_SPLITS = frozenset({"test", "test_shifted"})
-SOLO_SPLITS = frozenset({"train", "balanced"})  # in which most recordings sound alone
+TRAINING_SPLITS = frozenset({"train", "balanced"})  # in which recordings are varied, and mostly sound alone
 TEXT_ONLY = 0.1  # share of the captioner's rows without a picture
 PAIRED = 0.25  # share of its rows with two pictures
 SAME_THINGS = 0.5  # share of those in which both pictures show the same things
@@ -72,7 +72,7 @@ class AVWorldConfig(datasets.BuilderConfig):
 
     seed: of all rows; splits: those to generate; sizes: rows of a split, where not the default; recordings: the folder
     of ESC-10, whose recordings replace ten classes' synthesisers: folds 1 to 3, in the splits to test on fold 4. In
-    `train` and `balanced` these classes are soloists (`sample_scene`).
+    `train` and `balanced` they are varied, and these classes are soloists (`sample_scene`).
 
     Raises:
         ValueError: on an unknown split or a size that is not a positive integer.
@@ -108,11 +108,12 @@ class AVWorldConfig(datasets.BuilderConfig):
         """What plays the recordings of a split's folds, by class; None where there are no recordings."""
         if self.recordings is None:
             return None
-        return recorded_synthesisers(self.recordings, (TEST_FOLD,) if split in TEST_SPLITS else TRAIN_FOLDS)
+        folds = (TEST_FOLD,) if split in TEST_SPLITS else TRAIN_FOLDS
+        return recorded_synthesisers(self.recordings, folds, varied=split in TRAINING_SPLITS)
 
     def soloists(self, split: str) -> tuple[str, ...]:
         """The classes that mostly sound alone in a split: those of the recordings, where a stage trains on them."""
-        return tuple(CATEGORIES) if self.recordings is not None and split in SOLO_SPLITS else ()
+        return tuple(CATEGORIES) if self.recordings is not None and split in TRAINING_SPLITS else ()
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
         """A cache key of the options that matter, of the recordings where a split plays them, and of this package's

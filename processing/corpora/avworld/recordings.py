@@ -13,10 +13,12 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from scipy.signal import resample_poly
 
 from dali_llava.processing.media import MediaError, load_audio
 
 from .scenes import FADE, NUM_SAMPLES, PEAK, SAMPLING_RATE
+from .signals import reverberate
 from .synthesis import Synthesiser
 
 
@@ -39,6 +41,10 @@ TEST_FOLD = 4
 SILENCE = 0.01  # of a recording's peak: what is fainter at its ends is cut off
 LOUD_SHARE = 0.5  # a random crop's energy, of the loudest crop's of the recording
 AUDIBLE_SHARE = 0.05  # the same of a crop to test on
+LARGEST_SPEED = 1.2  # a varied recording is played at up to this speed, and down to its inverse
+REVERBERANT = 0.3  # share of the varied recordings that a room is added to
+REVERBERATION_TIME = (0.1, 0.5)  # seconds to -60 dB
+REVERBERATION_LEVEL = (-12.0, 0.0)  # dB, reverberant over direct sound
 
 _REMEDY = "give the folder of ESC-10, which holds '001 - Dog bark' ... '010 - Fire crackling'"
 _FOLDER_NAME = re.compile(r"\d+\s*-\s*(.+)")
@@ -142,25 +148,44 @@ def _crops(sound: np.ndarray, size: int, margin: int) -> tuple[np.ndarray, np.nd
     return np.lib.stride_tricks.sliding_window_view(padded, size), energies
 
 
+def _vary(sound: np.ndarray, rng: np.random.Generator, sampling_rate: int) -> np.ndarray:
+    """The sound at another speed, and so another pitch, and sometimes in a room."""
+    speed = LARGEST_SPEED ** rng.uniform(-1, 1)
+    sound = resample_poly(sound, 50, round(50 * speed))
+    if rng.random() < REVERBERANT:
+        sound = reverberate(sound, rng, sampling_rate, REVERBERATION_TIME, REVERBERATION_LEVEL)
+    return sound
+
+
 def _draw_crop(
-    paths: tuple[Path, ...], rng: np.random.Generator, num_samples: int, sampling_rate: int, shift: float
+    paths: tuple[Path, ...],
+    varied: bool,
+    rng: np.random.Generator,
+    num_samples: int,
+    sampling_rate: int,
+    shift: float,
 ) -> np.ndarray:
-    """A crop of a random recording: a synthesiser, but for `paths`.
+    """A crop of a random recording: a synthesiser, but for `paths` and `varied`.
 
     It has at least LOUD_SHARE of the loudest crop's energy. A recording that is too short stands once, at a random
     place, within zeros. `shift` is ignored: a recording has no parameters to draw outside the training ranges.
     """
     sound = sounding_part(paths[int(rng.integers(len(paths)))], sampling_rate)
+    if varied:
+        sound = _vary(sound, rng, sampling_rate)
     # A scene fades each source in and out: a click there would be lost.
     margin = min(round(FADE * sampling_rate), (num_samples - 1) // 2)
     crops, energies = _crops(sound, num_samples, margin)
     return crops[rng.choice(np.flatnonzero(energies >= LOUD_SHARE * energies.max()))].copy()
 
 
-def recorded_synthesisers(folder: str | Path, folds: Collection[int]) -> dict[str, Synthesiser]:
+def recorded_synthesisers(folder: str | Path, folds: Collection[int], varied: bool = False) -> dict[str, Synthesiser]:
     """Synthesisers of the ten classes that play recordings of some folds; they can be pickled.
 
     Each draws a recording and a crop of it that holds sound; it ignores `shift`. Files are decoded when first drawn.
+
+    Args:
+        varied: play each at another speed, and some in a room, as other takes of the same sound would be.
 
     Raises:
         FileNotFoundError, ValueError: as `find_recordings` does, or folds other than 1 to 4, or none.
@@ -168,7 +193,7 @@ def recorded_synthesisers(folder: str | Path, folds: Collection[int]) -> dict[st
     if not folds or not set(folds) <= set(FOLDS):
         raise ValueError(f"folds of ESC-10 are {', '.join(map(str, FOLDS))}; give some of them, not {folds!r}")
     return {
-        name: partial(_draw_crop, tuple(path for fold in sorted(set(folds)) for path in by_fold[fold]))
+        name: partial(_draw_crop, tuple(path for fold in sorted(set(folds)) for path in by_fold[fold]), varied)
         for name, by_fold in find_recordings(folder).items()
     }
 

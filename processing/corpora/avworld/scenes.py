@@ -4,10 +4,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.signal import fftconvolve, lfilter
+from scipy.signal import lfilter
 
 from .classes import BACKGROUNDS, CLASSES, COLOURS, LOOK_AMBIGUOUS, RIVALS, SILENT_OBJECTS, sprite_of
-from .signals import noise
+from .signals import noise, reverberate
 from .sprites import MASKS
 from .synthesis import SYNTHESISERS, Synthesiser
 
@@ -195,15 +195,6 @@ def _normalise(signal: np.ndarray) -> np.ndarray:
     return signal / np.sqrt(power[power >= 0.01 * power.max()].mean() + 1e-12)
 
 
-def _reverberate(signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Add noise that decays exponentially, convolved with the signal (Polack's model of a room)."""
-    time = rng.uniform(*REVERBERATION_TIME)
-    size = int(time * SAMPLING_RATE)
-    room = noise(rng, size) * np.exp(-6.9 * np.arange(size, dtype=np.float32) / size)
-    room *= 10 ** (rng.uniform(*REVERBERATION_LEVEL) / 20) / np.linalg.norm(room)
-    return signal + fftconvolve(signal, room)[: signal.size].astype(np.float32)
-
-
 def render_audio(
     scene: Scene, rng: np.random.Generator, synthesisers: Mapping[str, Synthesiser] | None = None
 ) -> np.ndarray:
@@ -228,7 +219,7 @@ def render_audio(
         signal[-fade_size:] *= fade[::-1]
         mix[start:end] += np.float32(10 ** (entity.level / 20)) * signal
     if scene.shift:
-        mix = _reverberate(mix, rng)
+        mix = reverberate(mix, rng, SAMPLING_RATE, REVERBERATION_TIME, REVERBERATION_LEVEL)
     if not any(entity.name in synthesisers for entity in scene.audible):
         pole = rng.uniform(*(SHIFTED_NOISE_POLE if scene.shift else NOISE_POLE))
         # Filtered white noise has variance 1 / (1 - pole^2).

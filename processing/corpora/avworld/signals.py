@@ -3,7 +3,7 @@
 from functools import cache
 
 import numpy as np
-from scipy.signal import lfilter
+from scipy.signal import fftconvolve, lfilter
 
 
 # How far outside its training range a shifted parameter lies, as a share of the range's logarithmic width.
@@ -105,3 +105,26 @@ def decays(num_samples: int, starts: np.ndarray, time_constant: float, sampling_
     """(num_samples,) float32 sum of exponential decays in seconds, one from each start."""
     pole = np.exp(-1 / (time_constant * sampling_rate))
     return lfilter([1.0], [1.0, -pole], impulses(num_samples, starts)).astype(np.float32)
+
+
+def reverberate(
+    signal: np.ndarray,
+    rng: np.random.Generator,
+    sampling_rate: int,
+    time: tuple[float, float],
+    level: tuple[float, float],
+) -> np.ndarray:
+    """Add noise that decays exponentially, convolved with the signal (Polack's model of a room).
+
+    Args:
+        signal: (n,) float32.
+        time: range of the seconds to -60 dB.
+        level: range of the decibels of reverberant over direct sound.
+
+    Returns:
+        (n,) float32.
+    """
+    size = int(rng.uniform(*time) * sampling_rate)
+    room = noise(rng, size) * np.exp(-6.9 * np.arange(size, dtype=np.float32) / size)
+    room *= 10 ** (rng.uniform(*level) / 20) / np.linalg.norm(room)
+    return signal + fftconvolve(signal, room)[: signal.size].astype(np.float32)

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from dali_llava.processing.corpora.avworld import recordings
 from dali_llava.processing.corpora.avworld.recordings import (
     CATEGORIES,
+    LARGEST_SPEED,
+    REVERBERANT,
     recorded_synthesisers,
     sounding_part,
     spread_crops,
@@ -47,7 +50,7 @@ def test_silent_recordings_are_rejected(tmp_path):
         sounding_part(write(tmp_path / "1-1-A.wav", 1.0))
 
 
-def dog_playing(folder: Path, *parts: np.ndarray | float):
+def dog_playing(folder: Path, *parts: np.ndarray | float, varied: bool = False):
     """The synthesiser of a dog whose one recording of fold 1 holds these sounds and pauses."""
     for category in CATEGORIES.values():
         for fold in (1, 2, 3, 4):
@@ -55,7 +58,29 @@ def dog_playing(folder: Path, *parts: np.ndarray | float):
             path.parent.mkdir(exist_ok=True)
             path.touch()
     write(folder / "001 - Dog bark" / "1-1-A.wav", *parts)
-    return recorded_synthesisers(folder, [1])["dog"]
+    return recorded_synthesisers(folder, [1], varied)["dog"]
+
+
+def test_varied_recordings_play_at_speeds_within_their_range(tmp_path):
+    synthesise = dog_playing(tmp_path, tone(1000, 4.0), varied=True)
+    rng = np.random.default_rng(0)
+    crops = [synthesise(rng, RATE, RATE, 0.0) for _ in range(200)]
+    assert all(crop.shape == (RATE,) and crop.dtype == np.float32 for crop in crops)
+    frequencies = np.array([np.abs(np.fft.rfft(crop)).argmax() for crop in crops])  # 1 Hz a bin
+    speeds = np.log(frequencies / 1000) / np.log(LARGEST_SPEED)  # uniform in [-1, 1]
+    assert -1.1 <= speeds.min() < -0.9 and 0.9 < speeds.max() <= 1.1  # steps of 2% are a tenth
+    assert abs(speeds.mean()) < 0.15 and speeds.var() == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_some_varied_recordings_are_played_in_a_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(recordings, "LARGEST_SPEED", 1.0)
+    clicks = np.zeros(4 * RATE)
+    clicks[::4000] = 0.9
+    synthesise = dog_playing(tmp_path, clicks, varied=True)
+    rng = np.random.default_rng(0)
+    filled = np.array([np.mean(np.abs(synthesise(rng, RATE, RATE, 0.0)) > 1e-4) for _ in range(200)])
+    assert not ((filled > 0.001) & (filled < 0.1)).any()  # silence between the clicks, or the room's answer
+    assert (filled > 0.1).mean() == pytest.approx(REVERBERANT, abs=0.1)
 
 
 @pytest.mark.parametrize("size", [RATE, SIZE])
