@@ -21,7 +21,7 @@ from pathlib import Path
 
 DEFAULT_METHODS = "mmd"
 RECORDINGS_METHODS = "ot_att"
-RECORDINGS_CLIPS = 8000  # of the alignment: more crops of the few recordings
+RECORDINGS_CLIPS = 18000  # of the alignment: more crops of the few recordings
 SHOWN_SYSTEMS = (("aligned", "audio"), ("distilled", "audio"), ("distilled", "audiovisual"))
 
 
