@@ -166,11 +166,11 @@ class AlignmentCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "image_tokens" in rows[0]:
-            sounds = torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
+            sounds = self.augmentation(torch.stack([torch.as_tensor(row["input_features"]) for row in rows]))
             tokens = [torch.as_tensor(row["image_tokens"]) for row in rows]
             chosen = [int(torch.randint(len(frames), ())) if self.frame is None else self.frame for frames in tokens]
             shown = torch.stack([frames[i] for frames, i in zip(tokens, chosen, strict=True)])
-            return {"image_tokens": shown, "input_features": self.augmentation(sounds)}
+            return {"image_tokens": shown, "input_features": sounds}
         rate = self.processor.feature_extractor.sampling_rate
         clips = self.opener(rows, image=True, audio=True, second=self.frame, sampling_rate=rate)
         sounds = input_features([clip.audio for clip in clips], self.processor)
