@@ -179,6 +179,22 @@ def test_augmented_pairs_keep_frame_and_sound_of_one_clip(avworld_processor, row
     assert not torch.equal(batch["input_features"], clean)
 
 
+def test_stored_pairs_draw_for_the_sound_first_and_then_the_frames(avworld_processor):
+    """The published figures hang on this order."""
+    generator = torch.Generator().manual_seed(0)
+    features, tokens = torch.randn(3, 256, 64, generator=generator), torch.randn(3, 4, 36, 32, generator=generator)
+    stored = [
+        {"input_features": sound.numpy(), "image_tokens": frames.numpy()}
+        for sound, frames in zip(features, tokens, strict=True)
+    ]
+    torch.manual_seed(1)
+    batch = AlignmentCollator(avworld_processor)(stored)
+    torch.manual_seed(1)
+    assert torch.equal(batch["input_features"], Augmentation()(features))
+    shown = torch.stack([frames[int(torch.randint(4, ()))] for frames in tokens])
+    assert torch.equal(batch["image_tokens"], shown)
+
+
 def test_sounds_alone_are_those_of_the_pairs_from_media_and_from_stored_features(avworld_processor, rows):
     pairs = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
     sounds = SoundCollator(avworld_processor, UNCHANGED)(rows)
