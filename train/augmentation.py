@@ -1,5 +1,6 @@
 """Random changes of spectrograms in training: DALI's own, and those that make the most of a few recordings."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ def mix_spectrograms(features: torch.Tensor, share: float, unit: float = 1.0, fa
         (B, frames, mels), new memory.
     """
     batch = len(features)
-    level = faintest * torch.rand(batch, 1, 1) * torch.log(torch.tensor(10.0)) / 10
+    level = faintest * torch.rand(batch, 1, 1) * math.log(10) / 10
     others = features[torch.randperm(batch)]
     mixed = torch.logaddexp(unit * features, unit * others + level) / unit
     return torch.where(torch.rand(batch, 1, 1) < share, mixed, features)

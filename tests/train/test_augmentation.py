@@ -1,7 +1,5 @@
 """Augmentation: each change is what it says, and what is switched off draws nothing."""
 
-import math
-
 import pytest
 import torch
 
@@ -106,7 +104,6 @@ def test_augmentation_mixes_equalises_and_then_rolls():
     torch.manual_seed(0)
     augmentation = Augmentation(noise=0.2, roll=5, equaliser=0.4, mix=0.5, unit=2.0)
     assert torch.equal(augmentation(features), expected)
-    assert math.isfinite(expected.sum())
 
 
 def test_what_is_switched_off_draws_nothing():

@@ -24,6 +24,7 @@ DRIVER = Path(__file__).with_name("stages_driver.py")
 # stage: its module, and the stage before it
 STAGES = {
     "prefix": ("dali_llava.train.prefix_tune", "captioner"),
+    "tower": ("dali_llava.train.pretrain_tower", "prefix"),
     "aligned": ("dali_llava.train.align", "prefix"),
     "distilled": ("dali_llava.train.distill", "aligned"),
 }
@@ -33,13 +34,18 @@ COMMON = [
     # step of the full rate.
     *("--adam_epsilon", "1e-5"),
 ]
+STILL = ["--augmentation_noise", "0", "--augmentation_roll", "0"]
 ALIGNMENT = [
-    *("--augmentation_noise", "0", "--augmentation_roll", "0", "--frame", "0"),
+    *(*STILL, "--frame", "0"),
     # Epochs 1 to 3: from the third step on lambda counts, and the attention learns.
     *("--schedule_epochs", "3", "--objective_learning_rate", "2e-3"),
 ]
 OPTIONS = {"ot_att": ["--objective_options", '{"temperature": 0.2}']}  # at 20 the attention would hardly move
-RUNS = {"prefix": ("prefix", ["--frame", "0"]), "distilled": ("distilled", [])} | {
+RUNS = {
+    "prefix": ("prefix", ["--frame", "0"]),
+    "tower": ("tower", [*STILL, "--augmentation_equaliser", "0", "--augmentation_mix", "0"]),
+    "distilled": ("distilled", []),
+} | {
     objective: ("aligned", [*ALIGNMENT, "--objective", objective, *OPTIONS.get(objective, [])]) for objective in LOSSES
 }
 
