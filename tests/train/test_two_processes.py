@@ -43,7 +43,8 @@ ALIGNMENT = [
 OPTIONS = {"ot_att": ["--objective_options", '{"temperature": 0.2}']}  # at 20 the attention would hardly move
 RUNS = {
     "prefix": ("prefix", ["--frame", "0"]),
-    "tower": ("tower", [*STILL, "--augmentation_equaliser", "0", "--augmentation_mix", "0"]),
+    # Its gradients are small beside COMMON's epsilon: more steps, for every weight to move.
+    "tower": ("tower", [*STILL, "--augmentation_equaliser", "0", "--augmentation_mix", "0", "--max_steps", "12"]),
     "distilled": ("distilled", []),
 } | {
     objective: ("aligned", [*ALIGNMENT, "--objective", objective, *OPTIONS.get(objective, [])]) for objective in LOSSES
