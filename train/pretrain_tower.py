@@ -17,10 +17,10 @@ from dali_llava.train.collators import SoundCollator
 from dali_llava.train.configuration import parse_stage_arguments, run_stage
 from dali_llava.train.corpus import open_rows, shuffled, with_features
 from dali_llava.train.losses.statistics import StatisticsLoss
-from dali_llava.train.trainers import TowerArguments, TowerModel, TowerTrainer, check_base, load_base
+from dali_llava.train.trainers import StageTrainer, TowerArguments, TowerModel, check_base, load_base
 
 
-def main(argv: list[str] | None = None) -> TowerTrainer:
+def main(argv: list[str] | None = None) -> StageTrainer:
     arguments = parse_stage_arguments(TowerArguments, __doc__, argv)
     if arguments.examples < 2:
         raise ValueError(f"examples: {arguments.examples} rows have no deviation; give at least 2.")
@@ -35,8 +35,9 @@ def main(argv: list[str] | None = None) -> TowerTrainer:
     train_dataset = shuffled(rows, arguments)
     examples = collator(list(islice(train_dataset, arguments.examples)))["input_features"]
     objective = StatisticsLoss(captioner.config.audio_config.output_size, examples)
-    trainer = TowerTrainer(
+    trainer = StageTrainer(
         model=TowerModel(captioner, objective),
+        captioner=captioner,
         args=arguments,
         train_dataset=train_dataset,
         data_collator=collator,

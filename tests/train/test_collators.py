@@ -195,6 +195,23 @@ def test_stored_pairs_draw_for_the_sound_first_and_then_the_frames(avworld_proce
     assert torch.equal(batch["image_tokens"], shown)
 
 
+def test_pairs_are_equalised_and_draw_nothing_without(avworld_processor):
+    stored = [{"input_features": torch.zeros(256, 64), "image_tokens": torch.zeros(4, 4, 8).numpy()}] * 2
+    torch.manual_seed(0)
+    plain, equalised = (
+        AlignmentCollator(avworld_processor, Augmentation(noise=0.0, roll=0, equaliser=strength), frame=0)(stored)
+        for strength in (0.0, 0.5)
+    )
+    assert torch.equal(plain["input_features"], torch.zeros(2, 256, 64))
+    assert not torch.equal(*equalised["input_features"])
+    states = []
+    for augmentation in (Augmentation(), Augmentation(equaliser=0.0)):
+        torch.manual_seed(0)
+        AlignmentCollator(avworld_processor, augmentation)(stored)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 def test_sounds_alone_are_those_of_the_pairs_from_media_and_from_stored_features(avworld_processor, rows):
     pairs = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
     sounds = SoundCollator(avworld_processor, UNCHANGED)(rows)

@@ -4,7 +4,7 @@ from .alignment import AlignmentArguments, AlignmentModel, AlignmentTrainer
 from .captioning import CaptioningTrainer, TokenViewTrainer, token_views
 from .sound import SoundArguments
 from .stage import StageArguments, StageTrainer, check_base, load_base, train_only
-from .tower import TowerArguments, TowerModel, TowerTrainer
+from .tower import TowerArguments, TowerModel
 from .words import WordTrainer, word_loss
 
 
@@ -19,7 +19,6 @@ __all__ = [
     "TokenViewTrainer",
     "TowerArguments",
     "TowerModel",
-    "TowerTrainer",
     "WordTrainer",
     "check_base",
     "load_base",

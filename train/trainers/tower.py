@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import ModelOutput
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.train.losses.statistics import StatisticsLoss
 
 from .sound import SoundArguments
-from .stage import StageTrainer, train_only
+from .stage import train_only
 
 
 @dataclass
@@ -23,13 +22,6 @@ class TowerArguments(SoundArguments):
     examples: int = field(
         default=512, metadata={"help": "Rows from which the statistics' means and deviations are taken."}
     )
-
-
-@dataclass
-class TowerOutput(ModelOutput):
-    """`loss` to minimise."""
-
-    loss: torch.Tensor | None = None
 
 
 class TowerModel(nn.Module):
@@ -46,13 +38,7 @@ class TowerModel(nn.Module):
         self.captioner, self.objective = captioner, objective
         train_only(captioner, captioner.model.audio_tower)
 
-    def forward(self, input_features: torch.Tensor) -> TowerOutput:
+    def forward(self, input_features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`loss`, a scalar, of normalised spectrograms (B, frames, mels)."""
         tokens = self.captioner.model.encode_audio(input_features)
-        return TowerOutput(loss=self.objective(tokens, input_features))
-
-
-class TowerTrainer(StageTrainer):
-    """Trainer of a `TowerModel`; what it saves is the tower alone."""
-
-    def __init__(self, model: TowerModel, **kwargs):
-        super().__init__(model=model, captioner=model.captioner, **kwargs)
+        return {"loss": self.objective(tokens, input_features)}

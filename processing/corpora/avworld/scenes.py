@@ -27,7 +27,7 @@ OFF_SCREEN = 0.15  # share of audible sources that are out of sight
 SILENT_SOURCE = 0.10  # share of visible sounding objects that keep silent
 TYPICAL = 0.8  # share of sounding objects in their class's colour, and of scenes in the place of their first source
 
-# What recordings take the place of synthesisers for: few sounds, each to be heard for itself.
+# Soloists: the classes that recordings are played for. Their sounds are few, and each is to be heard for itself.
 SOLO = 0.8  # share of the scenes with a soloist in which it sounds alone
 SOLOIST_WEIGHT = 2.0  # of all soloists together, relative to their synthesisers'
 

@@ -12,7 +12,7 @@ from dali_llava.train.trainers import TowerModel
 def test_the_gradient_is_the_towers_and_the_workers(captioner, avworld_processor, rows):
     batch = SoundCollator(avworld_processor, UNCHANGED)(rows)
     model = TowerModel(captioner, StatisticsLoss(32, batch["input_features"]))
-    loss = model(**batch).loss
+    loss = model(**batch)["loss"]
     tokens = captioner.model.audio_tower(batch["input_features"]).last_hidden_state
     torch.testing.assert_close(loss, model.objective(tokens, batch["input_features"]))
     loss.backward()
