@@ -32,7 +32,7 @@ from dali_llava.modeling import CavMaeAudioConfig, LlavaAudioConfig
 from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcessor
 from dali_llava.processing.corpora import load_corpus
 from dali_llava.processing.shards import ClipSettings, prepare_shards
-from dali_llava.train.collators import AlignmentCollator
+from dali_llava.train.data.collators import AlignmentCollator
 
 
 TITLE = "Pairs a second and worker (min / median / max)"

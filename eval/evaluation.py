@@ -7,12 +7,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from dali_llava.eval.avworld.source_metrics import score_sources
 from dali_llava.processing.corpora.rows import open_audio, open_middle_frame
 
 from .caption_metrics import CaptionScorer
 from .results import Row
 from .runner import CaptionRunner, Sample
-from .source_metrics import score_sources
 
 
 @dataclass(frozen=True)

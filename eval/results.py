@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dali_llava.eval.avworld.source_metrics import SOURCE_METRICS
+
 from .caption_metrics import CAPTION_METRICS
-from .source_metrics import SOURCE_METRICS
 
 
 METRICS = (*CAPTION_METRICS, *SOURCE_METRICS)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dali_llava.cli import build_parser
-from dali_llava.train.trainers import StageArguments
+from dali_llava.train.arguments import StageArguments
 
 
 ROOT = Path(__file__).parents[1]

@@ -11,12 +11,14 @@ import inspect
 
 from transformers import set_seed
 
-from dali_llava.train.clips import ClipOpener
-from dali_llava.train.collators import AlignmentCollator
-from dali_llava.train.configuration import parse_stage_arguments, run_stage
-from dali_llava.train.corpus import open_rows, shuffled, with_features
+from dali_llava.train.arguments import AlignmentArguments
+from dali_llava.train.base_model import check_base, load_base
+from dali_llava.train.command_line import parse_stage_arguments, run_stage
+from dali_llava.train.data.clips import ClipOpener
+from dali_llava.train.data.collators import AlignmentCollator
+from dali_llava.train.data.corpus import open_rows, shuffled, with_features
 from dali_llava.train.losses import LOSSES
-from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer, check_base, load_base
+from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
 
 
 def check_objective(arguments: AlignmentArguments) -> None:

@@ -11,7 +11,6 @@ sound: no image, no prefix.
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,26 +18,16 @@ from transformers import set_seed
 
 from dali_llava.eval.runner import CaptionRunner, Sample
 from dali_llava.processing.corpora.rows import open_audio, open_middle_frame
-from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
-from dali_llava.train.clips import ClipOpener
-from dali_llava.train.collators import CaptionCollator
-from dali_llava.train.configuration import parse_stage_arguments, run_stage
-from dali_llava.train.corpus import load_rows
-from dali_llava.train.trainers import CaptioningTrainer, StageArguments, check_base, load_base, train_only
+from dali_llava.train.arguments import DistillationArguments
+from dali_llava.train.base_model import check_base, load_base, train_only
+from dali_llava.train.command_line import parse_stage_arguments, run_stage
+from dali_llava.train.data.clips import ClipOpener
+from dali_llava.train.data.collators import CaptionCollator
+from dali_llava.train.data.corpus import load_rows
+from dali_llava.train.trainers import CaptioningTrainer
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DistillationArguments(StageArguments):
-    """Arguments of the distillation: how the pseudo-captions are made, and the training's own."""
-
-    split: str = field(default="balanced", metadata={"help": "Split to caption and to learn from."})
-    prompt: str = field(default=SOUND_PROMPT, metadata={"help": "Question, in captioning and in training."})
-    caption_temperature: float = field(default=0.2, metadata={"help": "Temperature of the sampling; 0 is greedy."})
-    caption_max_new_tokens: int = field(default=128, metadata={"help": "Longest pseudo-caption, in tokens."})
-    caption_batch_size: int = field(default=16, metadata={"help": "Clips captioned at a time."})
 
 
 def pseudo_caption(captioner, processor, rows, arguments: DistillationArguments) -> dict[str, str]:

@@ -11,7 +11,6 @@ labels in a text embedding space. Scores are kept as they come: a run that is st
 
 import sys
 from copy import deepcopy
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,9 +18,10 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from dali_llava.eval.runner import weights_digest
-from dali_llava.processing.clip_page import PAGE
-from dali_llava.train.configuration import parse_stage_arguments, run_stage
-from dali_llava.train.corpus import load_rows
+from dali_llava.processing.inspect.clip_page import PAGE
+from dali_llava.train.arguments import PrefilterArguments
+from dali_llava.train.command_line import parse_stage_arguments, run_stage
+from dali_llava.train.data.corpus import load_rows
 from dali_llava.train.filtering.distance import check_choice, choose, score_clips
 from dali_llava.train.filtering.models import (
     Caption,
@@ -34,50 +34,25 @@ from dali_llava.train.filtering.models import (
     make_embed,
 )
 from dali_llava.train.filtering.scores import ScoreFolder
-from dali_llava.train.trainers import StageArguments
 
 
 EMBEDDER_KINDS = ("language_model", "sentence")
 
 
-@dataclass
-class PrefilterArguments(StageArguments):
-    """Arguments of the pre-filter: its two models, what it keeps, and the corpus, which every stage has."""
-
-    # Models
-    captioner: str | None = field(default=None, metadata={"help": "Image captioner: checkpoint folder or Hub id."})
-    prompt: str | None = field(
-        default=None, metadata={"help": "Question to the captioner; by default its own kind's."}
-    )
-    caption_max_new_tokens: int = field(default=32, metadata={"help": "Longest caption, in tokens."})
-    embedder: str | None = field(
-        default=None, metadata={"help": "Language model of the embeddings; by default the captioner's own."}
-    )
-    embedder_kind: str = field(
-        default="language_model", metadata={"help": "language_model, or sentence (sentence-transformers)."}
-    )
-    layer: int = field(default=-1, metadata={"help": "Hidden states to average: 0 word embeddings, -1 last layer."})
-
-    # Choice
-    frames: int = field(default=10, metadata={"help": "Most frames of a clip, the first of each second."})
-    keep: int | None = field(default=None, metadata={"help": "Keep so many clips, the nearest."})
-    threshold: float | None = field(default=None, metadata={"help": "Keep the clips under this distance."})
-    batch_size: int = field(default=16, metadata={"help": "Clips captioned at a time, and kept in a part."})
-
-    def check(self) -> None:
-        """ValueError, before anything is loaded, for what cannot be meant."""
-        check_choice(self.keep, self.threshold)
-        for name in ("frames", "batch_size", "caption_max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.captioner:
-            raise ValueError("no captioner: name a checkpoint that captions pictures, --captioner DIR.")
-        if self.embedder_kind not in EMBEDDER_KINDS:
-            raise ValueError(f"unknown embedder_kind '{self.embedder_kind}'; there are {', '.join(EMBEDDER_KINDS)}.")
-        if self.embedder_kind == "sentence" and not self.embedder:
-            raise ValueError("embedder_kind sentence: name the model, --embedder NAME.")
-        if self.world_size > 1:
-            raise ValueError("the pre-filter is one process; start it with python, not with accelerate launch.")
+def check_arguments(arguments: PrefilterArguments) -> None:
+    """ValueError, before anything is loaded, for what cannot be meant."""
+    check_choice(arguments.keep, arguments.threshold)
+    for name in ("frames", "batch_size", "caption_max_new_tokens"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(arguments, name)}")
+    if not arguments.captioner:
+        raise ValueError("no captioner: name a checkpoint that captions pictures, --captioner DIR.")
+    if arguments.embedder_kind not in EMBEDDER_KINDS:
+        raise ValueError(f"unknown embedder_kind '{arguments.embedder_kind}'; there are {', '.join(EMBEDDER_KINDS)}.")
+    if arguments.embedder_kind == "sentence" and not arguments.embedder:
+        raise ValueError("embedder_kind sentence: name the model, --embedder NAME.")
+    if arguments.world_size > 1:
+        raise ValueError("the pre-filter is one process; start it with python, not with accelerate launch.")
 
 
 def load_models(arguments: PrefilterArguments) -> tuple[Caption, Embed, dict]:
@@ -122,7 +97,7 @@ def score_rows(
 
 def main(argv: list[str] | None = None) -> ScoreFolder:
     arguments = parse_stage_arguments(PrefilterArguments, __doc__, argv)
-    arguments.check()
+    check_arguments(arguments)
     rows = load_rows(arguments)
     caption, embed, digests = load_models(arguments)
     fields = ("dataset", "dataset_options", "split", "captioner", "prompt", "caption_max_new_tokens", "embedder")

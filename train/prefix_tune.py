@@ -7,25 +7,14 @@ Everything is frozen but the prefix (16 vectors).
         --base_model runs/captioner --output_dir runs/prefix
 """
 
-from dataclasses import dataclass, field
-
 from transformers import set_seed
 
-from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
-from dali_llava.train.collators import CaptionCollator
-from dali_llava.train.configuration import parse_stage_arguments, run_stage
-from dali_llava.train.corpus import load_rows
-from dali_llava.train.trainers import CaptioningTrainer, StageArguments, check_base, load_base, train_only
-
-
-@dataclass
-class PrefixArguments(StageArguments):
-    """Arguments of the prefix tuning."""
-
-    prompt: str = field(default=SOUND_PROMPT, metadata={"help": "Question that follows the prefix."})
-    split: str = field(default="shots", metadata={"help": "Split with captioned pictures."})
-    max_samples: int | None = field(default=16, metadata={"help": "How many of them: the shots."})
-    frame: int | None = field(default=None, metadata={"help": "Frame to show; a random one each epoch by default."})
+from dali_llava.train.arguments import PrefixArguments
+from dali_llava.train.base_model import check_base, load_base, train_only
+from dali_llava.train.command_line import parse_stage_arguments, run_stage
+from dali_llava.train.data.collators import CaptionCollator
+from dali_llava.train.data.corpus import load_rows
+from dali_llava.train.trainers import CaptioningTrainer
 
 
 def main(argv: list[str] | None = None) -> CaptioningTrainer:

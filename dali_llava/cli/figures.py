@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Check that all runs are there, then draw, then summarise."""
     from transformers import logging
 
-    from dali_llava.eval.recordings import RECORDINGS_SPLIT
+    from dali_llava.eval.avworld.recordings import RECORDINGS_SPLIT
     from dali_llava.eval.results import load_results, write_text
     from dali_llava.eval.summary import summary_markdown
 
@@ -76,7 +76,7 @@ def draw_mean_tokens(folder: Path, methods: list[str]) -> Path:
 
 def draw_attention(folder: Path) -> Path:
     """The figure of the attention of a run, on `test`; prints what it looks at on average."""
-    from dali_llava.eval.attention_maps import attention_by_content, image_attention
+    from dali_llava.eval.avworld.attention_maps import attention_by_content, image_attention
     from dali_llava.eval.figures import plot_attention
     from dali_llava.processing.corpora import load_corpus
     from dali_llava.processing.corpora.rows import open_middle_frame

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Count, open, print and write; broken clips are a result, not an error."""
-    from dali_llava.processing.inspection import inspect_rows
-    from dali_llava.processing.inspection_page import PAGE, check_output, write_page
+    from dali_llava.processing.inspect.page import PAGE, check_output, write_page
+    from dali_llava.processing.inspect.summary import inspect_rows
 
     rows, args.split = open_corpus(args.corpus, args.split, args, streaming=True)
     shards = Path(args.corpus).resolve().name if is_shards(args.corpus) else None

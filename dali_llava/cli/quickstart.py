@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
         find_recordings(args.esc10)  # tells what is missing before anything trains
 
-    from dali_llava.eval.comparison import compare
+    from dali_llava.eval.avworld.comparison import compare
     from dali_llava.eval.figures import plot_mean_tokens
     from dali_llava.eval.results import Results, print_results, versions, write_results
 
@@ -97,9 +97,10 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
     last method's whole captioner, model."""
     from dali_llava.modeling import LlavaAudioForConditionalGeneration
     from dali_llava.processing import LlavaAudioProcessor
-    from dali_llava.train import align, distill, prefix_tune, pretrain_tower
-    from dali_llava.train.captioner_cache import pretrained_captioner
-    from dali_llava.train.configuration import CONFIGS
+    from dali_llava.train import align, distill, prefix_tune
+    from dali_llava.train.avworld import pretrain_tower
+    from dali_llava.train.avworld.captioner_cache import pretrained_captioner
+    from dali_llava.train.command_line import CONFIGS
 
     configs = CONFIGS / "avworld"
     folders = {"captioner": out / "captioner", "prefix": out / "prefix", "model": out / "model"}

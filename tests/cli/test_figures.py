@@ -3,7 +3,7 @@
 import pytest
 
 from dali_llava.cli import figures, main
-from dali_llava.eval.recordings import RECORDINGS_SPLIT
+from dali_llava.eval.avworld.recordings import RECORDINGS_SPLIT
 from dali_llava.eval.results import Results, Row, write_results
 
 

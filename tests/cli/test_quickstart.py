@@ -11,7 +11,8 @@ from dali_llava.cli.quickstart import print_examples, train
 from dali_llava.eval.results import load_results
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing import LlavaAudioProcessor
-from dali_llava.train import align, captioner_cache, distill, prefix_tune, pretrain_tower
+from dali_llava.train import align, distill, prefix_tune
+from dali_llava.train.avworld import captioner_cache, pretrain_tower
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from dali_llava.cli.figures import load_stage
-from dali_llava.eval.attention_maps import attention_by_content, image_attention
+from dali_llava.eval.avworld.attention_maps import attention_by_content, image_attention
 from dali_llava.eval.figures import plot_attention, plot_mean_tokens, principal_components
 from dali_llava.eval.mean_tokens import encode_rows, mean_tokens, modality_gap
 from dali_llava.processing.corpora import load_corpus

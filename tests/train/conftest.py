@@ -9,9 +9,10 @@ from datasets import Dataset
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing import SOUND_PROMPT, LlavaAudioProcessor
 from dali_llava.processing.corpora.avworld.avworld import make_row
-from dali_llava.train import align, distill, prefix_tune, pretrain_captioner, pretrain_tower
-from dali_llava.train.configuration import CONFIGS
-from dali_llava.train.pretrain_captioner import tokenize_dialogues
+from dali_llava.train import align, distill, prefix_tune
+from dali_llava.train.avworld import pretrain_captioner, pretrain_tower
+from dali_llava.train.avworld.pretrain_captioner import tokenize_dialogues
+from dali_llava.train.command_line import CONFIGS
 
 
 AVWORLD = CONFIGS / "avworld"

@@ -31,15 +31,10 @@ from dali_llava.processing.corpora import load_corpus
 from dali_llava.processing.corpora.listing import FEATURES
 from dali_llava.processing.corpora.rows import open_audio
 from dali_llava.train import prefilter
-from dali_llava.train.captioner_cache import pretrained_captioner
-from dali_llava.train.configuration import CONFIGS
-from dali_llava.train.corpus import keep_rows
-from dali_llava.train.filtering.distance import (
-    caption_distances,
-    choose,
-    label_text,
-    score_clips,
-)
+from dali_llava.train.avworld.captioner_cache import pretrained_captioner
+from dali_llava.train.command_line import CONFIGS
+from dali_llava.train.data.corpus import keep_rows
+from dali_llava.train.filtering.distance import caption_distances, choose, label_text, score_clips
 from dali_llava.train.filtering.models import (
     language_model,
     load_captioner,

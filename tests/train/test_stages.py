@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing import SEE_PROMPT, LlavaAudioProcessor
 from dali_llava.train.align import build_objective
-from dali_llava.train.clips import open_frame
+from dali_llava.train.data.clips import open_frame
 from dali_llava.train.losses import LOSSES
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS, load_alignment_attention
 

@@ -24,7 +24,7 @@ DRIVER = Path(__file__).with_name("stages_driver.py")
 # stage: its module, and the stage before it
 STAGES = {
     "prefix": ("dali_llava.train.prefix_tune", "captioner"),
-    "tower": ("dali_llava.train.pretrain_tower", "prefix"),
+    "tower": ("dali_llava.train.avworld.pretrain_tower", "prefix"),
     "aligned": ("dali_llava.train.align", "prefix"),
     "distilled": ("dali_llava.train.distill", "aligned"),
 }

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from dali_llava.eval.figures import new_figure, save_figure
-from dali_llava.processing.clip_page import (
+from dali_llava.processing.inspect.clip_page import (
     MEDIA,
     PAGE,
     article,

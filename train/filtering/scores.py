@@ -17,8 +17,8 @@ from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.arrow_writer import ParquetWriter
 
 from dali_llava.eval.results import write_text
+from dali_llava.train.data.corpus import KEPT
 
-from ..corpus import KEPT
 from .page import check_report, write_report
 
 

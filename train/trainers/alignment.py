@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,49 +12,10 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import ModelOutput
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.train.base_model import train_only
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS, save_alignment_attention
 
-from .sound import SoundArguments
-from .stage import StageTrainer, parse_options, train_only
-
-
-@dataclass
-class AlignmentArguments(SoundArguments):
-    """
-    Arguments of the alignment: the objective, its optimiser and schedule.
-    """
-
-    _VALID_DICT_FIELDS = [*SoundArguments._VALID_DICT_FIELDS, "objective_options"]
-
-    # Objective
-    objective: str = field(default="mmd", metadata={"help": "What is minimised: a name in train.losses.LOSSES."})
-    objective_options: dict | str | None = field(default=None, metadata={"help": "Its options, as JSON."})
-
-    schedule_epochs: int | None = field(
-        default=None,
-        metadata={"help": "Epochs of the objective's schedule in a run of max_steps; default: the data's."},
-    )
-
-    # Input
-    frame: int | None = field(
-        default=None, metadata={"help": "Frame to align with; a random one of the clip's each epoch by default."}
-    )
-
-    # Optimiser: Adam with coupled weight decay, the rate halved every few epochs (reference implementation)
-    learning_rate: float = field(default=1e-4, metadata={"help": "Rate of the audio tower."})
-    objective_learning_rate: float = field(
-        default=1e-4, metadata={"help": "Constant rate of the objective's own parameters, without weight decay."}
-    )
-    adam_beta1: float = field(default=0.95, metadata={"help": "Adam's beta1."})
-    weight_decay: float = field(default=5e-7, metadata={"help": "Weight decay, coupled: added to the gradient."})
-    halve_from: float = field(default=10, metadata={"help": "Epoch at which the rate is halved for the first time."})
-    halve_every: float = field(
-        default=0, metadata={"help": "Epochs between two halvings; 0 follows lr_scheduler_type instead."}
-    )
-
-    def __post_init__(self):
-        self.objective_options = parse_options("objective_options", self.objective_options)
-        super().__post_init__()
+from .stage import StageTrainer
 
 
 @dataclass

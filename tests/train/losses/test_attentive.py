@@ -6,11 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from dali_llava.train.losses import AlignmentAttention, AttentiveTransportLoss, TransportLoss
-from dali_llava.train.losses.attentive import (
-    ATTENTION_WEIGHTS,
-    load_alignment_attention,
-    save_alignment_attention,
-)
+from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS, load_alignment_attention, save_alignment_attention
 from dali_llava.train.transport import solve_transport
 
 

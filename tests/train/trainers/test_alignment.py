@@ -5,10 +5,11 @@ import torch
 from transformers import TrainerState
 
 from dali_llava.train import align
-from dali_llava.train.augmentation import UNCHANGED
-from dali_llava.train.collators import AlignmentCollator
+from dali_llava.train.arguments import AlignmentArguments
+from dali_llava.train.data.augmentation import UNCHANGED
+from dali_llava.train.data.collators import AlignmentCollator
 from dali_llava.train.losses import AttentiveTransportLoss, MMDLoss
-from dali_llava.train.trainers import AlignmentArguments, AlignmentModel, AlignmentTrainer
+from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
 from dali_llava.train.trainers.alignment import ScheduleEpochs
 
 

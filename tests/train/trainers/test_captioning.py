@@ -5,10 +5,10 @@ import torch
 from datasets import Dataset
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dali_llava.train.clips import open_frame
-from dali_llava.train.collators import CaptionCollator, TokenViewCollator, pixel_values
-from dali_llava.train.pretrain_captioner import CaptionerArguments, encode_pictures
-from dali_llava.train.trainers import TokenViewTrainer, token_views
+from dali_llava.train.avworld.pretrain_captioner import CaptionerArguments, encode_pictures
+from dali_llava.train.avworld.token_views import TokenViewCollator, TokenViewTrainer, token_views
+from dali_llava.train.data.clips import open_frame
+from dali_llava.train.data.collators import CaptionCollator, pixel_values
 
 
 @pytest.mark.parametrize(("grid", "extra"), [(True, 0), (False, 7), (True, 5), (False, 40)])

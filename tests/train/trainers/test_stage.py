@@ -2,10 +2,11 @@
 
 import pytest
 
-from dali_llava.train.augmentation import UNCHANGED
-from dali_llava.train.collators import AlignmentCollator, CaptionCollator
+from dali_llava.train.base_model import train_only
+from dali_llava.train.data.augmentation import UNCHANGED
+from dali_llava.train.data.collators import AlignmentCollator, CaptionCollator
 from dali_llava.train.losses import MMDLoss
-from dali_llava.train.trainers import AlignmentModel, train_only
+from dali_llava.train.trainers import AlignmentModel
 
 
 def with_gradient(model) -> set[str]:

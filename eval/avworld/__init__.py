@@ -1,0 +1,1 @@
+"""What only AVWorld can measure: claims of the paper, metrics of sources, recordings."""

@@ -1,0 +1,44 @@
+"""Where the attention of OT^Att looks in a picture (the paper's figure 7), and, in AVWorld, at what."""
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from dali_llava.processing.corpora.avworld.avworld import scene_of
+
+from ..mean_tokens import encode_rows
+
+
+@torch.inference_mode()
+def image_attention(model, processor, attention: torch.nn.Module, rows: Dataset) -> np.ndarray:
+    """
+    The attention's weight of each image token, given the clip's sound, before it is mixed with uniform weights.
+
+    Args:
+        model: the aligned `LlavaAudioForConditionalGeneration`; processor: its processor.
+        attention: `AlignmentAttention` of the same alignment, see `load_alignment_attention`.
+        rows: a split of a corpus; the middle frame is looked at.
+
+    Returns:
+        (rows, side, side) float32 on the picture's grid of tokens; 1 is the uniform weight.
+    """
+    audio, image = (encode_rows(model, processor, rows, modality) for modality in ("audio", "image"))
+    return attention.eval().image_map(audio, image).numpy()
+
+
+def attention_by_content(maps: np.ndarray, rows: Dataset) -> dict[str, float]:
+    """
+    Mean weight of AVWorld's cells by what stands in them: a thing that `sounds`, a `silent` one, or bare `ground`.
+
+    Args:
+        maps: (rows, side, side), a token a cell, as `image_attention` gives them.
+        rows: of AVWorld, made with its default seed.
+    """
+    found: dict[str, list[float]] = {"sounds": [], "silent": [], "ground": []}
+    for name, weights in zip(rows["id"], maps, strict=True):
+        split, index = name.rsplit("-", 1)
+        scene, _ = scene_of(split, int(index))
+        kinds = {entity.cell: "silent" if entity.span is None else "sounds" for entity in scene.visible}
+        for cell, weight in enumerate(weights.flat):
+            found[kinds.get(cell, "ground")].append(float(weight))
+    return {kind: float(np.mean(weights)) for kind, weights in found.items()}

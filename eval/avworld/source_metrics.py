@@ -1,0 +1,68 @@
+"""Metrics against a world that knows its sources: what sounds, what shows, and what only a picture could tell."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from ..metrics.phrases import asserting_share, contains_any, named_share
+
+
+SOURCE_METRICS = ("sound_recall", "seen_recall", "visual_bias")
+
+Sources = Sequence[Sequence[str]]
+
+
+def score_sources(
+    candidates: Mapping[str, str],
+    sounding: Mapping[str, Sources],
+    seen: Mapping[str, Sources] | None = None,
+) -> tuple[dict[str, float | None], dict[str, str]]:
+    """Shares of sources that the captions name.
+
+    Args:
+        candidates: clip id -> caption.
+        sounding: clip id -> audible sources, each the list of phrases that name it.
+        seen: clip id -> the sources that sound, are visible, and are outside the alike-looking pairs; empty for clips
+            without any. None where that is not known.
+
+    Returns:
+        The metrics sound_recall and seen_recall (fractions, or None), and a reason for every None.
+
+    Raises:
+        ValueError: if a clip's sources are missing, or a source has no phrase.
+    """
+    metrics: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+    for name, sources in (("sound_recall", sounding), ("seen_recall", seen)):
+        if sources is None:
+            metrics[name], reasons[name] = None, "these clips do not say which sources are seen"
+            continue
+        missing = [clip for clip in candidates if clip not in sources]
+        if missing:
+            raise ValueError(f"{len(missing)} clips without a list of sources for {name}, the first {missing[0]}")
+        metrics[name] = named_share(list(candidates.values()), [sources[clip] for clip in candidates])
+        if metrics[name] is None:
+            reasons[name] = "no clip has such a source"
+    return metrics, reasons
+
+
+def visual_bias(answers: Sequence[str], visual_words: Sequence[str]) -> float:
+    """Share of answers to "What can you see ?", from audio alone and without prefix, that hold a visual word.
+
+    Raises:
+        ValueError: if there is no answer or no visual word.
+    """
+    return asserting_share(answers, visual_words)
+
+
+def majority_source(captions: Sequence[str], names: Mapping[str, Sequence[str]]) -> str | None:
+    """The source that most of the captions of one recording name, or None where none names any.
+
+    Args:
+        captions: of several crops of the recording.
+        names: source -> the phrases that name it. Of sources named equally often the one earlier in `names` wins, so
+            order them without regard to the recording.
+    """
+    votes = Counter(
+        source for caption in captions for source, phrases in names.items() if contains_any(caption, phrases)
+    )
+    return max(names, key=lambda source: votes[source]) if votes else None

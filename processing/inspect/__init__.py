@@ -1,0 +1,1 @@
+"""A look into a corpus: its figures, and a page of random clips."""

@@ -1,0 +1,114 @@
+"""Rows are opened whatever they name; a broken clip gives way to another and is counted, in workers too."""
+
+import itertools
+import logging
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dali_llava.processing.corpora.listing import FEATURES
+from dali_llava.processing.media import MediaError
+from dali_llava.train.data.clips import MOST_IN_A_ROW, ClipOpener, open_frame
+
+
+RATE = 16_000
+BROKEN = (1, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Dataset:
+    """Eight clips of a second on disk, clip n with sound and picture of level 0.1 n; three have no readable sound."""
+    folder = tmp_path_factory.mktemp("clips")
+    rows = []
+    for number in range(8):
+        sound, picture = folder / f"{number}.wav", folder / f"{number}.png"
+        soundfile.write(sound, np.full(RATE, number / 10), RATE)
+        if number in BROKEN:
+            sound.write_bytes(b"RIFF and no more")
+        Image.new("RGB", (8, 8), (20 * number,) * 3).save(picture)
+        row = {"id": f"clip {number}", "captions": [str(number)], "labels": [], "start": 0.0, "end": None}
+        row |= {"audio": {"path": str(sound), "bytes": None}, "frames": [{"path": str(picture), "bytes": None}]}
+        rows.append(row | {"source": "made"})
+    return Dataset.from_list(rows, features=FEATURES)
+
+
+def number_of(clip) -> int:
+    """The clip that this is, by its sound, which its picture and row agree with."""
+    number = round(float(clip.audio.mean()) * 10)
+    assert clip.image.getpixel((0, 0)) == (20 * number,) * 3 and clip.row["captions"] == [str(number)]
+    return number
+
+
+def test_what_was_asked_for_is_opened(corpus):
+    (clip,) = ClipOpener()([corpus[3]], image=True, audio=True, sampling_rate=8_000)
+    assert clip.audio.shape == (8_000,) and clip.audio.dtype == np.float32 and number_of(clip) == 3
+    (clip,) = ClipOpener()([corpus[1]], image=True)
+    assert clip.audio is None and clip.image.size == (8, 8)
+    (clip,) = ClipOpener()([corpus[1]])
+    assert clip.row == corpus[1] and clip.image is None
+
+
+def test_without_spares_a_broken_clip_is_an_error(corpus):
+    with pytest.raises(MediaError, match="clip 'clip 1': .*1.wav"):
+        ClipOpener()([corpus[0], corpus[1]], audio=True)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
+def test_another_clip_takes_the_place_of_a_broken_one(corpus, kind, caplog):
+    torch.manual_seed(0)
+    opener = ClipOpener(corpus if kind == "dataset" else corpus.to_iterable_dataset(4).repeat(None))
+    drawn = set()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(20):
+            clips = opener([corpus[2], corpus[4], corpus[7]], image=True, audio=True)
+            first, other, last = map(number_of, clips)
+            assert (first, last) == (2, 7) and other not in BROKEN
+            drawn.add(other)
+    assert drawn == {0, 2, 3, 6, 7}
+    assert opener.broken == len(caplog.records) >= 20
+    told = caplog.records[0].getMessage()
+    assert (
+        told.startswith("clip 'clip 4': ") and "4.wav" in told and told.endswith("another clip is taken in its place")
+    )
+
+
+def test_the_draw_depends_on_the_seed_alone(corpus):
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        opener = ClipOpener(corpus)
+        drawn.append([number_of(*opener([corpus[1]], image=True, audio=True)) for _ in range(8)])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
+def test_workers_share_the_count(corpus, kind):
+    opener = ClipOpener(corpus if kind == "dataset" else corpus.to_iterable_dataset(4).repeat(None))
+    served = corpus if kind == "dataset" else corpus.to_iterable_dataset(4)
+    loader = DataLoader(
+        served,
+        batch_size=2,
+        num_workers=2,
+        collate_fn=lambda rows: [number_of(clip) for clip in opener(rows, image=True, audio=True)],
+        multiprocessing_context="fork",
+    )
+    found = list(itertools.chain(*loader))
+    assert len(found) == 8 and not set(found) & set(BROKEN)
+    assert set(found) >= {0, 2, 3, 6, 7} and opener.broken >= 3
+
+
+def test_a_corpus_of_broken_clips_ends(corpus):
+    opener = ClipOpener(corpus.select(BROKEN))
+    with pytest.raises(MediaError, match=f"{MOST_IN_A_ROW} clips in a row cannot be opened, the last: clip 'clip "):
+        opener([corpus[1]], audio=True)
+    assert opener.broken == MOST_IN_A_ROW
+
+
+def test_a_second_that_the_clip_does_not_have(corpus):
+    with pytest.raises(MediaError, match="clip 'clip 0': has no second 1: it has 1, from 0"):
+        open_frame(corpus[0], 1)

@@ -1,0 +1,182 @@
+"""A stage's command line: one YAML file, overridden word by word, and errors that name key and file."""
+
+import importlib
+import json
+import re
+
+import pytest
+import yaml
+
+from dali_llava.processing import corpora
+from dali_llava.train.arguments import AlignmentArguments, DistillationArguments, PrefilterArguments, PrefixArguments
+from dali_llava.train.avworld.pretrain_captioner import CaptionerArguments
+from dali_llava.train.avworld.tower import TowerArguments
+from dali_llava.train.command_line import CONFIGS, parse_stage_arguments, read_stage_config, run_stage
+
+
+ARGUMENTS = {
+    "prefilter": PrefilterArguments,
+    "captioner": CaptionerArguments,
+    "prefix_tune": PrefixArguments,
+    "pretrain_tower": TowerArguments,
+    "align": AlignmentArguments,
+    "align_recordings": AlignmentArguments,
+    "distill": DistillationArguments,
+}
+FILES = sorted(CONFIGS.glob("*/*.yaml"))
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """`parse(text, *words)`: the alignment's arguments from a YAML file of that text and those overrides."""
+
+    def parse(text: str, *words: str) -> AlignmentArguments:
+        path = tmp_path / "stage.yaml"
+        path.write_text(text)
+        output = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+        return parse_stage_arguments(AlignmentArguments, "about the stage", [str(path), *output, *words])
+
+    return parse
+
+
+def test_values_come_from_the_file(parse):
+    arguments = parse("learning_rate: 3.0e-3\nmax_steps: 7\ncache_features: true\nsplit: val\nobjective: ot\n")
+    assert (arguments.learning_rate, arguments.max_steps, arguments.cache_features) == (3e-3, 7, True)
+    assert (arguments.split, arguments.objective) == ("val", "ot")
+
+
+def test_command_line_wins_over_the_file(parse):
+    text = "learning_rate: 3.0e-3\nmax_steps: 7\ncache_features: true\n"
+    arguments = parse(text, "--learning_rate", "5e-4", "--cache_features", "false")
+    assert (arguments.learning_rate, arguments.max_steps, arguments.cache_features) == (5e-4, 7, False)
+
+
+def test_defaults_are_the_papers(parse):
+    """Adam's betas (0.95, 0.999), rate 1e-4, coupled decay 5e-7, noise 0.1."""
+    arguments = parse("")
+    assert (arguments.learning_rate, arguments.adam_beta1, arguments.adam_beta2) == (1e-4, 0.95, 0.999)
+    assert (arguments.weight_decay, arguments.augmentation_noise) == (5e-7, 0.1)
+    assert (arguments.base_model, arguments.objective_options, arguments.dataset_options) == (None, {}, {})
+
+
+def test_null_leaves_the_default(parse):
+    assert parse("learning_rate: null\nmax_samples:\n").max_samples is None
+
+
+def test_mappings_come_from_file_or_command_line(parse):
+    text = "objective_options: {width: 8}\ndataset_options:\n  sizes: {train: 4}\n  seed: 3\n"
+    arguments = parse(text)
+    assert arguments.objective_options == {"width": 8}
+    assert arguments.dataset_options == {"sizes": {"train": 4}, "seed": 3}
+    assert parse(text, "--dataset_options", json.dumps({"seed": 5})).dataset_options == {"seed": 5}
+
+
+@pytest.mark.parametrize("name", ["dataset_options", "objective_options"])
+@pytest.mark.parametrize("text", ["data_dir=clips", "[1]", '{"seed": ', "3"])
+def test_options_that_are_no_mapping(parse, name, text):
+    with pytest.raises(ValueError, match=f"^{name}: expected JSON such as .*, not '{re.escape(text)}'"):
+        parse("", f"--{name}", text)
+
+
+def test_lists_keep_their_items(parse):
+    assert parse("label_names: [a, b]\n").label_names == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ["lerning_rate: 1\nseed: 1\n", "seed: 1\nlerning_rate: 1\n"])
+def test_unknown_key_names_key_and_file(parse, tmp_path, text):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "stage.yaml")) + ".*unknown key lerning_rate;"):
+        parse(text)
+
+
+def test_key_of_another_stage_is_unknown(parse):
+    with pytest.raises(ValueError, match="unknown key caption_temperature"):
+        parse("caption_temperature: 0.2\n")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n"])
+def test_file_must_be_a_mapping(parse, text):
+    with pytest.raises(ValueError, match=r"stage\.yaml: expected 'field: value' lines, found a (list|str)"):
+        parse(text)
+
+
+def test_bad_yaml_is_one_line_with_the_file(parse, tmp_path):
+    with pytest.raises(ValueError) as error:
+        parse("learning_rate: [1, 2\nseed: 0\n")
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'stage.yaml'}: not valid YAML: ") and "\n" not in message
+
+
+def test_missing_file_is_named_with_the_examples(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / 'no.yaml'}: no such configuration")) as error:
+        parse_stage_arguments(AlignmentArguments, "about", [str(tmp_path / "no.yaml")])
+    assert str(CONFIGS) in str(error.value)
+
+
+def test_unknown_option_exits_with_2(parse, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("seed: 1\n", "--lerning_rate", "1")
+    assert exit.value.code == 2
+    assert "--lerning_rate" in capsys.readouterr().err
+
+
+def test_abbreviated_options_are_refused(parse):
+    with pytest.raises(SystemExit):
+        parse("seed: 1\n", "--learning_r", "1")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"]])
+def test_help_describes_the_stage_and_its_fields(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_stage_arguments(AlignmentArguments, "about the stage", argv)
+    shown = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert all(word in shown for word in ("CONFIG.yaml", "about the stage", "--objective", "--base_model"))
+
+
+def test_all_stages_have_configurations():
+    small = ("captioner", "pretrain_tower", "align_recordings")  # full-size models come pretrained
+    assert {(path.parent.name, path.stem) for path in FILES} == {
+        *(("avworld", stage) for stage in ARGUMENTS),
+        *(("full", stage) for stage in ARGUMENTS if stage not in small),
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_configuration_parses_into_what_it_says(path, tmp_path):
+    values = yaml.safe_load(path.read_text())
+    # half precision is for the accelerators that the full-size runs are for
+    words = ["--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "true"]
+    arguments = parse_stage_arguments(ARGUMENTS[path.stem], "about", [str(path), *words])
+    values.pop("bf16", None)
+    for key, value in values.items():
+        assert getattr(arguments, key) == value, key
+    module, builder = corpora._BUILDERS[arguments.dataset]
+    config = getattr(importlib.import_module(module, corpora.__name__), builder).BUILDER_CONFIG_CLASS
+    assert arguments.split in config().splits
+
+
+def test_avworlds_alignment_has_the_attentive_schedules_six_epochs():
+    align = read_stage_config(CONFIGS / "avworld" / "align.yaml", set(AlignmentArguments.__dataclass_fields__))
+    assert align["schedule_epochs"] == 6 and "objective" not in align  # chosen on the command line
+
+
+def test_full_size_configurations_are_the_papers():
+    known = set(AlignmentArguments.__dataclass_fields__) | set(DistillationArguments.__dataclass_fields__)
+    align, distill, prefix = (
+        read_stage_config(CONFIGS / "full" / f"{stage}.yaml", known) for stage in ("align", "distill", "prefix_tune")
+    )
+    assert (align["num_train_epochs"], align["per_device_train_batch_size"]) == (20, 256)
+    assert (align["learning_rate"], align["halve_from"], align["halve_every"]) == (1e-4, 10, 5)
+    assert (distill["learning_rate"], distill["per_device_train_batch_size"]) == (2e-4, 40)
+    assert (distill["warmup_steps"], distill["num_train_epochs"]) == (0.03, 1)
+    assert (prefix["learning_rate"], prefix["max_samples"]) == (2e-4, 16)
+
+
+def test_script_tells_bad_input_in_one_line(monkeypatch):
+    def main(argv: list[str]) -> None:
+        raise ValueError(f"{argv[0]}: unknown key\n  bogus")
+
+    monkeypatch.setattr("sys.argv", ["train/align.py", "stage.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        run_stage(main)
+    assert ended.value.code == "align.py: error: stage.yaml: unknown key bogus"  # Python prints it, and exits with 1

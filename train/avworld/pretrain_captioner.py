@@ -1,0 +1,172 @@
+"""
+Before DALI: train a small image captioner from scratch, pictures and text only, for a corpus that has one to learn.
+
+The captioner never hears: audio tower, audio projector and prefix keep their initial weights.
+
+    accelerate launch train/avworld/pretrain_captioner.py train/configs/avworld/captioner.yaml \
+        --output_dir runs/captioner
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import CLIPImageProcessor, set_seed
+
+from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
+from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcessor
+from dali_llava.processing.corpora.avworld.vocabulary import build_tokenizer
+from dali_llava.processing.processing_llava_audio import PLAIN_CHAT_TEMPLATE
+from dali_llava.train.arguments import StageArguments
+from dali_llava.train.avworld.token_views import TokenViewCollator, TokenViewTrainer
+from dali_llava.train.avworld.words import WordCollator, WordTrainer
+from dali_llava.train.base_model import train_only
+from dali_llava.train.command_line import parse_stage_arguments, run_stage
+from dali_llava.train.data.clips import open_frame
+from dali_llava.train.data.collators import pixel_values
+from dali_llava.train.data.corpus import load_rows
+
+
+@dataclass
+class CaptionerArguments(StageArguments):
+    """Arguments of the captioner's training: its architecture and the training's own."""
+
+    _VALID_DICT_FIELDS = [*StageArguments._VALID_DICT_FIELDS, "vision_config", "text_config", "audio_config"]
+
+    vision_config: dict | str | None = field(default=None, metadata={"help": "Vision tower, as JSON."})
+    text_config: dict | str | None = field(default=None, metadata={"help": "Language model, as JSON."})
+    audio_config: dict | str | None = field(default=None, metadata={"help": "Audio tower, as JSON."})
+    audio_mean: float = field(default=-5.081, metadata={"help": "Mean of the log-mel spectrograms, to be removed."})
+    audio_std: float = field(default=4.4849, metadata={"help": "Their standard deviation, to be divided by."})
+    vision_steps: int = field(default=300, metadata={"help": "Steps of the vision tower, before the captioner's."})
+    vision_batch_size: int = field(default=64, metadata={"help": "Pictures a step, in those."})
+    vision_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate, in those."})
+    split: str = field(default="captioner", metadata={"help": "Split with pictures and dialogues."})
+
+
+def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditionalGeneration, LlavaAudioProcessor]:
+    """A captioner with random weights and its processor, as the arguments describe them."""
+    tokenizer = build_tokenizer()
+    image_id, audio_id, prefix_id = tokenizer.convert_tokens_to_ids(["<image>", "<audio>", "<prefix>"])
+    vision, audio = dict(arguments.vision_config), dict(arguments.audio_config)
+    text = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **arguments.text_config,
+    }
+    config = LlavaAudioConfig(
+        vision_config=vision,
+        text_config=text,
+        audio_config=audio,
+        image_token_index=image_id,
+        audio_token_index=audio_id,
+        prefix_token_index=prefix_id,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+    )
+    side = vision["image_size"]
+    processor = LlavaAudioProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        tokenizer=tokenizer,
+        feature_extractor=LlavaAudioFeatureExtractor(
+            num_mel_bins=config.audio_config.num_mel_bins,
+            max_length=config.audio_config.max_length,
+            patch_size=config.audio_config.patch_size,
+            mean=arguments.audio_mean,
+            std=arguments.audio_std,
+        ),
+        patch_size=vision["patch_size"],
+        prefix_length=config.prefix_length,
+        chat_template=PLAIN_CHAT_TEMPLATE,
+    )
+    captioner = LlavaAudioForConditionalGeneration(config)
+    return captioner, processor
+
+
+def tokenize_dialogues(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset:
+    """Rows with `frames` and a list of `dialogues` into a row a dialogue: `pictures` (its frames' numbers, counted
+    over all rows), `prompt_ids` and `answer_ids`."""
+    tokenizer = processor.tokenizer
+    first = [0, *accumulate(len(frames) for frames in rows["frames"])]
+
+    def split(batch: dict, indices: list[int]) -> dict:
+        turns = [
+            (list(range(first[index], first[index + 1])), turn["question"], turn["answer"])
+            for index, dialogue in zip(indices, batch["dialogues"], strict=True)
+            for turn in dialogue
+        ]
+        texts = [processor.format_prompt(q, image=bool(shown), answer=answer) for shown, q, answer in turns]
+        asked = dict.fromkeys((bool(shown), question) for shown, question, _ in turns)  # the same few over and over
+        prompts = [processor.format_prompt(question, image=shown) for shown, question in asked]
+        ids_of = dict(zip(asked, tokenizer(prompts)["input_ids"], strict=True))
+        prompt_ids = [ids_of[bool(shown), question] for shown, question, _ in turns]
+        answer_ids = [
+            ids[len(prompt) :] for ids, prompt in zip(tokenizer(texts)["input_ids"], prompt_ids, strict=True)
+        ]
+        return {"pictures": [shown for shown, *_ in turns], "prompt_ids": prompt_ids, "answer_ids": answer_ids}
+
+    columns = rows.column_names
+    return rows.map(split, batched=True, with_indices=True, remove_columns=columns, desc="Dialogues")
+
+
+@torch.no_grad()
+def encode_pictures(captioner, processor, rows: Dataset, batch_size: int = 256) -> torch.Tensor:
+    """Image tokens of all frames of all rows, one after the other: (frames, N, vision width)."""
+    tower, tokens = captioner.model.eval(), []
+    for batch in tqdm(rows.iter(batch_size), total=math.ceil(len(rows) / batch_size), desc="Image tokens", delay=2):
+        pictures = [open_frame({"frames": frames}, i) for frames in batch["frames"] for i in range(len(frames))]
+        if pictures:
+            tokens.append(tower.encode_image(pixel_values(pictures, processor).to(captioner.device)).float().cpu())
+    return torch.cat(tokens)
+
+
+def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArguments) -> None:
+    """Train vision tower, projector and word embeddings until every noun is read off some image token."""
+    model = captioner.model
+    train_only(captioner, model.vision_tower, model.multi_modal_projector, captioner.lm_head)
+    WordTrainer(
+        model=captioner,
+        captioner=captioner,
+        stage="vision",
+        args=replace(
+            arguments,
+            max_steps=arguments.vision_steps,
+            per_device_train_batch_size=arguments.vision_batch_size,
+            learning_rate=arguments.vision_learning_rate,
+        ),
+        train_dataset=rows.filter(lambda frames: len(frames) == 1, input_columns="frames", desc="Pictures"),
+        data_collator=WordCollator(processor),
+    ).train()
+
+
+def main(argv: list[str] | None = None) -> TokenViewTrainer:
+    arguments = parse_stage_arguments(CaptionerArguments, __doc__, argv)
+    set_seed(arguments.seed)
+    captioner, processor = build_captioner(arguments)
+    model = captioner.model
+    rows = load_rows(arguments)
+    pretrain_vision(captioner, processor, rows, arguments)
+    train_only(captioner, model.multi_modal_projector, model.language_model, captioner.lm_head)
+    heard = math.prod(captioner.config.audio_config.grid_size)
+    trainer = TokenViewTrainer(
+        model=captioner,
+        args=arguments,
+        train_dataset=tokenize_dialogues(rows, processor),
+        data_collator=TokenViewCollator(
+            processor, encode_pictures(captioner, processor, rows), drawn=(heard // 2, heard)
+        ),
+        processing_class=processor,
+        stage="captioner",
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    model.copy_image_projector()
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    run_stage(main)

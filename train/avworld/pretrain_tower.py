@@ -1,0 +1,54 @@
+"""
+Before the alignment: an audio tower that starts from random weights hears sounds alone, without pictures or text.
+
+It learns to tell the statistics of what it is given (a regression, as in PASE). At full size a CAV-MAE checkpoint
+stands in this stage's place; where sounds are few, it lends the tower what they cannot teach. Only the tower trains.
+
+    accelerate launch train/avworld/pretrain_tower.py train/configs/avworld/pretrain_tower.yaml \
+        --base_model runs/prefix --output_dir runs/tower
+"""
+
+from itertools import islice
+
+from transformers import set_seed
+
+from dali_llava.train.avworld.statistics import StatisticsLoss
+from dali_llava.train.avworld.tower import SoundCollator, TowerArguments, TowerModel
+from dali_llava.train.base_model import check_base, load_base
+from dali_llava.train.command_line import parse_stage_arguments, run_stage
+from dali_llava.train.data.clips import ClipOpener
+from dali_llava.train.data.corpus import open_rows, shuffled, with_features
+from dali_llava.train.trainers import StageTrainer
+
+
+def main(argv: list[str] | None = None) -> StageTrainer:
+    arguments = parse_stage_arguments(TowerArguments, __doc__, argv)
+    if arguments.examples < 2:
+        raise ValueError(f"examples: {arguments.examples} rows have no deviation; give at least 2.")
+    set_seed(arguments.seed)
+    check_base(arguments)
+    rows = open_rows(arguments, pictures=arguments.cache_features)
+    captioner, processor = load_base(arguments)
+    if arguments.cache_features:
+        rows = with_features(rows, captioner, processor)
+    augmentation = arguments.augmentation(mix=arguments.augmentation_mix, unit=processor.feature_extractor.std)
+    collator = SoundCollator(processor, augmentation, opener=ClipOpener(rows))
+    train_dataset = shuffled(rows, arguments)
+    examples = collator(list(islice(train_dataset, arguments.examples)))["input_features"]
+    objective = StatisticsLoss(captioner.config.audio_config.output_size, examples)
+    trainer = StageTrainer(
+        model=TowerModel(captioner, objective),
+        captioner=captioner,
+        args=arguments,
+        train_dataset=train_dataset,
+        data_collator=collator,
+        processing_class=processor,
+        stage="tower",
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    run_stage(main)

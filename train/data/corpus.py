@@ -1,0 +1,206 @@
+"""The corpus of a stage: its rows, chosen and prepared as the stage's arguments say."""
+
+import hashlib
+import inspect
+import logging
+import os
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from datasets import Array2D, Array3D, Dataset, Features, IterableDataset
+from datasets.fingerprint import Hasher
+
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.processing import LlavaAudioProcessor
+from dali_llava.processing.corpora import load_corpus
+from dali_llava.processing.corpora.rows import open_audio, open_frames
+from dali_llava.processing.media import MediaError
+from dali_llava.train.arguments import SoundArguments, StageArguments
+from dali_llava.train.data.collators import input_features, pixel_values
+
+
+logger = logging.getLogger(__name__)
+
+SEEN_FIRST = 20  # rows of which one at least has a picture
+KEPT = "kept.txt"  # of a pre-filter's folder: an id a line
+
+
+def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
+    """
+    Rows of `arguments.split`, those in `kept` where it is given, or of another `split`; at most `max_samples`.
+
+    Raises:
+        ValueError: when corpus, split or an option is unknown, or the split is empty.
+        FileNotFoundError, ValueError: as `kept_ids` does.
+    """
+    kept = arguments.kept if split in (None, arguments.split) else None
+    split = split or arguments.split
+    rows = load_corpus(arguments.dataset, split, **{"num_proc": os.cpu_count(), **arguments.dataset_options})
+    if kept is not None:
+        rows = keep_rows(rows, kept)
+    if arguments.max_samples is not None:
+        rows = rows.select(range(min(arguments.max_samples, len(rows))))
+    if len(rows) == 0:
+        raise ValueError(f"{arguments.dataset}, split {split}: no rows to train on.")
+    return rows
+
+
+def stream_rows(arguments: SoundArguments) -> IterableDataset:
+    """
+    The rows of `load_rows` as a stream that begins again where it ends.
+
+    Ranks and the workers of a loader read their own parts of it, if the corpus has as many shards.
+
+    Raises:
+        ValueError: as `load_rows`, or for an argument that a stream cannot serve.
+        FileNotFoundError: as `load_rows`.
+    """
+    if arguments.max_steps <= 0:
+        raise ValueError("streaming: a stream has no end; say how many steps to train, --max_steps N.")
+    for name in ("cache_features", "halve_every"):
+        if getattr(arguments, name, False):
+            raise ValueError(f"streaming: a stream cannot serve {name}; leave out one of the two, --{name} 0.")
+    rows = load_corpus(arguments.dataset, arguments.split, streaming=True, **arguments.dataset_options)
+    if arguments.kept is not None:
+        kept = kept_ids(arguments.kept)
+        rows = rows.filter(lambda name: name in kept, input_columns="id")
+    if arguments.max_samples is not None:
+        rows = rows.take(arguments.max_samples)
+    if next(iter(rows), None) is None:
+        raise ValueError(f"{arguments.dataset}, split {arguments.split}: no rows to train on.")
+    return rows.repeat(None)
+
+
+def open_rows(arguments: SoundArguments, pictures: bool) -> Dataset | IterableDataset:
+    """
+    The rows of a stage that trains the audio tower, or their stream.
+
+    Args:
+        pictures: whether the stage needs them.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_rows`, `stream_rows` and `check_pictures`.
+    """
+    rows = stream_rows(arguments) if arguments.streaming else load_rows(arguments)
+    if pictures:
+        check_pictures(rows, arguments)
+    return rows
+
+
+def shuffled(rows: Dataset | IterableDataset, arguments: SoundArguments) -> Dataset | IterableDataset:
+    """Rows to train on. A `Dataset` is shuffled by its loader, anew in each pass; a stream, which has none, here."""
+    if not arguments.streaming:
+        return rows
+    return rows.shuffle(arguments.seed, buffer_size=arguments.shuffle_buffer)
+
+
+def check_pictures(rows: Iterable[dict], arguments: SoundArguments) -> None:
+    """ValueError where none of the first rows has a picture to align its sound with."""
+    if not any(row["frames"] for row in islice(rows, SEEN_FIRST)):
+        raise ValueError(f"{arguments.dataset}, split {arguments.split}: no pictures to align the sounds with.")
+
+
+def kept_ids(folder: str | Path) -> set[str]:
+    """The ids that a pre-filter kept; FileNotFoundError when the folder, its output_dir, holds no finished one."""
+    path = Path(folder) / KEPT
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such list; run train/prefilter.py to its end first.")
+    return set(path.read_text(encoding="utf-8").splitlines())
+
+
+def keep_rows(rows: Dataset, folder: str | Path) -> Dataset:
+    """
+    The rows that a pre-filter kept, in their order.
+
+    Args:
+        rows: of the corpus and split that were filtered. Rows that the filter never saw are not kept.
+        folder: its output_dir.
+
+    Raises:
+        FileNotFoundError: when the folder holds no finished pre-filter.
+        ValueError: when none of the rows was kept.
+    """
+    kept = kept_ids(folder)
+    chosen = [index for index, name in enumerate(rows["id"]) if name in kept]
+    if not chosen:
+        raise ValueError(
+            f"{Path(folder) / KEPT}: holds the id of none of these {len(rows)} rows; was another corpus filtered?"
+        )
+    return rows.select(chosen)
+
+
+def with_features(
+    rows: Dataset, captioner: LlavaAudioForConditionalGeneration, processor: LlavaAudioProcessor
+) -> Dataset:
+    """
+    What an alignment needs of the rows, computed once and kept on disk by `datasets`.
+
+    Clips that cannot be opened are left out, each with a warning.
+
+    Returns:
+        `id`; `input_features` (T, mels); `image_tokens` (frames, N, vision width), each frame's from the frozen tower.
+
+    Raises:
+        ValueError: no clip can be opened.
+    """
+    extractor, tower = processor.feature_extractor, captioner.model.eval()
+
+    def compute(batch: dict) -> dict:
+        names, sounds, pictures = [], [], []
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            try:
+                sound, frames = open_audio(row, extractor.sampling_rate), open_frames(row)
+            except MediaError as error:
+                logger.warning("%s; it is left out", error)
+                continue
+            names.append(row["id"])
+            sounds.append(sound)
+            pictures.append(frames)
+        if not names:
+            return {"id": [], "input_features": [], "image_tokens": []}
+        pixels = pixel_values([frame for frames in pictures for frame in frames], processor)
+        with torch.no_grad():
+            tokens = tower.encode_image(pixels.to(captioner.device)).float().cpu()
+        return {
+            "id": names,
+            "input_features": input_features(sounds, processor).numpy(),
+            "image_tokens": [part.numpy() for part in tokens.split([len(frames) for frames in pictures])],
+        }
+
+    config = captioner.config
+    features = Features(
+        {
+            "id": rows.features["id"],
+            "input_features": Array2D((extractor.max_length, extractor.num_mel_bins), "float32"),
+            "image_tokens": Array3D((None, config.image_seq_length, config.vision_config.hidden_size), "float32"),
+        }
+    )
+    media = rows.select_columns(["id", "audio", "frames", "start", "end"])
+    stored = media.map(
+        compute,
+        batched=True,
+        batch_size=64,
+        remove_columns=["audio", "frames", "start", "end"],
+        features=features,
+        new_fingerprint=_features_fingerprint(rows, captioner, processor),
+        desc="Features",
+    )
+    if len(stored) == 0:
+        raise ValueError(f"none of {len(rows)} clips can be opened; `dali-llava inspect --check 100` tells why.")
+    return stored.with_format("numpy", columns=["input_features", "image_tokens"], output_all_columns=True)
+
+
+def _features_fingerprint(
+    rows: Dataset, captioner: LlavaAudioForConditionalGeneration, processor: LlavaAudioProcessor
+) -> str:
+    """A key of all that `with_features` depends on, the same in every process (a pickled model's is not)."""
+    weights = hashlib.sha256()
+    for name, tensor in captioner.model.vision_tower.state_dict().items():
+        weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    extractor, images = processor.feature_extractor, processor.image_processor
+    parts = [extractor.to_json_string(), inspect.getsource(type(extractor)), images.to_json_string()]
+    layer = [captioner.config.vision_feature_layer, captioner.config.vision_feature_select_strategy]
+    return Hasher.hash([rows._fingerprint, weights.hexdigest(), *parts, layer])
