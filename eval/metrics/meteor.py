@@ -1,45 +1,27 @@
-"""METEOR 1.5 of captions under Java, as an ``evaluate`` module."""
+"""METEOR 1.5 of captions under Java, as an `evaluate` module."""
 
-import datasets
-import evaluate
-
-from .meteor_process import MeteorScorer
-from .tokenization import tokenize_pairs
+from dali_llava.eval.metrics.base import ReferenceMetric
+from dali_llava.eval.metrics.meteor_process import MeteorScorer
 
 
-_DESCRIPTION = """METEOR 1.5 (exact, stem, synonym and paraphrase matches, English parameters, normalised text): the
-corpus score, which is not the mean of sentence scores. Needs Java."""
+class Meteor(ReferenceMetric):
+    """
+    METEOR 1.5: `meteor`, in [0, 1]. Needs Java.
 
-_CITATION = """@inproceedings{denkowski2014meteor,
-  title={Meteor Universal: Language Specific Translation Evaluation for Any Target Language},
-  author={Denkowski, Michael and Lavie, Alon},
-  booktitle={EACL Workshop on Statistical Machine Translation}, year={2014}}"""
+    Exact, stem, synonym and paraphrase matches with the English parameters, on normalized text. This is the corpus
+    score, which differs from the mean of sentence scores.
+    """
 
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions: one caption a clip.
-    references: the reference captions of each clip.
-    tokenizer: "auto" (PTB, as METEOR has Java), "ptb", "python" or "none".
-Returns:
-    meteor: a fraction in [0, 1]; tokenizer: the one used.
-"""
-
-
-class Meteor(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
-            ),
-        )
+    CITATION = """
+        @inproceedings{denkowski2014meteor,
+          title={Meteor Universal: Language Specific Translation Evaluation for Any Target Language},
+          author={Denkowski, Michael and Lavie, Alon},
+          booktitle={EACL Workshop on Statistical Machine Translation}, year={2014}}
+    """
 
     def _compute(self, predictions: list[str], references: list[list[str]], tokenizer: str = "auto") -> dict:
-        with MeteorScorer() as scorer:
-            predictions, references, used = tokenize_pairs(predictions, references, tokenizer)
-            return {"meteor": scorer.score(predictions, references), "tokenizer": used}
+        with MeteorScorer() as self._scorer:  # without Java, raises before anything is tokenized
+            return super()._compute(predictions, references, tokenizer)
+
+    def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+        return {"meteor": self._scorer.score(predictions, references)}

@@ -1,36 +1,16 @@
-"""Share of audible sources named, as an ``evaluate`` module."""
+"""Share of audible sources that captions name, as an `evaluate` module."""
 
-import datasets
-import evaluate
-
-from .phrases import named_share
+from dali_llava.eval.metrics.base import SourceMetric
+from dali_llava.eval.metrics.phrases import named_share
 
 
-_DESCRIPTION = """Share of audible sources that captions name, over all sources of all clips. A source is named when
-one of its phrases stands in the caption as whole words, in any case, singular or plural."""
+class SoundRecall(SourceMetric):
+    """
+    Share of audible sources that captions name, over all sources of all clips: `sound_recall`.
 
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions: one caption a clip.
-    references: the audible sources of each clip, each a list of the phrases that name it.
-Returns:
-    sound_recall: a fraction in [0, 1], None where no clip has a source.
-"""
+    A caption names a source when it contains one of the source's phrases as whole words, in any case, singular or
+    plural.
+    """
 
-
-class SoundRecall(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Sequence(datasets.Value("string"))),
-                }
-            ),
-        )
-
-    def _compute(self, predictions: list[str], references: list[list[list[str]]]) -> dict:
+    def _compute(self, predictions: list[str], references: list[list[list[str]]]) -> dict[str, float | None]:
         return {"sound_recall": named_share(predictions, references)}
