@@ -22,16 +22,16 @@ def principal_components(points: np.ndarray, count: int = 2) -> tuple[np.ndarray
 
 
 def plot_mean_tokens(image: np.ndarray, audio: Mapping[str, np.ndarray], path: str | os.PathLike) -> Path:
-    """Mean audio tokens among mean image tokens, a panel a method, each on the principal components of what it shows
-    (figure 4 of the paper).
+    """Mean audio tokens among mean image tokens, one panel per method, each projected onto the principal components of
+    its own points (figure 4 of the paper).
 
     Args:
         image: (n, D) mean image tokens.
         audio: method -> (n, D) mean audio tokens.
-        path: PNG file to write, whole or not at all.
+        path: PNG file to write.
 
     Raises:
-        ValueError: without a method.
+        ValueError: if there is no method.
     """
     if not audio:
         raise ValueError("no mean audio tokens to plot")
@@ -54,16 +54,16 @@ def plot_attention(
     """Pictures above the weights that the attention of OT^Att gives their tokens (figure 7 of the paper).
 
     Args:
-        pictures: n of them.
-        maps: (n, rows, columns), 1 is the uniform weight.
-        captions: what is heard in each, as its title.
-        path: PNG file to write, whole or not at all.
+        pictures: n pictures.
+        maps: (n, rows, columns); 1 is the uniform weight.
+        captions: the title of each picture.
+        path: PNG file to write.
 
     Raises:
-        ValueError: without a picture, or other numbers of maps or captions.
+        ValueError: if there is no picture, or the numbers of pictures, maps and captions differ.
     """
     if not len(pictures) == len(maps) == len(captions) > 0:
-        raise ValueError(f"{len(pictures)} pictures, {len(maps)} maps, {len(captions)} captions: give one each")
+        raise ValueError(f"{len(pictures)} pictures, {len(maps)} maps, {len(captions)} captions: numbers must match")
     figure = new_figure(1.9 * len(pictures), 4.2)
     panels = figure.subplots(2, len(pictures), squeeze=False)
     limit = max(2.0, float(maps.max()))
@@ -78,7 +78,7 @@ def plot_attention(
 
 
 def new_figure(width: float, height: float):
-    """A figure of so many inches that needs no display."""
+    """A figure of the given size in inches, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Several runs of one pipeline, a seed each, as one table: means with their intervals."""
+"""Several runs of one pipeline with different seeds as one table: means with their intervals."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from scipy.stats import t
 from .results import Results, Row, markdown_table, shown_metrics
 
 
-LEVEL = 0.95  # of the intervals
+LEVEL = 0.95  # confidence level of the intervals
 
 
 def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """Mean, and half the width of its confidence interval by Student's t; NaN where one value leaves it unknown."""
+    """Mean, and half the width of its confidence interval by Student's t; NaN for a single value."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
         return float(values.mean()), math.nan
@@ -22,24 +22,24 @@ def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, floa
 
 
 def summary_markdown(runs: Sequence[Results]) -> str:
-    """A page with each system's mean and interval over the runs, and how many of them each claim holds in.
+    """The mean and interval of each system over the runs, and in how many runs each claim holds, as Markdown.
 
     Args:
-        runs: results of the same systems, a seed each.
+        runs: results of the same systems, each run with another seed.
 
     Raises:
-        ValueError: without runs, for a seed that comes twice, or runs of different systems.
+        ValueError: if there is no run, two runs have the same seed, or the runs contain different systems.
     """
     if not runs:
-        raise ValueError("no runs to summarise")
+        raise ValueError("no runs to summarize")
     tables = [{_system(row): row for row in run.rows} for run in runs]
     seeds = [sorted({row.seed for row in run.rows}) for run in runs]
     if len({tuple(each) for each in seeds}) < len(seeds):
-        raise ValueError(f"runs of the same seed, {seeds}: their figures are no sample; give a run a seed")
+        raise ValueError(f"two runs have the same seed (seeds {seeds}); give runs of different seeds")
     for number, table in enumerate(tables):
         if table.keys() != tables[0].keys():
             odd = sorted(table.keys() ^ tables[0].keys())[0]
-            raise ValueError(f"run {number + 1} has other systems than the first, {' '.join(odd)} among them")
+            raise ValueError(f"run {number + 1} has different systems than the first run, for example {' '.join(odd)}")
     minutes = ", ".join(f"{run.seconds / 60:.1f}" for run in runs)
     lines = [
         f"# Results on {runs[0].dataset}, {len(runs)} seeds",

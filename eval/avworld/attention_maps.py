@@ -1,4 +1,4 @@
-"""Where the attention of OT^Att looks in a picture (the paper's figure 7), and, in AVWorld, at what."""
+"""Attention maps of OT^Att on pictures (figure 7 of the paper), and their mean weight by content in AVWorld."""
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ def image_attention(model, processor, attention: torch.nn.Module, rows: Dataset)
     Args:
         model: the aligned `LlavaAudioForConditionalGeneration`; processor: its processor.
         attention: `AlignmentAttention` of the same alignment, see `load_alignment_attention`.
-        rows: a split of a corpus; the middle frame is looked at.
+        rows: a split of a corpus; the map is that of the middle frame.
 
     Returns:
         (rows, side, side) float32 on the picture's grid of tokens; 1 is the uniform weight.
@@ -28,11 +28,11 @@ def image_attention(model, processor, attention: torch.nn.Module, rows: Dataset)
 
 def attention_by_content(maps: np.ndarray, rows: Dataset) -> dict[str, float]:
     """
-    Mean weight of AVWorld's cells by what stands in them: a thing that `sounds`, a `silent` one, or bare `ground`.
+    Mean weight of AVWorld's cells by content: an object that `sounds`, a `silent` object, or bare `ground`.
 
     Args:
-        maps: (rows, side, side), a token a cell, as `image_attention` gives them.
-        rows: of AVWorld, made with its default seed.
+        maps: (rows, side, side), one token per cell, as returned by `image_attention`.
+        rows: rows of AVWorld, generated with its default seed.
     """
     found: dict[str, list[float]] = {"sounds": [], "silent": [], "ground": []}
     for name, weights in zip(rows["id"], maps, strict=True):

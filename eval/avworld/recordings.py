@@ -1,4 +1,4 @@
-"""Real recordings of AVWorld's classes (ESC-10) as a test split: does the caption name what was recorded?"""
+"""Real recordings of AVWorld's classes (ESC-10) as a test split."""
 
 from pathlib import Path
 
@@ -12,21 +12,23 @@ from ..runner import CaptionRunner, Sample
 from .source_metrics import majority_source
 
 
-CROPS = 3  # a recording
+CROPS = 3  # per recording
 RECORDINGS_SPLIT = "esc10_fold4"
 
 
 def score_recordings(runner: CaptionRunner, folder: Path, system: System, seed: int, out: Path) -> Row:
     """
-    The row of `system` on the recordings of fold 4: `sound_recall` is the share whose class most crops' captions name.
-    Crops that got no caption name nothing, and are told in the row's reason.
+    The row of `system` on the recordings of fold 4.
+
+    `sound_recall` is the share of recordings whose class the captions of most crops name. A crop without a caption
+    names nothing; the row's reason gives the number of such crops.
 
     Args:
-        runner: captions.
-        folder: ESC-10's.
-        system: an audio-only one.
-        seed: for the row.
-        out: folder of the captions.
+        runner: the runner that captions the crops.
+        folder: the folder of ESC-10.
+        system: an audio-only system.
+        seed: the seed of the run.
+        out: folder to write the captions to.
     """
     recordings = {
         f"{path.parent.name}/{path.stem}": (source, path)
@@ -47,5 +49,5 @@ def score_recordings(runner: CaptionRunner, folder: Path, system: System, seed: 
     )
     metrics = {"sound_recall": right / len(recordings)}
     failed = [result for result in results if result.error is not None]
-    reason = {"sound_recall": f"{len(failed)} crops got no caption ({failed[0].error})"} if failed else {}
+    reason = {"sound_recall": f"{len(failed)} crops have no caption ({failed[0].error})"} if failed else {}
     return Row(system.method, system.stage, system.modality, RECORDINGS_SPLIT, seed, len(recordings), metrics, reason)

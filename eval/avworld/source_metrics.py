@@ -1,4 +1,4 @@
-"""Metrics against a world that knows its sources: what sounds, what shows, and what only a picture could tell."""
+"""Metrics that need the true sources of a clip, which AVWorld knows: sound_recall, seen_recall and visual_bias."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ def score_sources(
         candidates: clip id -> caption.
         sounding: clip id -> audible sources, each the list of phrases that name it.
         seen: clip id -> the sources that sound, are visible, and are outside the alike-looking pairs; empty for clips
-            without any. None where that is not known.
+            without any. None where they are unknown.
 
     Returns:
         The metrics sound_recall and seen_recall (fractions, or None), and a reason for every None.
@@ -34,11 +34,11 @@ def score_sources(
     reasons: dict[str, str] = {}
     for name, sources in (("sound_recall", sounding), ("seen_recall", seen)):
         if sources is None:
-            metrics[name], reasons[name] = None, "these clips do not say which sources are seen"
+            metrics[name], reasons[name] = None, "the seen sources of these clips are unknown"
             continue
         missing = [clip for clip in candidates if clip not in sources]
         if missing:
-            raise ValueError(f"{len(missing)} clips without a list of sources for {name}, the first {missing[0]}")
+            raise ValueError(f"{len(missing)} clips have no list of sources for {name}, the first is {missing[0]}")
         metrics[name] = named_share(list(candidates.values()), [sources[clip] for clip in candidates])
         if metrics[name] is None:
             reasons[name] = "no clip has such a source"
@@ -46,7 +46,7 @@ def score_sources(
 
 
 def visual_bias(answers: Sequence[str], visual_words: Sequence[str]) -> float:
-    """Share of answers to "What can you see ?", from audio alone and without prefix, that hold a visual word.
+    """Share of answers to "What can you see ?", from audio alone and without prefix, that contain a visual word.
 
     Raises:
         ValueError: if there is no answer or no visual word.
@@ -55,12 +55,12 @@ def visual_bias(answers: Sequence[str], visual_words: Sequence[str]) -> float:
 
 
 def majority_source(captions: Sequence[str], names: Mapping[str, Sequence[str]]) -> str | None:
-    """The source that most of the captions of one recording name, or None where none names any.
+    """The source named by most captions of a recording; None if no caption names a source.
 
     Args:
-        captions: of several crops of the recording.
-        names: source -> the phrases that name it. Of sources named equally often the one earlier in `names` wins, so
-            order them without regard to the recording.
+        captions: the captions of several crops of the recording.
+        names: source -> the phrases that name it. Ties go to the source that comes first in `names`, so
+            their order must not depend on the recording.
     """
     votes = Counter(
         source for caption in captions for source, phrases in names.items() if contains_any(caption, phrases)

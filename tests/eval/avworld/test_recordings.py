@@ -51,5 +51,5 @@ def test_recall_is_the_share_of_majorities(folder, tmp_path):
         3,
     )
     assert row.n == 10 and row.metrics["sound_recall"] == 0.8  # rooster and rain are lost
-    assert row.reason["sound_recall"] == "3 crops got no caption (unreadable)"
+    assert row.reason["sound_recall"] == "3 crops have no caption (unreadable)"
     assert row.metrics["cider_d"] is None and row.reason["cider_d"]

@@ -22,7 +22,7 @@ def test_unknown_sources_have_a_reason():
 
 
 def test_missing_clip():
-    with pytest.raises(ValueError, match="1 clips without a list of sources for sound_recall, the first y"):
+    with pytest.raises(ValueError, match="1 clips have no list of sources for sound_recall, the first is y"):
         score_sources(CANDIDATES, {"x": [["dog"]]})
 
 
