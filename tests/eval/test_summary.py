@@ -35,7 +35,7 @@ def test_the_page_holds_means_intervals_and_verdicts():
         ([make_run(0, 1.0), make_run(0, 1.0)], "same seed"),
         (
             [make_run(0, 1.0), make_run(1, 1.0, method="ot")],
-            "run 2 has different systems than the first run, for example .*",
+            "run 2 has different systems than the first",
         ),
     ],
 )
