@@ -1,11 +1,11 @@
-"""Configurations of the captioner that hears: the CAV-MAE audio tower and the whole model."""
-
-from typing import Literal
+"""Configuration of LLaVA-Audio: vision tower, audio tower, language model and learned prefix."""
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.llava.configuration_llava import LlavaConfig
+
+from .audio_towers import build_audio_config
 
 
 AUTO_MAP = {
@@ -18,79 +18,23 @@ AUTO_MAP = {
 
 
 @strict
-class CavMaeAudioConfig(PreTrainedConfig):
-    r"""
-    Audio branch of CAV-MAE (Gong et al., 2023, arXiv:2210.07839) with the linear that DALI puts behind it.
-
-    Args:
-        hidden_size: width of the transformer.
-        num_hidden_layers: audio-only blocks.
-        num_joint_layers: blocks that CAV-MAE shares between modalities, used here with their audio norms.
-        num_attention_heads: heads of every block.
-        intermediate_size: width of the feed-forward layers.
-        output_size: width of the tokens that leave the tower; the image tokens' width.
-        patch_size: side of a square patch, in mel bins and in frames.
-        num_mel_bins: mel bins of the spectrogram; a multiple of `patch_size`.
-        max_length: frames of the spectrogram that the learnt positions cover; a multiple of `patch_size`.
-
-    Raises:
-        ValueError: when a size does not divide as stated; the message names the field.
-    """
-
-    model_type = "cav_mae_audio"
-    base_config_key = "audio_config"
-
-    hidden_size: int = 768
-    num_hidden_layers: int = 11
-    num_joint_layers: int = 1
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    output_size: int = 1024
-    hidden_act: str = "gelu"
-    attention_dropout: float | int = 0.0
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    patch_size: int = 16
-    num_mel_bins: int = 128
-    max_length: int = 1024
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.hidden_size % self.num_attention_heads or self.hidden_size % 8:
-            raise ValueError(
-                f"audio_config.hidden_size ({self.hidden_size}) must be a multiple of 8 and of num_attention_heads "
-                f"({self.num_attention_heads})."
-            )
-        for field in ("num_mel_bins", "max_length"):
-            if getattr(self, field) % self.patch_size:
-                raise ValueError(
-                    f"audio_config.{field} ({getattr(self, field)}) must be a multiple of patch_size "
-                    f"({self.patch_size})."
-                )
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Patches along mel and along time: (8, 64) at full size."""
-        return self.num_mel_bins // self.patch_size, self.max_length // self.patch_size
-
-
-@strict
 class LlavaAudioConfig(LlavaConfig):
     r"""
-    LLaVA with an audio tower, an audio projector and a learnt prefix (DALI). Defaults are the paper's sizes:
-    CLIP ViT-L/14@336, CAV-MAE, Vicuna-7B. Vision and language towers are any configuration that `AutoModel` knows.
+    LLaVA with an audio tower, an audio projector and a learned prefix (DALI). The defaults are the sizes of the paper:
+    CLIP ViT-L/14@336, CAV-MAE, Vicuna-7B. `AutoModel` builds the vision tower, the audio tower and the language model.
 
     Args:
-        vision_config, text_config, audio_config: sub-configurations, each a dict or a configuration.
+        vision_config, text_config, audio_config: sub-configurations, each a dict or a configuration. The `model_type`
+            of `audio_config` (default `"cav_mae_audio"`) selects the audio tower; see `audio_towers.py`.
         image_token_index, audio_token_index, prefix_token_index: placeholder ids in `input_ids`.
-        prefix_length: learnt vectors a `<prefix>` stands for.
-        prefix_initializer_range: standard deviation they start from; the paper draws from N(0, 1e-4), a variance.
-        prefix_modalities: what is captioned with the prefix before the question; distillation makes sound alone do
-            without. A picture alone never is: its captions stay the captioner's own.
-        fusion_mode: how picture and sound enter together; `"concatenate"` puts their tokens side by side (DALI).
+        prefix_length: learned vectors per `<prefix>`.
+        prefix_initializer_range: their initial standard deviation; the paper draws from N(0, 1e-4), a variance.
+        prefix_modalities: modalities captioned with the prefix before the question. Distillation removes `"audio"`.
+            Images alone never use the prefix, so that their captions equal those of the image captioner.
 
     Raises:
-        ValueError: when the audio tower's tokens are not as wide as the image tokens, or two placeholders share an id.
+        ValueError: if the audio tower is unknown or unsuitable, its tokens and the image tokens differ in width, or
+            two placeholders share an id.
 
     Example:
 
@@ -109,7 +53,7 @@ class LlavaAudioConfig(LlavaConfig):
         "text_config": SubConfigSpec(
             config_class=AutoConfig, model_type="llama", init_kwargs={"vocab_size": 32064, "rms_norm_eps": 1e-5}
         ),
-        "audio_config": SubConfigSpec(config_class=CavMaeAudioConfig),
+        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="cav_mae_audio"),
     }
 
     audio_config: dict | PreTrainedConfig | None = None
@@ -118,7 +62,6 @@ class LlavaAudioConfig(LlavaConfig):
     prefix_length: int = 16
     prefix_initializer_range: float = 0.01
     prefix_modalities: list[str] | tuple[str, ...] = ("audio", "audiovisual")
-    fusion_mode: Literal["concatenate"] = "concatenate"
 
     attribute_map = {
         "image_token_id": "image_token_index",
@@ -127,6 +70,10 @@ class LlavaAudioConfig(LlavaConfig):
     }
 
     def __post_init__(self, **kwargs):
+        # A field of version 0.1.0 that had one value.
+        if (fusion_mode := kwargs.pop("fusion_mode", "concatenate")) != "concatenate":
+            raise ValueError(f"fusion_mode={fusion_mode!r} is not supported by this version of the model code.")
+        self.audio_config = build_audio_config(self.audio_config, self.sub_configs_defaults["audio_config"].model_type)
         super().__post_init__(**kwargs)
         layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
         image_width = self.vision_config.hidden_size * layers
@@ -138,15 +85,37 @@ class LlavaAudioConfig(LlavaConfig):
         ids = (self.image_token_index, self.audio_token_index, self.prefix_token_index)
         if len(set(ids)) < 3:
             raise ValueError(
-                f"image, audio and prefix need a placeholder id each; image/audio/prefix_token_index are {ids}."
+                f"image, audio and prefix need different placeholder ids; image/audio/prefix_token_index are {ids}."
             )
 
+    def check_processor(self, processor) -> None:
+        """
+        Check that a processor writes as many audio placeholders as the audio tower returns tokens.
+
+        Raises:
+            ValueError: if the counts or the mel bins of `processor.feature_extractor` and of the audio tower differ.
+        """
+        extractor, expected = processor.feature_extractor, self.audio_config.feature_extractor_kwargs
+        tower = f"the audio tower {self.audio_config.model_type!r}"
+        remedy = f"build the feature extractor with audio_config.feature_extractor_kwargs: {expected}."
+        mels, tower_mels = getattr(extractor, "num_mel_bins", None), expected.get("num_mel_bins")
+        if None not in (mels, tower_mels) and mels != tower_mels:
+            raise ValueError(f"the feature extractor has {mels} mel bins, {tower} takes {tower_mels}; {remedy}")
+        longest = expected.get("max_length", 1024)
+        for frames in (longest // 4, longest // 2, longest):
+            written, returned = extractor.num_audio_tokens(frames), self.audio_config.num_audio_tokens(frames)
+            if written != returned:
+                raise ValueError(
+                    f"the processor writes {written} audio placeholders for {frames} frames, {tower} returns "
+                    f"{returned} tokens; {remedy}"
+                )
+
     def save_pretrained(self, save_directory, **kwargs):
-        # `_auto_class` holds a single name; the others are ours to write, or AutoModel would not find its class.
+        # `_auto_class` holds a single name, so the other Auto classes are written here.
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 
 
 LlavaAudioConfig.register_for_auto_class()
 
-__all__ = ["CavMaeAudioConfig", "LlavaAudioConfig"]
+__all__ = ["LlavaAudioConfig"]

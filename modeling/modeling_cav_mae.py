@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_llava_audio import CavMaeAudioConfig
+from .configuration_cav_mae import CavMaeAudioConfig
 
 
 def sincos_positions(width: int, rows: int, columns: int) -> torch.Tensor:

@@ -14,8 +14,8 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModal
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
+from .audio_towers import build_audio_tower
 from .configuration_llava_audio import LlavaAudioConfig
-from .modeling_cav_mae import CavMaeAudioModel
 from .stage_checkpoint import read_stage, write_stage
 
 
@@ -58,7 +58,6 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
     config: LlavaAudioConfig
     config_class = LlavaAudioConfig
     input_modalities = ("image", "audio", "text")
-    _no_split_modules = ["CavMaeEmbeddings", "CavMaeLayer", "LearntPrefix"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -114,7 +113,7 @@ class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
 
     def __init__(self, config: LlavaAudioConfig):
         super().__init__(config)
-        self.audio_tower = CavMaeAudioModel(config.audio_config)
+        self.audio_tower = build_audio_tower(config.audio_config)
         self.audio_projector = LlavaMultiModalProjector(config)
         self.prefix = LearntPrefix(config)
         self.post_init()
