@@ -55,16 +55,20 @@ class CavMaeEmbeddings(nn.Module):
         resized = nn.functional.interpolate(channels_first, size=(rows, columns), mode="bilinear", align_corners=False)
         return resized.permute(0, 2, 3, 1).to(grid.dtype)
 
-    def forward(self, input_features: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
-        # (B, frames, mels) -> (B, 1, mels, frames): the reference flattens its patches mel-major.
+    def forward(self, input_features: torch.Tensor, columns_mask: torch.Tensor | None = None) -> torch.Tensor:
+        # (B, frames, mels) -> (B, 1, mels, frames): the reference flattens its patches mel-major. The convolution is
+        # the reference for the dtype, since quantization packs linear layers only.
+        input_features = input_features.to(self.patch_embeddings.weight.dtype)
         patches = self.patch_embeddings(input_features.transpose(1, 2).unsqueeze(1))  # (B, width, rows, columns)
         patches = patches.permute(0, 2, 3, 1)
-        columns = patches.shape[2]
-        if lengths is None:
-            positions = self.positions(columns)
-        else:  # every clip gets the positions it would get alone
-            by_length = {n: nn.functional.pad(self.positions(n), (0, 0, 0, columns - n)) for n in set(lengths)}
-            positions = torch.cat([by_length[n] for n in lengths])
+        if columns_mask is None:
+            positions = self.positions(patches.shape[2])
+        else:  # each clip gets the positions it would get alone, on whichever side it is padded
+            lengths = columns_mask.sum(-1).tolist()
+            by_length = {length: self.positions(length) for length in set(lengths)}
+            index = (columns_mask.cumsum(-1) - 1).clamp(min=0)
+            positions = torch.cat([by_length[length][:, :, row] for length, row in zip(lengths, index, strict=True)])
+            positions = positions * columns_mask[:, None, :, None]
         return (patches + positions).flatten(1, 2) + self.modality_embedding
 
 
@@ -200,11 +204,11 @@ class CavMaeAudioModel(CavMaePreTrainedModel):
                 f"input_features must be (batch, a multiple of {patch} frames, {mels} mel bins), got "
                 f"{tuple(input_features.shape)}."
             )
-        lengths = attention_mask = None
+        columns_mask = attention_mask = None
         if input_features_mask is not None:
-            lengths = (input_features_mask.sum(-1) // patch).tolist()
+            columns_mask = input_features_mask[:, ::patch].bool()
             attention_mask = self.token_mask(input_features_mask)
-        hidden_states = self.embeddings(input_features.to(self.proj.weight.dtype), lengths)
+        hidden_states = self.embeddings(input_features, columns_mask)
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )

@@ -1,4 +1,4 @@
-"""LLaVA with ears (DALI): audio tower, audio projector and learnt prefix beside an untouched image captioner."""
+"""LLaVA-Audio (DALI): an image captioner with an audio tower, an audio projector and a learned prefix."""
 
 from dataclasses import dataclass
 
@@ -48,7 +48,7 @@ class LlavaAudioCausalLMOutputWithPast(ModelOutput):
 
 
 class LearntPrefix(nn.Embedding):
-    """Learnt vectors that stand where the text says `<prefix>`; an Embedding, so that a missing one is initialised."""
+    """Learned vectors that replace the `<prefix>` placeholders; an Embedding, which `_init_weights` initializes."""
 
     def __init__(self, config: LlavaAudioConfig):
         super().__init__(config.prefix_length, config.text_config.hidden_size)
@@ -99,10 +99,9 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
 
 class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
     """
-    Vision tower, audio tower, a projector each, learnt prefix and language model, without a head.
+    Vision tower, audio tower, their projectors, learned prefix and language model, without a head.
 
-    `last_hidden_state` aligns with `input_ids` position by position: the processor has already written one
-    placeholder a token.
+    The processor writes one placeholder per token, so `last_hidden_state` aligns with `input_ids`.
 
     ```
     pixel_values   -> vision_tower -> multi_modal_projector -+
@@ -135,6 +134,8 @@ class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(clips, frames, mels) -> the audio tokens before the projector, (clips, tokens, vision width)."""
+        # The dtype of a module skips weights that are packed as integers.
+        input_features = input_features.to(self.audio_tower.dtype)
         return self.audio_tower(input_features, input_features_mask, return_dict=True).last_hidden_state
 
     @can_return_tuple
@@ -152,7 +153,14 @@ class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
             `last_hidden_state` (clips, tokens, vision width) and `pooler_output`, a list with the projected tokens
             of each clip, (tokens of the clip, text width).
         """
+        input_features = input_features.to(self.audio_tower.dtype)
         outputs = self.audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
+        returned, frames = outputs.last_hidden_state.shape[1], input_features.shape[1]
+        if returned != (expected := self.config.audio_config.num_audio_tokens(frames)):
+            raise ValueError(
+                f"{type(self.audio_tower).__name__} returned {returned} tokens for {frames} frames, but "
+                f"{type(self.config.audio_config).__name__}.num_audio_tokens({frames}) is {expected}."
+            )
         projected = list(self.audio_projector(outputs.last_hidden_state))
         if input_features_mask is not None:
             keep = self.audio_tower.token_mask(input_features_mask)
@@ -240,7 +248,7 @@ class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
         )
 
     def _insert_prefix(self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Replace `<prefix>` placeholders by the learnt vectors; every sample holds all of them or none."""
+        """Replace `<prefix>` placeholders by the learned vectors; each sample holds all of them or none."""
         length = self.config.prefix_length
         if input_ids.shape[1] < length:  # a decoding step; the prefix is in the cache
             return inputs_embeds
@@ -252,7 +260,9 @@ class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
                 f"{length} long (prefix_length)."
             ),
         )
-        vectors = self.prefix.weight.repeat(mask.numel() // length, 1)
+        # Called rather than read, so that the hooks of an offloaded model load the weight first.
+        vectors = self.prefix(torch.arange(length, device=input_ids.device))
+        vectors = vectors.repeat(mask.numel() // length, 1)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), vectors.to(inputs_embeds))
 
 

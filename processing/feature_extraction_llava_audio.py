@@ -34,17 +34,21 @@ def _torchaudio_fbank():
 
 class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
     r"""
-    Log-mel filter bank of a 16 kHz waveform, as CAV-MAE (Gong et al., 2023, section 3.1) was trained on.
+    Log-mel filter bank of a 16 kHz waveform, the input of CAV-MAE (Gong et al., 2023, section 3.1).
 
-    The waveform, in [-1, 1], is averaged over its channels, freed of its mean and passed to Kaldi's `fbank` (25 ms
-    Hanning window, 10 ms shift, `htk_compat`, no energy, no dither). The frames are padded with zeros, then normalised
+    The channels of the waveform, in [-1, 1], are averaged, its mean is removed, and Kaldi's `fbank` is applied (25 ms
+    Hanning window, 10 ms shift, `htk_compat`, no energy, no dither). The frames are padded with zeros, then normalized
     as `(x - mean) / std`, so that padding becomes `-mean / std` (+1.133 with the defaults), as in the reference.
+
+    The arguments that depend on the audio tower are its configuration's `feature_extractor_kwargs`.
 
     Args:
         sampling_rate (`int`): rate of the waveforms in Hz.
-        num_mel_bins (`int`): mel bins of a frame; a multiple of `patch_size`.
-        max_length (`int`): frames of a clip under `padding="max_length"`; a multiple of `patch_size`.
-        patch_size (`int`): side of the audio tower's square patches, in frames and in mel bins.
+        num_mel_bins (`int`): mel bins per frame.
+        max_length (`int`): frames per clip under `padding="max_length"`; a multiple of `patch_size`.
+        patch_size (`int`): frames per column of audio tokens.
+        tokens_per_column (`int`, *optional*): audio tokens that the tower returns for `patch_size` frames. The default
+            suits square patches: `num_mel_bins / patch_size`. A tower that averages over mel returns 1.
         mean, std (`float`): statistics of the corpus that the tower was trained on.
         backend (`str`): `"torchaudio"`, `"numpy"` (transformers' `audio_utils`), or `"auto"`: torchaudio where it
             loads. The two agree within 1e-3 after normalisation on recordings, noise and ordinary tones; a pure tone
@@ -60,6 +64,7 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         num_mel_bins: int = 128,
         max_length: int = 1024,
         patch_size: int = 16,
+        tokens_per_column: int | None = None,
         mean: float = -5.081,
         std: float = 4.4849,
         padding_value: float = 0.0,
@@ -67,7 +72,15 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         **kwargs,
     ):
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
-        for name, value in (("num_mel_bins", num_mel_bins), ("max_length", max_length)):
+        # The clips of a batch have one length, or `input_features_mask` marks the padding. Without a side, `pipeline`
+        # pads the text alone and on the tokenizer's side.
+        self.padding_side = None
+        multiples = {"max_length": max_length}
+        if tokens_per_column is None:
+            multiples["num_mel_bins"] = num_mel_bins
+        elif tokens_per_column < 1:
+            raise ValueError(f"tokens_per_column={tokens_per_column} must be positive")
+        for name, value in multiples.items():
             if value < patch_size or value % patch_size:
                 raise ValueError(f"{name}={value} is not a positive multiple of patch_size={patch_size}")
         if std <= 0:
@@ -77,6 +90,7 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         self.num_mel_bins = num_mel_bins
         self.max_length = max_length
         self.patch_size = patch_size
+        self.tokens_per_column = tokens_per_column
         self.mean = mean
         self.std = std
         self.backend = backend
@@ -96,8 +110,10 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         return max(0, 1 + (num_samples - self.window_length) // self.hop_length)
 
     def num_audio_tokens(self, num_frames: int) -> int:
-        """Patches, and so audio tokens, of `num_frames` counted frames (1024 frames x 128 mels: 512)."""
-        return (self.num_mel_bins // self.patch_size) * math.ceil(num_frames / self.patch_size)
+        """Number of audio tokens of `num_frames` frames, padded to full columns (1024 frames x 128 mels: 512)."""
+        return (self.tokens_per_column or self.num_mel_bins // self.patch_size) * math.ceil(
+            num_frames / self.patch_size
+        )
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Processor of LLaVA-Audio: text, images, audio and the learned prefix in, the model's inputs out."""
+"""Processor of LLaVA-Audio: turns text, images and audio into model inputs."""
 
 import re
 from itertools import repeat
@@ -59,13 +59,18 @@ TEXT_ONLY_KWARGS = ("padding", "max_length", "truncation", "pad_to_multiple_of",
 
 class LlavaAudioProcessor(ProcessorMixin):
     r"""
-    Wraps an image processor, a tokenizer and a [`LlavaAudioFeatureExtractor`].
+    Wraps an image processor, a tokenizer and a feature extractor.
 
-    Every `<image>` of a text becomes as many copies as the image has tokens (576 at full size), every `<audio>` as
-    many as its clip has (512), every `<prefix>` `prefix_length` copies (16). Batches are padded on the left.
+    Each `<image>` of a text is repeated once per image token (576 at full size), each `<audio>` once per audio token
+    (512), each `<prefix>` `prefix_length` times (16). Batches are padded on the left: the processor sets
+    `tokenizer.padding_side`.
 
     Args:
-        image_processor, tokenizer, feature_extractor: the three parts; the tokenizer knows the placeholder tokens.
+        image_processor (`BaseImageProcessor`): the image processor of the vision tower.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer that has the placeholder tokens.
+        feature_extractor (`FeatureExtractionMixin`): [`LlavaAudioFeatureExtractor`], or any feature extractor that
+            returns `input_features` (and `input_features_mask` for clips of several lengths) and has
+            `num_audio_tokens(num_frames)`.
         patch_size (`int`): patch size of the vision tower.
         vision_feature_select_strategy (`str`): `"default"` drops the vision tower's first token (CLIP's CLS), `"full"`
             keeps all.
@@ -77,7 +82,7 @@ class LlavaAudioProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): Jinja template; `DALI_CHAT_TEMPLATE` where absent.
 
     Raises:
-        ValueError: when the tokenizer lacks a placeholder token.
+        ValueError: if the tokenizer lacks a placeholder token, or the feature extractor lacks `num_audio_tokens`.
     """
 
     text_kwargs = {"padding": True, "return_tensors": "pt"}
@@ -88,7 +93,7 @@ class LlavaAudioProcessor(ProcessorMixin):
         self,
         image_processor=None,
         tokenizer=None,
-        feature_extractor: LlavaAudioFeatureExtractor | None = None,
+        feature_extractor=None,
         patch_size: int = 14,
         vision_feature_select_strategy: str = "default",
         num_additional_image_tokens: int = 1,
@@ -103,8 +108,14 @@ class LlavaAudioProcessor(ProcessorMixin):
             raise ValueError(
                 f"vision_feature_select_strategy={vision_feature_select_strategy!r} is unknown; choose default or full"
             )
+        if not hasattr(feature_extractor, "num_audio_tokens"):
+            raise ValueError(
+                f"{type(feature_extractor).__name__} has no num_audio_tokens(num_frames); use "
+                f"{LlavaAudioFeatureExtractor.__name__} or another feature extractor that has it"
+            )
         chat_template = DALI_CHAT_TEMPLATE if chat_template is None else chat_template
         super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template)
+        tokenizer.padding_side = "left"  # generation continues the text, so padding on the right would be inside it
         self.patch_size = patch_size
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.num_additional_image_tokens = num_additional_image_tokens

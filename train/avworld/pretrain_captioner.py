@@ -73,9 +73,7 @@ def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditi
         image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer=tokenizer,
         feature_extractor=LlavaAudioFeatureExtractor(
-            num_mel_bins=config.audio_config.num_mel_bins,
-            max_length=config.audio_config.max_length,
-            patch_size=config.audio_config.patch_size,
+            **config.audio_config.feature_extractor_kwargs,
             mean=arguments.audio_mean,
             std=arguments.audio_std,
         ),
@@ -151,7 +149,8 @@ def main(argv: list[str] | None = None) -> TokenViewTrainer:
     rows = load_rows(arguments)
     pretrain_vision(captioner, processor, rows, arguments)
     train_only(captioner, model.multi_modal_projector, model.language_model, captioner.lm_head)
-    heard = math.prod(captioner.config.audio_config.grid_size)
+    extractor = processor.feature_extractor
+    heard = extractor.num_audio_tokens(extractor.max_length)
     trainer = TokenViewTrainer(
         model=captioner,
         args=arguments,
