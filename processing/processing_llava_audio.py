@@ -4,6 +4,7 @@ import re
 from itertools import repeat
 
 from transformers import processing_utils
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import get_image_size, make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
@@ -124,6 +125,13 @@ class LlavaAudioProcessor(ProcessorMixin):
         self.image_token, self.image_token_id = image_token, self._token_id(image_token)
         self.audio_token, self.audio_token_id = audio_token, self._token_id(audio_token)
         self.prefix_token, self.prefix_token_id = prefix_token, self._token_id(prefix_token)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
+        # `AutoTokenizer` reads config.json only to choose a class, which tokenizer_config.json names. Without this, a
+        # process that has not imported the model code would be asked to trust the copy of it in the checkpoint.
+        kwargs.setdefault("config", PreTrainedConfig())
+        return super()._load_tokenizer_from_pretrained(sub_processor_type, pretrained_model_name_or_path, **kwargs)
 
     def _token_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
