@@ -260,9 +260,8 @@ class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
                 f"{length} long (prefix_length)."
             ),
         )
-        # Called rather than read, so that the hooks of an offloaded model load the weight first.
-        vectors = self.prefix(torch.arange(length, device=input_ids.device))
-        vectors = vectors.repeat(mask.numel() // length, 1)
+        # Through the module's forward, where offloading brings its weight.
+        vectors = self.prefix(torch.arange(length, device=input_ids.device)).repeat(mask.numel() // length, 1)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), vectors.to(inputs_embeds))
 
 
