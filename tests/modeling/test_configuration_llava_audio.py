@@ -81,6 +81,15 @@ def test_placeholders_need_ids_of_their_own(field):
         LlavaAudioConfig(**{field: 32000, "image_token_index": 32000})
 
 
+def test_fusion_mode_of_the_last_version_is_read_and_dropped(tiny_config, tmp_path):
+    tiny_config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "fusion_mode" not in saved
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"fusion_mode": "concatenate"}))
+    loaded = LlavaAudioConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == tiny_config.to_dict() and not hasattr(loaded, "fusion_mode")
+
+
 def test_unknown_fusion_mode_is_refused():
     with pytest.raises(Exception, match="fusion_mode"):
         LlavaAudioConfig(fusion_mode="telepathy")

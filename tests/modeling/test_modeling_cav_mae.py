@@ -212,18 +212,22 @@ def padded_clips(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return features, mask
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_padded_clips_equal_clips_alone(attention):
+def test_padded_clips_equal_clips_alone(attention, side):
     tower = tiny_tower()
     tower.set_attn_implementation(attention)
     lengths = [32, 128, 96, 64]
     features, mask = padded_clips(lengths)
+    if side == "left":  # as `pipeline` pads
+        features, mask = features.flip(1), mask.flip(1)
     with torch.no_grad():
         together = tower(features, mask).last_hidden_state
         keep = tower.token_mask(mask)
         assert keep.sum(-1).tolist() == [2 * length // 16 for length in lengths]
         for clip, tokens, kept, length in zip(features, together, keep, lengths, strict=True):
-            alone = tower(clip[None, :length]).last_hidden_state[0]
+            counted = clip[:length] if side == "right" else clip[-length:]
+            alone = tower(counted[None]).last_hidden_state[0]
             assert (tokens[kept] - alone).abs().max() < 1e-5
 
 

@@ -186,8 +186,23 @@ def test_bad_arguments():
         LlavaAudioFeatureExtractor(backend="librosa")
 
 
+def test_tokens_per_column():
+    """Square patches give one token per mel row; a tower that averages over mel gives one per column."""
+    assert [LlavaAudioFeatureExtractor().num_audio_tokens(frames) for frames in (1, 16, 17, 1024)] == [8, 8, 16, 512]
+    averaged = LlavaAudioFeatureExtractor(num_mel_bins=80, tokens_per_column=1)
+    assert [averaged.num_audio_tokens(frames) for frames in (1, 16, 17, 1024)] == [1, 1, 2, 64]
+    # the mel bins need not fill patches where the tokens do not follow from them
+    uneven = LlavaAudioFeatureExtractor(num_mel_bins=70, patch_size=4, tokens_per_column=2, max_length=256)
+    assert uneven.num_audio_tokens(256) == 128
+    assert uneven(noise(1.0), padding="longest")["input_features"].shape == (1, 100, 70)
+    with pytest.raises(ValueError, match="tokens_per_column=0 must be positive"):
+        LlavaAudioFeatureExtractor(tokens_per_column=0)
+
+
 def test_save_and_load(tmp_path):
-    extractor = LlavaAudioFeatureExtractor(num_mel_bins=64, max_length=256, mean=-4.0, std=2.0, backend="numpy")
+    extractor = LlavaAudioFeatureExtractor(
+        num_mel_bins=64, max_length=256, mean=-4.0, std=2.0, backend="numpy", tokens_per_column=3
+    )
     extractor.save_pretrained(tmp_path)
     loaded = LlavaAudioFeatureExtractor.from_pretrained(tmp_path)
     assert loaded.to_dict() == extractor.to_dict()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoProcessor, CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, CLIPImageProcessor, PreTrainedTokenizerFast, WhisperFeatureExtractor
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START
 
 from dali_llava.processing import (
@@ -241,6 +241,32 @@ def test_tokenizer_without_placeholder():
         make_processor(vision_feature_select_strategy="half")
 
 
+def test_feature_extractor_needs_a_number_of_tokens():
+    with pytest.raises(ValueError, match=r"WhisperFeatureExtractor has no num_audio_tokens\(num_frames\)"):
+        LlavaAudioProcessor(make_processor().image_processor, make_tokenizer(), WhisperFeatureExtractor())
+    with pytest.raises(ValueError, match="NoneType has no num_audio_tokens"):
+        LlavaAudioProcessor(make_processor().image_processor, make_tokenizer())
+
+
+def test_placeholders_follow_the_tokens_per_column():
+    """A tower that averages over mel: one token for 16 frames."""
+    extractor = LlavaAudioFeatureExtractor(num_mel_bins=64, max_length=256, tokens_per_column=1)
+    processor = make_processor()
+    processor.feature_extractor = extractor
+    clips = [make_clip(2.0), make_clip(0.5)]  # 198 and 48 frames
+    assert counts(processor(text=["<audio>"] * 2, audio=clips)["input_ids"]) == [[0, 16, 0]] * 2
+    longest = processor(text=["<audio>"] * 2, audio=clips, audio_kwargs={"padding": "longest"})
+    assert counts(longest["input_ids"]) == [[0, 13, 0], [0, 3, 0]]
+
+
+def test_tokenizer_is_padded_on_the_left():
+    tokenizer = make_tokenizer(padding_side="right")
+    processor = make_processor(tokenizer)
+    assert processor.tokenizer.padding_side == "left"
+    assert processor.tokenizer(["a dog", "a"], padding=True)["attention_mask"][1] == [0, 1]
+    assert processor.feature_extractor.padding_side is None
+
+
 def test_save_and_load(tmp_path):
     processor = make_processor(prefix_length=4, pad_to_square=False, num_additional_image_tokens=3)
     processor.save_pretrained(tmp_path)
@@ -256,6 +282,34 @@ def test_save_and_load(tmp_path):
         loaded.save_pretrained(tmp_path / "again")
         again = (tmp_path / "again" / "processor_config.json").read_bytes()
         assert again == (tmp_path / "processor_config.json").read_bytes()
+
+
+UNTRUSTED = """
+import sys
+from dali_llava.processing import LlavaAudioProcessor
+from transformers import AutoProcessor
+
+for loader in (LlavaAudioProcessor, AutoProcessor):
+    processor = loader.from_pretrained(sys.argv[1])
+    print(type(processor).__module__, processor.tokenizer("a dog")["input_ids"])
+assert "dali_llava.modeling" not in sys.modules
+"""
+
+
+def test_loads_without_the_model_code_and_without_asking(tmp_path):
+    """config.json names the model code in the checkpoint; the processor of the package does not need it."""
+    processor = make_processor()
+    processor.save_pretrained(tmp_path)
+    auto_map = {"AutoConfig": "configuration_llava_audio.LlavaAudioConfig"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_audio", "auto_map": auto_map}))
+    (tmp_path / "configuration_llava_audio.py").write_text("raise RuntimeError('the checkpoint ran its code')\n")
+    run = subprocess.run(
+        [sys.executable, "-c", UNTRUSTED, str(tmp_path)], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "custom code" not in run.stdout + run.stderr and "to instantiate a model of type" not in run.stderr
+    ids = processor.tokenizer("a dog")["input_ids"]
+    assert run.stdout.splitlines() == [f"dali_llava.processing.processing_llava_audio {ids}"] * 2
 
 
 ELSEWHERE = """
