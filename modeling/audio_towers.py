@@ -7,7 +7,7 @@ A tower is a configuration and a model, registered with `AutoConfig` and `AutoMo
 - `config.num_audio_tokens(num_frames)`: number of audio tokens for a number of spectrogram frames.
 - `config.feature_extractor_kwargs`: arguments of the feature extractor that makes the tower's spectrograms.
 - `model(input_features, input_features_mask=None, **kwargs)`: (B, frames, mels) and (B, frames) to an output with
-  `last_hidden_state` (B, tokens, output_size).
+  `last_hidden_state` (B, tokens, output_size). The padding may be on either side of a clip.
 - `model.token_mask(input_features_mask)`: (B, frames) to (B, tokens), True for the tokens of frames that count.
 
 `AUDIO_TOWERS` lists the towers that travel with a checkpoint. A tower of another package needs no line here; the

@@ -327,8 +327,8 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
         Arguments as in `LlavaAudioModel.forward`, and
 
         Args:
-            labels: (B, L), the next tokens to learn; -100 where nothing is to be learnt.
-            logits_to_keep: logits of the last positions only; 0 keeps all.
+            labels: (B, L), the target tokens; -100 at positions that do not count.
+            logits_to_keep: number of last positions to compute logits for; 0 for all.
         """
         outputs = self.model(
             input_ids=input_ids,
