@@ -37,7 +37,7 @@ def samples(modality: str) -> list[dict]:
         {
             "image": None if modality == "audio" else picture(index),
             "audio": None if modality == "image" else sound(index),
-            "prefix": modality != "image" and index != 1,
+            "prefix": modality != "image",
             "question": question,
         }
         for index, question in enumerate(QUESTIONS)
