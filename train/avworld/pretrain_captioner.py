@@ -73,9 +73,7 @@ def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditi
         image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer=tokenizer,
         feature_extractor=LlavaAudioFeatureExtractor(
-            **config.audio_config.feature_extractor_kwargs,
-            mean=arguments.audio_mean,
-            std=arguments.audio_std,
+            **config.audio_config.feature_extractor_kwargs | {"mean": arguments.audio_mean, "std": arguments.audio_std}
         ),
         patch_size=vision["patch_size"],
         prefix_length=config.prefix_length,
