@@ -107,7 +107,7 @@ def _solve_one(
     gap = solution.cost - mass_a @ u[rows] - mass_b @ v[columns]
     if gap < -ROUNDING:
         raise NoPlanError("the plan's cost lies below the lower bound")
-    gap = gap if gap > ROUNDING else 0.0
+    gap = max(gap, 0.0)
     row, column = solution.indices
     return np.concatenate(([solution.cost, gap], u, v)), (np.stack((rows[row], columns[column])), solution.masses)
 

@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 from dali_llava.train.transport.background import in_background
 from dali_llava.train.transport.certified import solve_certified
 from dali_llava.train.transport.checks import check_point_sets, check_weights
+from dali_llava.train.transport.costs import expanded_costs
 from dali_llava.train.transport.exact import solve_exact
 from dali_llava.train.transport.partial import solve_partial
-from dali_llava.train.transport.parts import in_parts
+from dali_llava.train.transport.rounding import certify
 from dali_llava.train.transport.sinkhorn import solve_sinkhorn
 from dali_llava.train.transport.solution import Solution, sparse_coo
 from dali_llava.train.transport.unbalanced import solve_unbalanced
@@ -27,6 +28,8 @@ SOLVERS: dict[str, Callable[..., Solution]] = {
     "unbalanced": solve_unbalanced,
 }
 _AUTO = "auto"
+# These find an optimum and prove it.
+_PROVING = ("exact", "certified", "partial")
 # Points a side from which "auto" takes a set for large: fewer are not worth the device's rounds of checks.
 _LARGE = 192
 
@@ -145,7 +148,8 @@ def _solve(
     x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, solver: str, options: dict[str, Any]
 ) -> Solution:
     with torch.autocast(x.device.type, enabled=False):
-        return SOLVERS[solver](_squared_distances(x, y), a, b, **options)
+        solve = partial(SOLVERS[solver], **options)
+        return certify(solve, solver in _PROVING, x, y, expanded_costs(x, y), a, b)
 
 
 def _differentiable(
@@ -187,15 +191,19 @@ class _EnvelopeCost(torch.autograd.Function):
         dx = dy = da = db = None
         with torch.autocast(x.device.type, enabled=False):
             if needs_x or needs_y:
-                # Differences do not see a shift, and near the origin fewer of their digits are lost.
-                centre = y.mean(dim=1, keepdim=True)
-                x, y = x - centre, y - centre
-            if needs_x:
-                mass = a if solution.row_mass is None else solution.row_mass
-                dx = _pull(mass, x, solution.plan, y, d_cost)
-            if needs_y:
-                mass = b if solution.column_mass is None else solution.column_mass
-                dy = _pull(mass, y, solution.plan.transpose(1, 2), x, d_cost)
+                rows = a if solution.row_mass is None else solution.row_mass
+                columns = b if solution.column_mass is None else solution.column_mass
+                arguments = (x, y, rows, columns, solution.plan, d_cost)
+                dx, dy = _point_gradients(*arguments, y.mean(dim=1, keepdim=True), needs_x, needs_y)
+            if solution.coarse is not None and (needs_x or needs_y):
+                # float32 loses the gradients of these samples, as it loses their distances.
+                x, y, *others = (tensor.index_select(0, solution.coarse).double() for tensor in arguments)
+                centre = y.median(dim=1, keepdim=True).values
+                for gradient, precise in zip(
+                    (dx, dy), _point_gradients(x, y, *others, centre, needs_x, needs_y), strict=True
+                ):
+                    if gradient is not None:
+                        gradient[solution.coarse] = precise.to(gradient.dtype)
             if needs_a:
                 da = d_cost.double()[:, None] * _centred(solution.u, a)
             if needs_b:
@@ -203,16 +211,23 @@ class _EnvelopeCost(torch.autograd.Function):
         return dx, dy, da, db, None
 
 
-def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(B, N, M) float64."""
-    distances = x.new_empty((*x.shape[:2], y.shape[1]), dtype=torch.float64)
-    for part in in_parts(8 * (x[0].numel() + y[0].numel()), x, y, distances):
-        own_x, own_y = part[0].double(), part[1].double()
-        centre = own_y.mean(dim=1, keepdim=True)
-        own_x, own_y = own_x - centre, own_y - centre
-        norms = own_x.square().sum(dim=2)[..., None] + own_y.square().sum(dim=2)[:, None]
-        torch.baddbmm(norms, own_x, own_y.mT, alpha=-2, out=part[2]).clamp_(min=0)
-    return distances
+def _point_gradients(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    plan: torch.Tensor,
+    d_cost: torch.Tensor,
+    centre: torch.Tensor,
+    needs_x: bool,
+    needs_y: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients by x (B, N, D) and y (B, M, D), for a plan with row masses (B, N) and column masses (B, M)."""
+    # A shift does not change differences, and rounding errors are smaller near the origin.
+    x, y = x - centre, y - centre
+    dx = _pull(rows, x, plan, y, d_cost) if needs_x else None
+    dy = _pull(columns, y, plan.transpose(1, 2), x, d_cost) if needs_y else None
+    return dx, dy
 
 
 def _pull(
