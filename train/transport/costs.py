@@ -13,6 +13,12 @@ UNIT = torch.finfo(torch.float64).eps / 2
 _EXTRA = 8
 
 
+def cost_scale(cost: torch.Tensor) -> torch.Tensor:
+    """(B,) largest cost of each sample, 1 where all are 0: the unit for solvers with absolute tolerances."""
+    largest = cost.amax(dim=(1, 2))
+    return torch.where(largest > 0, largest, 1.0)
+
+
 @dataclass
 class Costs:
     """Costs `C_ij = |x_i - y_j|^2` of B problems, with a bound of each entry's rounding error.

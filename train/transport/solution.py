@@ -12,9 +12,9 @@ class Solution:
     """Solutions of B transport problems, without gradients, in float64 on the cost's device.
 
     Attributes:
-        cost: (B,) cost of the plan, and what the problem adds for mass that stays.
+        cost: (B,) cost of the plan, including penalties.
         plan: (B, N, M), sparse COO or dense, with the problem's marginals where it has some.
-        u: (B, N) row potentials, for points of weight 0 as well: the cost's derivatives by the weights, up to a
+        u: (B, N) row potentials, also of points of weight 0: the derivatives of the cost by the weights, up to a
             constant.
         v: (B, M) column potentials.
         gap: (B,) cost minus a lower bound of the optimum, at least 0.
@@ -34,7 +34,7 @@ class Solution:
 
 
 def sparse_coo(indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Sparse tensor from indices that are sorted and unique already."""
+    """Sparse tensor from sorted, unique indices."""
     # torch warns unless told whether to check the indices; these need no check.
     with torch.sparse.check_sparse_tensor_invariants(enable=False):
         return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True)
