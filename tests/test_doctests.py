@@ -32,10 +32,21 @@ def solvers_and_functions():
     return sorted((f for f in functions if not f.__name__.startswith("_")), key=lambda f: f.__name__)
 
 
+class UnfencedParser(doctest.DocTestParser):
+    """Reads examples inside Markdown fences too, as the docstrings of transformers have them."""
+
+    def parse(self, string, name="<string>"):
+        lines = ("" if line.strip().startswith("```") else line for line in string.splitlines())
+        return super().parse("\n".join(lines), name)
+
+
 @pytest.mark.parametrize("name", modules_with_examples())
 def test_examples_of_a_module(name):
-    results = doctest.testmod(importlib.import_module(name))
-    assert results.attempted > 0 and results.failed == 0
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder(parser=UnfencedParser()).find(module):
+        runner.run(example)
+    assert runner.tries > 0 and runner.failures == 0
 
 
 @pytest.mark.parametrize("function", solvers_and_functions(), ids=lambda function: function.__name__)

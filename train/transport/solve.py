@@ -69,7 +69,9 @@ def solve_transport(
     solver: str = "exact",
     **options: Any,
 ) -> TransportResult:
-    """Moves weights a on points x to weights b on points y at minimal cost, `min_P <P, C>`, `C_ij = |x_i - y_j|^2` [1].
+    """Moves weights a on points x to weights b on points y at minimal cost [1].
+
+    The cost is `min_P <P, C>` with `C_ij = |x_i - y_j|^2`.
 
     Two solvers do not move all mass. "partial" moves the share `mass` of the weight that is cheapest to move: its cost
     is `<P, C>` with `P 1 <= a`, `P^T 1 <= b`. "unbalanced" penalizes mass that appears or vanishes: its cost is
