@@ -42,7 +42,7 @@ def likely_arcs(
     Args:
         cost: (B, N, M), at least 0, in any unit.
         a: (B, N) weights, each row summing to 1.
-        b: (B, M) weights, likewise.
+        b: (B, M) weights, each row summing to 1.
         eps: entropy strengths of Sinkhorn, in mean costs of the sample, used in turn.
         num_iterations: number of Sinkhorn iterations for each eps.
         arcs_per_point: number of arcs to keep, divided by the number of points in a sample, N + M.

@@ -27,8 +27,9 @@ def solve_certified(
     """Finds the optimum with a network simplex on a few per cent of the arcs, and proves it on all arcs.
 
     The network simplex [1] gets the arcs of `likely_arcs`. Its potentials are then checked on every arc in float64
-    [2]. Arcs that violate them are added, and the simplex runs again. Problems without a proof after the last round are
-    solved by `solve_exact`. Only the simplex runs on the CPU; all other steps are batched on the device of the costs.
+    [2]. Arcs that violate them are added, and the simplex runs again. `solve_exact` solves the problems that the last
+    round leaves without a proof. Only the simplex runs on the CPU; all other steps are batched on the device of the
+    costs.
 
     Args:
         cost: (B, N, M) float64, finite.

@@ -41,11 +41,11 @@ def dense_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_iterations
 
     Args:
         cost: (N, M) float64, C-contiguous, in [0, 1]: the simplex's tolerances are absolute.
-        a: (N,) float64 weights, positive; b: (M,) weights, likewise, with the same sum.
+        a: (N,) float64 weights, positive; b: (M,) positive weights with the same sum.
         max_iterations: of the simplex.
 
     Raises:
-        NoPlanError: the iterations ran out, or the simplex failed.
+        NoPlanError: the iterations run out, or the simplex fails.
     """
     import ot  # the import takes a second, and most of the package does not need it
 
@@ -66,7 +66,7 @@ def sparse_simplex(
         a, b, max_iterations: as in `dense_simplex`.
 
     Raises:
-        NoPlanError: likewise, or the arcs cannot carry the weights.
+        NoPlanError: the iterations run out, the simplex fails, or the arcs cannot carry the weights.
     """
     import ot
     from scipy.sparse import coo_array

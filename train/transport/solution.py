@@ -19,7 +19,7 @@ class Solution:
         v: (B, M) column potentials.
         gap: (B,) cost minus a lower bound of the optimum, at least 0.
         row_mass: (B, N) sums of the plan's rows; None where they are the weights.
-        column_mass: (B, M) sums of its columns, likewise.
+        column_mass: (B, M) sums of its columns; None where they are the weights.
         coarse: (K,) samples in which rounding errors are large beside the cost; None where there are none.
     """
 
