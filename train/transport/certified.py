@@ -1,4 +1,4 @@
-"""Exact transport on few of the arcs: Sinkhorn proposes them, a sparse simplex solves on them, all arcs confirm."""
+"""Exact transport on a few arcs: Sinkhorn proposes them, a sparse simplex solves, a check on all arcs certifies."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from dali_llava.train.transport.arcs import ARCS_PER_POINT, EPS, likely_arcs
+from dali_llava.train.transport.costs import cost_scale
 from dali_llava.train.transport.exact import ROUNDING, TOLERANCE, VIOLATION, solve_exact
 from dali_llava.train.transport.simplex import NoPlanError, in_threads, sparse_simplex
 from dali_llava.train.transport.sinkhorn import feasible_potentials
@@ -23,38 +24,52 @@ def solve_certified(
     arcs_per_point: int = ARCS_PER_POINT,
     rounds: int = 6,
 ) -> Solution:
-    """The optimum as `solve_exact` finds it, but only the simplex runs on the CPU, on a few per cent of the arcs.
+    """Finds the optimum with a network simplex on a few per cent of the arcs, and proves it on all arcs.
 
-    The network simplex gets the arcs of `likely_arcs`. Its potentials are then checked on every arc in float64; arcs
-    that they violate are added, and the simplex runs again. A problem that is not proven after some rounds goes to
-    `solve_exact`. All but the simplex is batched, on the cost's device.
+    The network simplex [1] gets the arcs of `likely_arcs`. Its potentials are then checked on every arc in float64
+    [2]. Arcs that violate them are added, and the simplex runs again. `solve_exact` solves the problems that the last
+    round leaves without a proof. Only the simplex runs on the CPU; all other steps are batched on the device of the
+    costs.
 
     Args:
         cost: (B, N, M) float64, finite.
-        a: (B, N) float64 weights, each row summing to 1. Points of weight 0 are taken out.
-        b: (B, M) float64 weights, likewise.
-        num_threads: how many problems are solved at a time; by default this process's share of the cores it may use.
-        max_iterations: of the simplex, for one problem and round.
-        eps: Sinkhorn's strengths of the entropy, in mean costs of the sample, one after the other.
-        num_iterations: how many iterations each eps gets; more than `solve_exact` takes, for a GPU has them for less
-            than another round of the simplex.
-        arcs_per_point: how many arcs are proposed, in points of a sample; as many a row and a column are added.
-        rounds: how often the sparse simplex may run; 0 leaves all to `solve_exact`.
+        a: (B, N) float64 weights, each row summing to 1. Points of weight 0 are left out.
+        b: (B, M) float64 weights, each row summing to 1.
+        num_threads: number of problems solved at a time. Defaults to this process's share of the available cores.
+        max_iterations: limit of simplex iterations per problem and round.
+        eps: entropy strengths of Sinkhorn, in mean costs of the sample, used in turn.
+        num_iterations: number of Sinkhorn iterations for each eps. The default is larger than in `solve_exact`: on a
+            GPU these iterations take less time than another round of the simplex.
+        arcs_per_point: number of arcs to propose, divided by N + M; also how many arcs per row and column a round may
+            add.
+        rounds: maximum number of rounds of the sparse simplex. With 0, `solve_exact` solves all problems.
 
     Returns:
-        Solution with a sparse plan. `gap` is the cost less the bound that the potentials give, at most 1e-10 of the
-        cost or, for a cost that is tiny beside the sample's largest distance, 1e-12 of that.
+        Solution with a sparse plan. `gap` is the cost minus the lower bound from the potentials: at most 1e-10 of the
+        cost or, if the cost is tiny beside the largest distance of the sample, 1e-12 of that distance.
 
     Raises:
-        ValueError: an option out of range.
-        RuntimeError: `solve_exact`, too, found no optimum; the message names the sample.
+        ValueError: an option is out of range.
+        RuntimeError: `solve_exact` does not find the optimum either; the message names the sample.
+
+    References:
+        [1] N. Bonneel, M. van de Panne, S. Paris and W. Heidrich, "Displacement Interpolation Using Lagrangian Mass
+            Transport", SIGGRAPH Asia, 2011 (the network simplex of POT).
+        [2] G. Peyré and M. Cuturi, "Computational Optimal Transport", 2019, sections 2.5 and 3.2 (the dual problem and
+            c-transforms).
+
+    Example:
+        >>> import torch
+        >>> cost = torch.tensor([[[0.0, 4.0], [1.0, 1.0]]], dtype=torch.float64)
+        >>> weights = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
+        >>> solve_certified(cost, weights, weights).cost
+        tensor([0.5000], dtype=torch.float64)
     """
     if rounds < 0:
         raise ValueError(f"rounds must be at least 0, not {rounds}")
     batch, rows, columns = cost.shape
-    # POT's tolerances are absolute, hence costs in [0, 1].
-    largest = cost.amax(dim=(1, 2))
-    scale = torch.where(largest > 0, largest, 1.0)
+    # The tolerances of POT are absolute, so costs are scaled to [0, 1].
+    scale = cost_scale(cost)
     scaled = cost / scale[:, None, None]
     kept = likely_arcs(scaled, a, b, eps, num_iterations, arcs_per_point)
 
@@ -77,10 +92,10 @@ def solve_certified(
 
         reduced = of_cost - simplex_u[..., None] - simplex_v[:, None]
         reduced.masked_fill_(~_weighted(of_a, of_b) | kept[open_samples], torch.inf)
-        added = _smallest(reduced, arcs_per_point) & (reduced < VIOLATION)
+        added = _smallest_per_line(reduced, arcs_per_point) & (reduced < VIOLATION)
         grows = added.flatten(1).any(dim=1)
         proven = (of_gap <= TOLERANCE * of_value) | (~grows & (of_gap <= ROUNDING))
-        # A cost below the bound is no optimum's, and a plan that the simplex could not finish has no cost.
+        # A cost below the lower bound is wrong, and a plan that the simplex did not finish has no cost.
         sound = (failed[:, 0] == 0) & (of_gap >= -ROUNDING)
 
         done = proven & sound
@@ -109,11 +124,11 @@ def solve_certified(
 
 
 def _weighted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(B, N, M) bool, True for arcs between points that have weight."""
+    """(B, N, M) bool, True for arcs between two points of positive weight."""
     return (a > 0)[..., None] & (b > 0)[:, None]
 
 
-def _smallest(reduced: torch.Tensor, count: int) -> torch.Tensor:
+def _smallest_per_line(reduced: torch.Tensor, count: int) -> torch.Tensor:
     """(B, N, M) bool, True for the `count` smallest of each row and of each column."""
     chosen = torch.zeros_like(reduced, dtype=torch.bool)
     for dim in (1, 2):
@@ -130,7 +145,7 @@ def _solve_restricted(
     num_threads: int | None,
     max_iterations: int,
 ) -> list[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
-    """For each sample, what `_solve_one` hands back. Only the kept arcs leave the device."""
+    """The result of `_solve_one` for each sample. Only the kept arcs leave the device."""
     sample, row, column = kept.nonzero(as_tuple=True)
     ends = np.cumsum(kept.sum(dim=(1, 2)).cpu().numpy())[:-1]
     arcs = [np.split(values.cpu().numpy(), ends) for values in (row, column, cost[sample, row, column])]
@@ -155,7 +170,7 @@ def _solve_one(
     place_a, place_b = np.cumsum(a > 0) - 1, np.cumsum(b > 0) - 1
     u, v = np.zeros(len(a)), np.zeros(len(b))
     try:
-        # The two weights must have the same sum to the last digit.
+        # Both weights must have the same sum, up to the last digit.
         solution = sparse_simplex(
             (place_a[row], place_b[column], costs), a[rows] / a.sum(), b[columns] / b.sum(), max_iterations
         )

@@ -13,21 +13,20 @@ def check_point_sets(
     names: tuple[str, str] = ("x", "y"),
     mask_names: tuple[str, str] = ("x_mask", "y_mask"),
 ) -> None:
-    """Raises for point sets that have no meaningful distance between them.
+    """Raises an error for point sets without meaningful distances.
 
     Args:
         x: (B, N, D) floating-point tensor.
         y: (B, M, D) floating-point tensor on the same device.
-        x_mask: (B, N) bool, True for points that count. Values of points that do not count are not looked at.
-        y_mask: (B, M) bool, likewise.
-        names: what the messages call `x` and `y`.
-        mask_names: what the messages call the masks.
+        x_mask: (B, N) bool, True for points in use. Values of other points are ignored.
+        y_mask: (B, M) bool, the same for y.
+        names: names of `x` and `y` in messages.
+        mask_names: names of the masks in messages.
 
     Raises:
         TypeError: an argument is not a dense tensor of the right kind.
-        ValueError: shapes that do not match, a set without points, a NaN, an infinity, or a number so large that
-            squared distances would overflow float32 (float64 where x or y is); the message names the argument and,
-            where there is one, the sample.
+        ValueError: shapes do not match, a set has no points, or a value is NaN, infinite or so large that squared
+            distances overflow float32 (float64 if x or y is float64); the message names the argument and the sample.
     """
     sets = list(zip(names, mask_names, (x, y), (x_mask, y_mask), strict=True))
     for name, mask_name, points, mask in sets:
@@ -40,9 +39,9 @@ def check_point_sets(
         raise ValueError(f"{names[0]} is on {x.device} and {names[1]} on {y.device}; they need one device")
 
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    # |x - y|^2 is at most 4 widths of its square, and sums of these over all tokens are to fit as well.
+    # |x - y|^2 is at most 4 D largest^2, and sums of this over all points must not overflow either.
     largest = math.sqrt(torch.finfo(dtype).max / (8 * x.shape[2] * (x.shape[1] + y.shape[1])))
-    # One flag, so one wait for the device; which sample is at fault is worked out only when one is.
+    # One flag needs one synchronization. The sample at fault is determined only if there is one.
     flags = []
     for _, _, points, mask in sets:
         counted = _counted(points, mask)
@@ -100,11 +99,11 @@ def _counted(points: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def check_weights(name: str, weights: torch.Tensor, points: torch.Tensor) -> None:
-    """Raises unless `weights` are (B, N) weights for points (B, N, D): finite, non-negative, not all 0 in any sample.
+    """Raises an error unless `weights` (B, N) suit points (B, N, D): finite, non-negative, not all 0 in any sample.
 
     Raises:
-        TypeError: no floating-point tensor.
-        ValueError: the wrong shape or device, or bad values; the message names the argument and the sample.
+        TypeError: the weights are not a floating-point tensor.
+        ValueError: the shape, the device or a value is wrong; the message names the argument and the sample.
     """
     if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
         kind = weights.dtype if isinstance(weights, torch.Tensor) else type(weights).__name__

@@ -1,24 +1,25 @@
-"""Exact transport on the CPU: POT's network simplex, one problem a thread."""
+"""Exact transport on the CPU with the network simplex of POT, one problem per thread."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from dali_llava.train.transport.arcs import likely_arcs
+from dali_llava.train.transport.arcs import likely_arcs, smallest_places
+from dali_llava.train.transport.costs import cost_scale
 from dali_llava.train.transport.simplex import NoPlanError, SimplexSolution, dense_simplex, in_threads, sparse_simplex
 from dali_llava.train.transport.solution import Solution, plan_of_samples
 
 
-# Bounds that agree to this share of the largest cost count as equal: it is float64's rounding in sums of some thousand
-# terms, far below any step the simplex could still take.
+# Bounds that differ by less than this share of the largest cost are equal up to float64 rounding in sums of about a
+# thousand terms.
 ROUNDING = 1e-12
-# A plan found on some of the arcs is accepted when its cost exceeds the lower bound by no more than this share of
-# itself. Rounding alone is some ten thousand times less, unless the cost is tiny beside the largest distance.
+# A plan on some of the arcs is accepted if its cost exceeds the lower bound by at most this share of the cost.
+# Rounding alone is about ten thousand times smaller, unless the cost is tiny beside the largest distance.
 TOLERANCE = 1e-10
-# Reduced costs above this, in largest costs, count as not negative. The simplex's own threshold lies near it.
+# Reduced costs above this share of the largest cost are treated as non-negative. The simplex uses a similar threshold.
 VIOLATION = -1e-14
-# Points a side from which the simplex is worth starting on some of the arcs.
+# Number of points per side from which the simplex starts on some of the arcs.
 _LARGE = 128
 _ROUNDS = 6
 
@@ -31,27 +32,44 @@ def solve_exact(
     max_iterations: int = 10_000_000,
     sample_names: Sequence[int] | None = None,
 ) -> Solution:
-    """Solves each problem to optimality on the CPU and proves it with the potentials.
+    """Finds the optimum of each problem on the CPU with a network simplex [1], and proves it with the potentials [2].
 
-    Of a large problem the simplex at first gets a few per cent of the arcs (`likely_arcs`, computed on the cost's
-    device). Its potentials are checked on all of them; arcs that they violate are added, and it runs again.
+    For a large problem the simplex starts on a few per cent of the arcs (`likely_arcs`, computed on the device of the
+    costs). Its potentials are checked on all arcs. Arcs that violate them are added, and the simplex runs again.
 
     Args:
         cost: (B, N, M) float64, finite.
-        a: (B, N) float64 weights, each row summing to 1. Points of weight 0 are taken out.
-        b: (B, M) float64 weights, likewise.
-        num_threads: how many problems are solved at a time; by default this process's share of the cores it may use.
-        max_iterations: of the simplex, for one problem and run.
-        sample_names: what messages call the samples; 0, 1 and so on by default.
+        a: (B, N) float64 weights, each row summing to 1. Points of weight 0 are left out.
+        b: (B, M) float64 weights, each row summing to 1.
+        num_threads: number of problems solved at a time. Defaults to this process's share of the available cores.
+        max_iterations: limit of simplex iterations per problem and run.
+        sample_names: numbers of the samples in messages. Defaults to 0, 1 and so on.
+
+    Returns:
+        Solution with a sparse plan of at most N + M - 1 entries. `gap` is the cost minus the lower bound from the
+        potentials, without the rounding errors of the costs.
 
     Raises:
-        RuntimeError: the simplex stopped without an optimum; the message names the sample.
+        RuntimeError: the simplex stops without an optimum; the message names the sample.
+
+    References:
+        [1] N. Bonneel, M. van de Panne, S. Paris and W. Heidrich, "Displacement Interpolation Using Lagrangian Mass
+            Transport", SIGGRAPH Asia, 2011 (the network simplex of POT).
+        [2] G. Peyré and M. Cuturi, "Computational Optimal Transport", 2019, section 2.5 (the dual problem).
+
+    Example:
+        >>> import torch
+        >>> cost = torch.tensor([[[0.0, 4.0], [1.0, 1.0]]], dtype=torch.float64)
+        >>> weights = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
+        >>> solution = solve_exact(cost, weights, weights)
+        >>> solution.cost, solution.plan.to_dense()[0]
+        (tensor([0.5000], dtype=torch.float64), tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]], dtype=torch.float64))
     """
     batch, rows, columns = cost.shape
-    # POT's tolerances are absolute, hence costs in [0, 1].
-    largest = cost.amax(dim=(1, 2))
-    scale = torch.where(largest > 0, largest, 1.0)
-    # All copies start before the one wait for the device.
+    # The tolerances of POT are absolute, so costs are scaled to [0, 1].
+    scale = cost_scale(cost)
+    # All copies start before the single synchronization.
     tensors = [cost, scale, a, b] + ([likely_arcs(cost, a, b)] if min(rows, columns) >= _LARGE else [])
     arrays = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
     if cost.is_cuda:
@@ -60,7 +78,7 @@ def solve_exact(
 
     def solve(sample: int):
         try:
-            return _solve_one(*(array[sample] for array in arrays), max_iterations=max_iterations)
+            return _exact_one(*(array[sample] for array in arrays), max_iterations=max_iterations)
         except NoPlanError as error:
             name = sample if sample_names is None else sample_names[sample]
             raise RuntimeError(f"no exact transport for sample {name}: {error}") from error
@@ -71,7 +89,7 @@ def solve_exact(
     return Solution(value[:, 0], plan_of_samples(plans, cost.shape, cost.device), u, v, gap[:, 0])
 
 
-def _solve_one(
+def _exact_one(
     cost: np.ndarray,
     scale: float,
     a: np.ndarray,
@@ -80,14 +98,14 @@ def _solve_one(
     *,
     max_iterations: int,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Cost, gap, u and v over `scale`, in one vector (2 + N + M); the plan's indices (2, nnz) and masses (nnz)."""
+    """Cost, gap, u and v in units of `scale` (2 + N + M); the plan's indices (2, nnz) and masses (nnz)."""
     cost = cost / scale
     rows, columns = np.flatnonzero(a), np.flatnonzero(b)
-    # Without a copy where nothing is taken out.
+    # No copy is made where all points have weight.
     of_columns = cost if len(columns) == len(b) else cost[:, columns]
     of_rows = cost if len(rows) == len(a) else cost[rows]
     inner = of_columns if len(rows) == len(a) else of_rows if len(columns) == len(b) else of_columns[rows]
-    # The two must have the same sum to the last digit.
+    # Both weights must have the same sum, up to the last digit.
     mass_a, mass_b = a[rows] / a.sum(), b[columns] / b.sum()
     solution = None
     if kept is not None:
@@ -98,16 +116,17 @@ def _solve_one(
         except NoPlanError as error:
             raise NoPlanError(f"{error}; raise max_iterations or use 'sinkhorn'") from error
 
-    # The best row potentials for the columns', then the columns' for these. Both are feasible by construction, so that
-    # they bound the optimum from below, and they reach the points of weight 0, which the simplex has not seen.
+    # The best row potentials for the given column potentials, then the best column potentials for these. They are
+    # feasible by construction, so they bound the optimum from below. They include the points of weight 0, which the
+    # simplex does not see.
     slack = of_columns - solution.v
     u = slack.min(axis=1)
-    # Into memory that has been touched, where it will do: new pages take longer than the subtraction.
+    # Reuses memory where the shape allows: touching new pages takes longer than the subtraction.
     v = np.subtract(of_rows, u[rows, None], out=slack if slack.shape == of_rows.shape else None).min(axis=0)
     gap = solution.cost - mass_a @ u[rows] - mass_b @ v[columns]
     if gap < -ROUNDING:
         raise NoPlanError("the plan's cost lies below the lower bound")
-    gap = gap if gap > ROUNDING else 0.0
+    gap = gap if gap > ROUNDING * solution.cost else 0.0
     row, column = solution.indices
     return np.concatenate(([solution.cost, gap], u, v)), (np.stack((rows[row], columns[column])), solution.masses)
 
@@ -115,12 +134,12 @@ def _solve_one(
 def _on_some_arcs(
     cost: np.ndarray, a: np.ndarray, b: np.ndarray, kept: np.ndarray, max_iterations: int
 ) -> SimplexSolution | None:
-    """The optimum, from the arcs that are kept and more where they do not do; None where that leads nowhere.
+    """The optimum, starting from the kept arcs and adding more as needed; None if the rounds do not prove it.
 
     Args:
         cost: (N, M) in [0, 1]; a: (N,) weights, positive; b: (M,) weights; kept: (N, M) bool, overwritten.
     """
-    most = sum(cost.shape) * 4  # arcs that one round may add
+    limit = sum(cost.shape) * 4  # number of arcs that one round may add
     slack = np.empty_like(cost)
     for _ in range(_ROUNDS):
         row, column = np.nonzero(kept)
@@ -139,7 +158,5 @@ def _on_some_arcs(
         violated = np.flatnonzero(slack < VIOLATION)
         if not len(violated):
             return solution if gap <= ROUNDING else None
-        if len(violated) > most:
-            violated = violated[np.argpartition(slack.ravel()[violated], most)[:most]]
-        kept.ravel()[violated] = True
+        kept.ravel()[violated[smallest_places(slack.ravel()[violated], limit)]] = True
     return None

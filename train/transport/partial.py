@@ -1,4 +1,4 @@
-"""Partial transport: the share of the weight that is cheapest to move, exactly."""
+"""Partial transport: moves the share of the weight that is cheapest to move, exactly."""
 
 from functools import partial
 
@@ -22,25 +22,39 @@ def solve_partial(
 ) -> Solution:
     """Moves the share of the weight that is cheapest to move: `min <P, C>` over plans with `P 1 <= a`, `P^T 1 <= b`.
 
-    The plan's sum is `mass` (Caffarelli & McCann, 2010). An extra row and column, with weight `1 - mass` and cost 0 to
-    all points, take what stays (Chapel et al., 2020), so that the network simplex finds the optimum on the CPU. Its
+    The entries of the plan sum to `mass` [1]. An extra row and an extra column, of weight `1 - mass` and cost 0 to all
+    points, take the mass that does not move [2]. The network simplex then finds the optimum on the CPU, and its
     potentials prove it.
 
     Args:
         cost: (B, N, M) float64, finite, at least 0.
-        a: (B, N) float64 weights, each row summing to 1. Points of weight 0 are taken out.
-        b: (B, M) float64 weights, likewise.
-        mass: the share of the weight that moves, above 0 and at most 1; 1 is `solve_exact`.
-        num_threads: how many problems are solved at a time; by default this process's share of the cores it may use.
-        max_iterations: of the simplex, for one problem.
+        a: (B, N) float64 weights, each row summing to 1. Points of weight 0 are left out.
+        b: (B, M) float64 weights, each row summing to 1.
+        mass: share of the weight that moves, above 0 and at most 1. With 1 the problem is that of `solve_exact`.
+        num_threads: number of problems solved at a time. Defaults to this process's share of the available cores.
+        max_iterations: limit of simplex iterations per problem.
 
     Returns:
         Solution with a sparse plan and its marginals. `u` and `v` are the derivatives of the cost by the weights, up
-        to a constant each, which is such that `<a, u> + <b, v> = cost - gap`.
+        to one constant each. The constants satisfy `<a, u> + <b, v> = cost - gap`.
 
     Raises:
-        ValueError: an option out of range.
-        RuntimeError: the simplex stopped without an optimum; the message names the sample.
+        ValueError: an option is out of range.
+        RuntimeError: the simplex stops without an optimum; the message names the sample.
+
+    References:
+        [1] L. A. Caffarelli and R. J. McCann, "Free boundaries in optimal transport and Monge-Ampère obstacle
+            problems", Annals of Mathematics, 2010.
+        [2] L. Chapel, M. Z. Alaya and G. Gasso, "Partial Optimal Transport with Applications on Positive-Unlabeled
+            Learning", NeurIPS, 2020, proposition 1.
+
+    Example:
+        >>> import torch
+        >>> cost = torch.tensor([[[0.0, 4.0], [9.0, 9.0]]], dtype=torch.float64)
+        >>> weights = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
+        >>> solve_partial(cost, weights, weights, mass=0.5).plan.to_dense()[0]
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.0000]], dtype=torch.float64)
     """
     if not 0 < mass <= 1:
         raise ValueError(f"mass must be above 0 and at most 1, not {mass}")
@@ -54,8 +68,8 @@ def solve_partial(
 def _partial_one(cost: np.ndarray, a: np.ndarray, b: np.ndarray, *, mass: float, max_iterations: int) -> Found:
     rows, columns, mass_a, mass_b, scale = weighted_part(cost, a, b)
     cost = cost / scale
-    # What went from the extra row to the extra column would have to be moved besides the share, and costs 1 here on
-    # top: nothing does.
+    # Mass from the extra row to the extra column would have to move in addition to the share. It costs 1, the largest
+    # cost, so no optimal plan moves any.
     extended = np.ones((len(rows) + 1, len(columns) + 1))
     extended[:-1, :-1] = cost[np.ix_(rows, columns)]
     extended[-1, :-1] = extended[:-1, -1] = 0.0
@@ -66,16 +80,16 @@ def _partial_one(cost: np.ndarray, a: np.ndarray, b: np.ndarray, *, mass: float,
     moves = (solution.indices[0] < len(rows)) & (solution.indices[1] < len(columns))
     (row, column), masses = solution.indices[:, moves], solution.masses[moves]
     if not abs(masses.sum() - mass) < SAME_MASS:
-        raise NoPlanError("the plan does not move the share")
+        raise NoPlanError("the plan does not move the share of the weight")
     value = masses @ extended[row, column]
 
-    # The dual: max <a, p> + <b, q> + mass * price over p_i + q_j + price <= C_ij with p, q <= 0. The price is what the
-    # share's last grain costs. As in `solve_exact`, p and q are feasible by construction and reach all points.
+    # The dual: max <a, p> + <b, q> + mass * price over p_i + q_j + price <= C_ij with p, q <= 0. The price is the
+    # marginal cost of the share. As in `solve_exact`, p and q are feasible by construction and include all points.
     price = max(0.0, -solution.u[-1] - solution.v[-1])
     q = np.minimum(solution.v[:-1] + solution.u[-1], 0.0)
     p = np.minimum((cost[:, columns] - q).min(axis=1) - price, 0.0)
     q = np.minimum((cost[rows] - p[rows, None]).min(axis=0) - price, 0.0)
-    # With the price spread over the points they are potentials of the whole weight, and feasible all the more.
+    # With the price spread over the points they are potentials of the whole weight, and still feasible as mass <= 1.
     u, v = p + price * mass / 2, q + price * mass / 2
     gap = value - mass_a @ u[rows] - mass_b @ v[columns]
     if not gap >= -ROUNDING:

@@ -1,4 +1,4 @@
-"""What partial and unbalanced transport have in common: plans whose marginals are not the weights."""
+"""Shared parts of partial and unbalanced transport, whose plans do not have the weights as marginals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +11,18 @@ from dali_llava.train.transport.solution import Solution, plan_of_samples
 
 
 def check_max_iterations(max_iterations: int) -> None:
+    """Raises ValueError unless `max_iterations` is at least 1."""
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, not {max_iterations}")
 
 
 @dataclass
 class Found:
-    """A plan of one problem, its bounds and marginals, in the cost's unit and for points of weight 0 as well.
+    """The solution of one problem, in the unit of the costs, with potentials of the points of weight 0.
 
     Attributes:
         cost, gap: as in Solution; u: (N,); v: (M,).
-        indices: (2, nnz) of the plan's entries, in row-major order; masses: (nnz,).
+        indices: (2, nnz) indices of the entries of the plan, in row-major order; masses: (nnz,).
     """
 
     cost: float
@@ -45,7 +46,7 @@ def solve_each(
     b: torch.Tensor,
     num_threads: int | None,
 ) -> Solution:
-    """The solutions of all samples, one a thread."""
+    """Solves all samples, one per thread."""
     batch, rows, columns = cost.shape
     arrays = [tensor.cpu().numpy() for tensor in (cost, a, b)]
 
@@ -71,9 +72,9 @@ def plan_marginals(indices: np.ndarray, masses: np.ndarray, shape: tuple[int, ..
 def weighted_part(
     cost: np.ndarray, a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
-    """Rows and columns that have weight, their weights with sums of 1 to the last digit, and their largest cost.
+    """Rows and columns of positive weight, their weights rescaled to sum to 1, and their largest cost.
 
-    The largest cost is a unit for the solvers, whose tolerances are absolute; 1 where all costs are 0.
+    The largest cost, or 1 where all costs are 0, is a unit for the solvers, which have absolute tolerances.
     """
     rows, columns = np.flatnonzero(a), np.flatnonzero(b)
     return rows, columns, a[rows] / a.sum(), b[columns] / b.sum(), cost[np.ix_(rows, columns)].max() or 1.0

@@ -1,4 +1,4 @@
-"""POT's network simplex on one problem, on all arcs or on some, and many problems in threads."""
+"""The network simplex of POT on all or some arcs of one problem, and threads for many problems."""
 
 import os
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class SimplexSolution:
 
 
 class NoPlanError(RuntimeError):
-    """The simplex stopped without an optimum; the message says why."""
+    """The simplex stops without an optimum; the message gives the reason."""
 
 
 def dense_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_iterations: int) -> SimplexSolution:
@@ -41,13 +41,13 @@ def dense_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray, max_iterations
 
     Args:
         cost: (N, M) float64, C-contiguous, in [0, 1]: the simplex's tolerances are absolute.
-        a: (N,) float64 weights, positive; b: (M,) weights, likewise, with the same sum.
+        a: (N,) float64 weights, positive; b: (M,) positive weights with the same sum.
         max_iterations: of the simplex.
 
     Raises:
-        NoPlanError: the iterations ran out, or the simplex failed.
+        NoPlanError: the iterations run out, or the simplex fails.
     """
-    import ot  # takes a second to import, and most of the package has no use for it
+    import ot  # the import takes a second, and most of the package does not need it
 
     plan, log = ot.emd(a, b, cost, numItermax=max_iterations, log=True, center_dual=False)
     _check_result(log)
@@ -66,7 +66,7 @@ def sparse_simplex(
         a, b, max_iterations: as in `dense_simplex`.
 
     Raises:
-        NoPlanError: likewise, or the arcs cannot carry the weights.
+        NoPlanError: the iterations run out, the simplex fails, or the arcs cannot carry the weights.
     """
     import ot
     from scipy.sparse import coo_array
@@ -78,15 +78,15 @@ def sparse_simplex(
     order = np.lexsort((plan.col, plan.row))
     order = order[plan.data[order] > 0]
     indices, masses = np.stack((plan.row, plan.col))[:, order].astype(np.int64), plan.data[order]
-    # POT hands back a cheap plan that does not move everything where it finds none. Its result code says so; this
-    # makes sure, for the lower bound cannot tell such a plan from a bad one.
-    astray = max(
+    # If POT finds no plan, it returns a cheap plan that does not move all mass. Its result code reports that. The
+    # marginals are checked as well, because the lower bound does not reveal such a plan.
+    missing = max(
         np.abs(np.bincount(indices[0], masses, len(a)) - a).max(),
         np.abs(np.bincount(indices[1], masses, len(b)) - b).max(),
     )
-    if not astray < SAME_MASS:
+    if not missing < SAME_MASS:
         raise NoPlanError("the plan leaves mass behind")
-    # Places in row-major order are sorted, so that each of the plan's arcs is found among those given.
+    # The places of the given arcs are sorted, so a binary search finds each arc of the plan.
     place = np.searchsorted(row * len(b) + column, indices[0] * len(b) + indices[1])
     return SimplexSolution(masses @ cost[place], indices, masses, log["u"], log["v"])
 
@@ -97,9 +97,14 @@ def _check_result(log: dict) -> None:
 
 
 def in_threads(solve: Callable[[int], T], count: int, num_threads: int | None) -> list[T]:
-    """`solve(0)` to `solve(count - 1)`, at most `num_threads` at a time, by default this process's share of the cores.
+    """Returns `solve(0)` to `solve(count - 1)`, computed by threads.
 
-    Of use where `solve` releases the interpreter's lock, as POT's network simplex does.
+    Threads help if `solve` releases the interpreter lock, as the network simplex of POT does.
+
+    Args:
+        solve: takes the number of a problem.
+        count: number of problems.
+        num_threads: maximum number of threads. Defaults to this process's share of the available cores.
     """
     threads = min(count, num_threads or _available_cores())
     if threads <= 1:
@@ -109,6 +114,6 @@ def in_threads(solve: Callable[[int], T], count: int, num_threads: int | None) -
 
 
 def _available_cores() -> int:
-    """Cores that this process may run on, shared with its siblings when a launcher started several on the machine."""
+    """Number of cores that this process may use, divided by the number of processes started on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 from dali_llava.train.transport.background import in_background
 from dali_llava.train.transport.certified import solve_certified
 from dali_llava.train.transport.checks import check_point_sets, check_weights
+from dali_llava.train.transport.costs import expanded_costs
 from dali_llava.train.transport.exact import solve_exact
 from dali_llava.train.transport.partial import solve_partial
-from dali_llava.train.transport.parts import in_parts
+from dali_llava.train.transport.rounding import certify
 from dali_llava.train.transport.sinkhorn import solve_sinkhorn
 from dali_llava.train.transport.solution import Solution, sparse_coo
 from dali_llava.train.transport.unbalanced import solve_unbalanced
@@ -27,21 +28,25 @@ SOLVERS: dict[str, Callable[..., Solution]] = {
     "unbalanced": solve_unbalanced,
 }
 _AUTO = "auto"
-# Points a side from which "auto" takes a set for large: fewer are not worth the device's rounds of checks.
-_LARGE = 192
+# These find an optimum and prove it.
+_PROVING = ("exact", "certified", "partial")
+# Number of points per side from which "auto" uses "certified" on a GPU. Smaller sets do not repay the checks there.
+_LARGE_ON_GPU = 192
 
 
 @dataclass
 class TransportResult:
-    """Transport between B pairs of point sets. All but `cost` is float64 and without gradient.
+    """Transport between B pairs of point sets. All fields but `cost` are float64 and have no gradient.
 
     Attributes:
-        cost: (B,) `<P, C>`, with "unbalanced" and its penalties; float32 or the points' dtype where that is float64.
-        potentials: u (B, N) and v (B, M) with `<a, u> + <b, v> = cost - gap` and `u_i + v_j <= C_ij` wherever a point
-            of the two has weight. Up to a constant they are the cost's derivatives by the weights.
-        gap: (B,) cost minus a lower bound of the optimum, in the cost's unit; for a proven optimum 0, or as
-            little as float64's rounding.
-        solver: the solver that found it; with "auto" the one picked.
+        cost: (B,) `<P, C>`, with the penalties of "unbalanced"; float64 if the points are, otherwise float32.
+        potentials: u (B, N) and v (B, M) with `u_i + v_j <= C_ij` wherever one of the two points has weight, and
+            `<a, u> + <b, v> = cost - gap`, both up to rounding. Up to a constant they are the derivatives of the cost
+            by the weights.
+        gap: (B,) certified upper minus lower bound of the optimum, in the unit of the cost. It includes the rounding
+            errors of float64, not those of a cost that is returned in float32. 0 means that the optimum is proven to
+            twelve digits.
+        solver: the solver that was used; with "auto", the one chosen.
     """
 
     cost: torch.Tensor
@@ -52,7 +57,7 @@ class TransportResult:
 
     @property
     def plan(self) -> torch.Tensor:
-        """(B, N, M) sparse COO, coalesced; rows sum to a, columns to b, unless the solver leaves mass where it is."""
+        """(B, N, M) sparse COO, coalesced. Rows sum to a and columns to b, except with "partial" and "unbalanced"."""
         return self._plan if self._plan.is_sparse else self._plan.to_sparse()
 
 
@@ -64,38 +69,54 @@ def solve_transport(
     solver: str = "exact",
     **options: Any,
 ) -> TransportResult:
-    """Moves weights a on points x to weights b on points y at the least cost, `min_P <P, C>`, `C_ij = |x_i - y_j|^2`.
+    """Moves weights a on points x to weights b on points y at minimal cost [1].
 
-    Two solvers leave mass where it is. "partial" moves the share `mass` of the weight, at the least cost of any such
-    share: its cost is `<P, C>` with `P 1 <= a`, `P^T 1 <= b`. "unbalanced" moves what is worth moving: its cost is
-    `<P, C> + rho KL(P 1 | a) + rho KL(P^T 1 | b)`, rho being `relaxation` mean costs.
+    The cost is `min_P <P, C>` with `C_ij = |x_i - y_j|^2`.
 
-    The cost is differentiable, once, by the envelope theorem: `dx = 2 (diag(P 1) x - P y)`,
-    `dy = 2 (diag(P^T 1) y - P^T x)`, `da = u` and `db = v`, these two less their mean, as only changes that keep the
-    sum have a meaning. The rho of "unbalanced" counts as a constant. Costs and solution are computed in float64.
+    Two solvers do not move all mass. "partial" moves the share `mass` of the weight that is cheapest to move: its cost
+    is `<P, C>` with `P 1 <= a`, `P^T 1 <= b`. "unbalanced" penalizes mass that appears or vanishes: its cost is
+    `<P, C> + rho KL(P 1 | a) + rho KL(P^T 1 | b)`, where rho is `relaxation` times the mean cost.
+
+    The cost has first derivatives, by the envelope theorem: `dx = 2 (diag(P 1) x - P y)`,
+    `dy = 2 (diag(P^T 1) y - P^T x)`, `da = u` and `db = v`. The last two are centred, because only changes that keep
+    the sum of the weights are possible. The rho of "unbalanced" is a constant to the derivatives. Costs and solutions
+    are computed in float64. Where rounding leaves fewer than nine digits of the cost, as beside a point that lies far
+    from the others, the sample is solved again with costs from the differences of all points.
 
     Args:
         x: (B, N, D) points.
         y: (B, M, D) points.
-        a: (B, N) non-negative weights, uniform by default. They are rescaled to sum to 1. A point of weight 0 is as
-            good as removed.
-        b: (B, M) weights, likewise.
-        solver: "exact" (network simplex), "certified" (the same optimum from a few arcs that Sinkhorn picks, proven on
-            all of them; meant for points on a GPU), "sinkhorn" (entropic, with its error in `gap`), "partial" (exact),
+        a: (B, N) non-negative weights, uniform by default. They are rescaled to sum to 1. Points of weight 0 have no
+            influence.
+        b: (B, M) non-negative weights, treated in the same way.
+        solver: "exact" (network simplex), "certified" (the same optimum from a few arcs that Sinkhorn proposes, proven
+            on all arcs; for points on a GPU), "sinkhorn" (entropic, with its error in `gap`), "partial" (exact),
             "unbalanced" (with its error in `gap`) or "auto", which is "certified" for large sets on a GPU and "exact"
             otherwise.
-        options: the solver's own, see `solve_exact`, `solve_certified`, `solve_sinkhorn`, `solve_partial` and
-            `solve_unbalanced`. With "auto", those that the first two have in common.
+        options: passed to the solver, see `solve_exact`, `solve_certified`, `solve_sinkhorn`, `solve_partial` and
+            `solve_unbalanced`. With "auto", options that the first two share.
+
+    Returns:
+        TransportResult with the cost, the plan, the potentials and the gap of each sample.
 
     Raises:
-        ValueError: shapes that do not match, an empty set, NaN or infinity, weights that are negative or all 0, an
-            unknown solver, an option out of range; the message names the argument and the sample.
-        RuntimeError: the solver found no solution; the message names the sample.
+        TypeError: an argument is not a dense floating-point tensor.
+        ValueError: shapes do not match, a set is empty, a value is NaN or infinite, weights are negative or all 0, the
+            solver is unknown, or an option is out of range; the message names the argument and the sample.
+        RuntimeError: the solver finds no solution; the message names the sample.
+
+    References:
+        [1] G. Peyré and M. Cuturi, "Computational Optimal Transport", 2019, equations 2.11 and 2.20.
 
     Example:
-        >>> x = torch.tensor([[[0.0], [1.0]]])
-        >>> solve_transport(x, x + 2).cost
-        tensor([4.])
+        >>> import torch
+        >>> x = torch.tensor([[[0.0], [1.0]]], requires_grad=True)
+        >>> result = solve_transport(x, torch.tensor([[[2.0], [3.0]]]))
+        >>> result.cost.item(), result.gap.item()
+        (4.0, 0.0)
+        >>> result.cost.sum().backward()
+        >>> x.grad[0, :, 0]
+        tensor([-2., -2.])
     """
     prepared, solver = _prepare(x, y, a, b, solver)
     return _differentiable(_solve(*(tensor.detach() for tensor in prepared), solver, options), solver, *prepared)
@@ -109,14 +130,21 @@ def start_transport(
     solver: str = "exact",
     **options: Any,
 ) -> Callable[[], TransportResult]:
-    """Begins what `solve_transport` does, in a thread of its own, and returns at once.
+    """Starts `solve_transport` in a separate thread and returns at once.
 
-    The solvers spend most of their time outside Python, so that the caller's other work goes on meanwhile. On a GPU
-    the solver's part runs on a stream of its own.
+    The solvers spend most of their time outside Python, so the caller can continue with other work. On a GPU the
+    solver uses a separate stream.
 
     Returns:
-        A function that waits for the solution and gives the same result, bit for bit, as `solve_transport`; also the
-        same errors, but for those of bad input, which are raised here.
+        A function that waits for the solution and returns the same result, bit for bit, as `solve_transport`. It
+        raises the errors of the solver; errors about bad input are raised here.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[[0.0], [1.0]]])
+        >>> wait = start_transport(x, x + 2)
+        >>> wait().cost
+        tensor([4.])
     """
     prepared, solver = _prepare(x, y, a, b, solver)
     finish = in_background(x.device, partial(_solve, *(tensor.detach() for tensor in prepared), solver, options))
@@ -124,7 +152,7 @@ def start_transport(
 
 
 def _prepare(x, y, a, b, solver) -> tuple[tuple[torch.Tensor, ...], str]:
-    """Points in float32 or float64 and weights in float64, each row summing to 1; and the solver, "auto" resolved."""
+    """Points in float32 or float64, weights in float64 that sum to 1, and the solver, also for "auto"."""
     check_solver(solver)
     check_point_sets(x, y)
     a, b = (
@@ -145,7 +173,8 @@ def _solve(
     x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, solver: str, options: dict[str, Any]
 ) -> Solution:
     with torch.autocast(x.device.type, enabled=False):
-        return SOLVERS[solver](_squared_distances(x, y), a, b, **options)
+        solve = partial(SOLVERS[solver], **options)
+        return certify(solve, solver in _PROVING, x, y, expanded_costs(x, y), a, b)
 
 
 def _differentiable(
@@ -157,20 +186,24 @@ def _differentiable(
 
 
 def check_solver(name: str) -> None:
-    """Raises ValueError unless `name` is a solver's or "auto"."""
+    """Raises ValueError unless `name` is that of a solver or "auto".
+
+    Example:
+        >>> check_solver("exact")
+    """
     known = (*SOLVERS, _AUTO)
     if name not in known:
-        raise ValueError(f"unknown solver {name!r}; known are {', '.join(map(repr, known))}")
+        raise ValueError(f"unknown solver {name!r}; choose from {', '.join(map(repr, known))}")
 
 
 def _pick_solver(device: torch.device, rows: int, columns: int) -> str:
-    """The faster of the two that find the optimum."""
-    # Both begin with the same arcs. Checks in batches pay on a GPU, which the costs then need not leave.
-    return "certified" if device.type == "cuda" and min(rows, columns) >= _LARGE else "exact"
+    """Returns the faster of the two solvers of the balanced problem."""
+    # Both start on the same arcs. Batched checks are faster on a GPU, and the costs then stay there.
+    return "certified" if device.type == "cuda" and min(rows, columns) >= _LARGE_ON_GPU else "exact"
 
 
 class _EnvelopeCost(torch.autograd.Function):
-    """The solution's cost (B,) with the gradients that a fixed plan and fixed potentials give."""
+    """The cost (B,) of a solution, with the gradients for a fixed plan and fixed potentials."""
 
     @staticmethod
     def forward(ctx, x, y, a, b, solution):
@@ -187,15 +220,19 @@ class _EnvelopeCost(torch.autograd.Function):
         dx = dy = da = db = None
         with torch.autocast(x.device.type, enabled=False):
             if needs_x or needs_y:
-                # Differences do not see a shift, and near the origin fewer of their digits are lost.
-                centre = y.mean(dim=1, keepdim=True)
-                x, y = x - centre, y - centre
-            if needs_x:
-                mass = a if solution.row_mass is None else solution.row_mass
-                dx = _pull(mass, x, solution.plan, y, d_cost)
-            if needs_y:
-                mass = b if solution.column_mass is None else solution.column_mass
-                dy = _pull(mass, y, solution.plan.transpose(1, 2), x, d_cost)
+                rows = a if solution.row_mass is None else solution.row_mass
+                columns = b if solution.column_mass is None else solution.column_mass
+                arguments = (x, y, rows, columns, solution.plan, d_cost)
+                dx, dy = _point_gradients(*arguments, y.mean(dim=1, keepdim=True), needs_x, needs_y)
+            if solution.coarse is not None and (needs_x or needs_y):
+                # float32 loses the gradients of these samples, as it loses their distances.
+                x, y, *others = (tensor.index_select(0, solution.coarse).double() for tensor in arguments)
+                centre = y.median(dim=1, keepdim=True).values
+                for gradient, precise in zip(
+                    (dx, dy), _point_gradients(x, y, *others, centre, needs_x, needs_y), strict=True
+                ):
+                    if gradient is not None:
+                        gradient[solution.coarse] = precise.to(gradient.dtype)
             if needs_a:
                 da = d_cost.double()[:, None] * _centred(solution.u, a)
             if needs_b:
@@ -203,23 +240,30 @@ class _EnvelopeCost(torch.autograd.Function):
         return dx, dy, da, db, None
 
 
-def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(B, N, M) float64."""
-    distances = x.new_empty((*x.shape[:2], y.shape[1]), dtype=torch.float64)
-    for part in in_parts(8 * (x[0].numel() + y[0].numel()), x, y, distances):
-        own_x, own_y = part[0].double(), part[1].double()
-        centre = own_y.mean(dim=1, keepdim=True)
-        own_x, own_y = own_x - centre, own_y - centre
-        norms = own_x.square().sum(dim=2)[..., None] + own_y.square().sum(dim=2)[:, None]
-        torch.baddbmm(norms, own_x, own_y.mT, alpha=-2, out=part[2]).clamp_(min=0)
-    return distances
+def _point_gradients(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    plan: torch.Tensor,
+    d_cost: torch.Tensor,
+    centre: torch.Tensor,
+    needs_x: bool,
+    needs_y: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients by x (B, N, D) and y (B, M, D), for a plan with row masses (B, N) and column masses (B, M)."""
+    # A shift does not change differences, and rounding errors are smaller near the origin.
+    x, y = x - centre, y - centre
+    dx = _pull(rows, x, plan, y, d_cost) if needs_x else None
+    dy = _pull(columns, y, plan.transpose(1, 2), x, d_cost) if needs_y else None
+    return dx, dy
 
 
 def _pull(
     mass: torch.Tensor, x: torch.Tensor, plan: torch.Tensor, y: torch.Tensor, d_cost: torch.Tensor
 ) -> torch.Tensor:
     """2 d_cost (diag(mass) x - P y), (B, N, D)."""
-    # In the memory of one result: they are large, and new pages take longer than the arithmetic.
+    # Works in place: the tensors are large, and touching new pages takes longer than the arithmetic.
     pull = mass.to(x.dtype)[..., None] * x
     return pull.sub_(_transport(plan, y)).mul_(2 * d_cost[:, None, None])
 
@@ -228,7 +272,7 @@ def _transport(plan: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """P y: (B, N, D) in the points' dtype, for a plan (B, N, M), sparse or dense, and points (B, M, D)."""
     if not plan.is_sparse:
         return plan.to(points.dtype) @ points
-    # One matrix with the samples' plans along its diagonal: torch multiplies it in one go, and a batch of them not.
+    # Torch has no batched product for sparse plans, so they form the diagonal blocks of one matrix.
     batch, rows, columns = plan.shape
     plan = plan.coalesce()
     sample, row, column = plan.indices()
@@ -241,6 +285,6 @@ def _transport(plan: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 
 def _centred(potentials: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Potentials less their mean over the points that have weight."""
+    """Potentials minus their mean over the points of positive weight."""
     counted = (weights > 0).to(potentials.dtype)
     return potentials - ((potentials * counted).sum(dim=1) / counted.sum(dim=1))[:, None]

@@ -1,4 +1,4 @@
-"""Unbalanced transport: mass may stay or appear, at a price."""
+"""Unbalanced transport: mass may vanish or appear, at a penalty."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from scipy.special import logsumexp, xlog1py
 
+from dali_llava.train.transport.arcs import smallest_places
 from dali_llava.train.transport.exact import ROUNDING
 from dali_llava.train.transport.relaxed import (
     Found,
@@ -20,24 +21,24 @@ from dali_llava.train.transport.simplex import NoPlanError, dense_simplex
 from dali_llava.train.transport.solution import Solution
 
 
-# POT's iterations on all arcs: enough to see which arcs matter. On 512 x 576 points one takes 3 ms, and one on the few
-# arcs some 60 us.
+# Number of POT iterations on all arcs, enough to identify the arcs that matter. For 512 x 576 points one takes 3 ms
+# on all arcs and about 60 us on the selected arcs.
 _FULL_ITERATIONS = 20
 _SIMPLEX_ITERATIONS = 10_000_000
-# Arcs that are iterated on, in points of a problem, at first and more when some are missing; but this many at least.
+# Number of selected arcs divided by the number of points: at the start, and for each addition. The last is a minimum.
 _ARCS_PER_POINT = 6
 _MORE_ARCS_PER_POINT = 2
 _FEWEST_ARCS = 2**12
-# Iterations before the bound is first computed, which looks at all arcs; then twice as many, and again, up to a most.
+# Iterations before the bound, which needs all arcs, is first computed. The number then doubles up to a maximum.
 _FIRST_STRETCH = 100
 _LONGEST_STRETCH = 2000
-# Arcs with less mass are dropped. Without, they shrink to denormal numbers, which take a hundred times longer.
+# Arcs with less mass are dropped before they become denormal numbers, which take a hundred times longer.
 _VANISHED = 1e-30
-# The largest exponent of a potential that is handed back, so that those of points without weight stay finite.
+# The largest exponent in a returned potential, so that the potentials of points without weight stay finite.
 _LARGEST_EXPONENT = 600.0
-# Gaps below this share of the largest cost are float64's rounding: no iteration lowers them.
+# Gaps below this share of the largest cost are float64 rounding, which iterations do not reduce.
 _EXACT = 1e-15
-_SMALLEST = np.finfo(np.float64).tiny
+_TINY = np.finfo(np.float64).tiny
 
 
 def solve_unbalanced(
@@ -50,33 +51,49 @@ def solve_unbalanced(
     max_iterations: int = 10_000,
     tolerance: float = 1e-4,
 ) -> Solution:
-    """Moves what is worth moving: `min <P, C> + rho KL(P 1 | a) + rho KL(P^T 1 | b)` over all P >= 0.
+    """Penalizes mass that vanishes or appears: `min <P, C> + rho KL(P 1 | a) + rho KL(P^T 1 | b)` over all P >= 0.
 
-    `KL(p | q) = sum p log(p / q) - p + q`. There is no entropy, so few arcs matter. The multiplicative updates of
-    Chapel et al. (2021) run a little on all arcs, in POT, and then on the few. Which these are, and how far the plan
-    is off the optimum, potentials tell that are feasible on all arcs: `gap` is a bound wherever the iterations stop.
-    They start from a mean with the balanced optimum; without, strong penalties converge slowly.
+    `KL(p | q) = sum p log(p / q) - p + q`. The problem has no entropy term, so few arcs carry mass. Multiplicative
+    updates [1] run for a few iterations on all arcs, in POT, and then on selected arcs. Potentials that are feasible
+    on all arcs select them and bound the error of the plan [2], so `gap` is valid wherever the iterations stop. The
+    updates start from a mean with the balanced optimum; otherwise strong penalties converge slowly.
 
     Args:
         cost: (B, N, M) float64, finite, at least 0.
-        a: (B, N) float64 weights, each row summing to 1. Points of weight 0 are taken out.
-        b: (B, M) float64 weights, likewise.
-        relaxation: rho, the penalty's strength, above 0. A pair of single points at cost c keeps exp(-c / (2 rho)).
-        relative: relaxation counts in mean costs of the sample, `a^T C b`; otherwise in the cost's own unit.
-        num_threads: how many problems are solved at a time; by default this process's share of the cores it may use.
-        max_iterations: on the few arcs, for one problem.
-        tolerance: the iterations stop when the gap is at most this share of the cost. A gradient's relative error is
-            about the root of that: 5% at 1e-4 and 2% at 1e-5, on 512 x 576 points. Points of few dimensions under
+        a: (B, N) float64 weights, each row summing to 1. Points of weight 0 are left out.
+        b: (B, M) float64 weights, each row summing to 1.
+        relaxation: strength rho of the penalty, above 0. A pair of single points at cost c keeps mass
+            exp(-c / (2 rho)).
+        relative: whether relaxation is in mean costs of the sample, `a^T C b`; otherwise it is in the unit of the
+            costs.
+        num_threads: number of problems solved at a time. Defaults to this process's share of the available cores.
+        max_iterations: limit of iterations on the selected arcs, per problem.
+        tolerance: the iterations stop when the gap is at most this share of the cost. The relative error of a gradient
+            is about the root of that: 5% at 1e-4 and 2% at 1e-5, on 512 x 576 points. Points of few dimensions under
             strong penalties may need more iterations than the default.
 
     Returns:
-        Solution with a sparse plan and its marginals. `cost` is the whole objective, penalties included. `u` and `v`
-        are the derivatives of the objective by the weights at a fixed rho, `rho (1 - exp(-f / rho))` for potentials f,
-        with `<a, u> + <b, v> = cost - gap`.
+        Solution with a sparse plan and its marginals. `cost` includes the penalties. `u` and `v` are the derivatives
+        of the cost by the weights at a fixed rho, `rho (1 - exp(-f / rho))` for potentials f, with
+        `<a, u> + <b, v> = cost - gap`.
 
     Raises:
-        ValueError: an option out of range.
-        RuntimeError: the start was not found, or is not finite; the message names the sample.
+        ValueError: an option is out of range.
+        RuntimeError: no start is found, or it is not finite; the message names the sample.
+
+    References:
+        [1] L. Chapel, R. Flamary, H. Wu, C. Févotte and G. Gasso, "Unbalanced Optimal Transport through Non-negative
+            Penalized Linear Regression", NeurIPS, 2021, section 3.
+        [2] M. Liero, A. Mielke and G. Savaré, "Optimal Entropy-Transport problems and a new Hellinger-Kantorovich
+            distance between positive measures", Inventiones mathematicae, 2018, section 4.
+
+    Example:
+        >>> import math
+        >>> import torch
+        >>> cost, weight = torch.ones(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+        >>> mass = solve_unbalanced(cost, weight, weight, relaxation=0.5).plan.to_dense().item()
+        >>> round(mass, 6), round(math.exp(-1 / (2 * 0.5)), 6)
+        (0.367879, 0.367879)
     """
     if not 0 < relaxation < math.inf:
         raise ValueError(f"relaxation must be above 0 and finite, not {relaxation}")
@@ -108,7 +125,7 @@ def _unbalanced_one(
 
     u = (cost[:, columns] - v).min(axis=1)
     v = (cost[rows] - u[rows, None]).min(axis=0)
-    # What a grain of weight adds to the dual; at most u and v, so feasible too.
+    # The derivatives of the dual value by the weights. They are at most u and v, so they are feasible too.
     u, v = (-rho * np.expm1(np.minimum(-potential / rho, _LARGEST_EXPONENT)) for potential in (u, v))
     value = problem.primal(indices, masses)
     gap = value - mass_a @ u[rows] - mass_b @ v[columns]
@@ -122,11 +139,10 @@ def _unbalanced_one(
 class _Penalised:
     """`min <P, C> + rho KL(P 1 | a) + rho KL(P^T 1 | b)` over points that have weight, and its dual.
 
-    The dual is `max rho <a, 1 - exp(-u / rho)> + rho <b, 1 - exp(-v / rho)>` over `u_i + v_j <= C_ij` (Liero, Mielke &
-    Savaré, 2018).
+    The dual is `max rho <a, 1 - exp(-u / rho)> + rho <b, 1 - exp(-v / rho)>` over `u_i + v_j <= C_ij`.
 
     Attributes:
-        cost: (N, M) in [0, 1]; a: (N,) weights, positive, with sum 1; b: (M,) weights, likewise; rho: above 0.
+        cost: (N, M) in [0, 1]; a: (N,) positive weights with sum 1; b: (M,) the same; rho: above 0.
     """
 
     cost: np.ndarray
@@ -141,18 +157,18 @@ class _Penalised:
         return masses @ self.cost[indices[0], indices[1]] + self.rho * penalty
 
     def prices(self, indices: np.ndarray, masses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """u (N,) and v (M,) that a plan's marginals stand for. Those of the optimum are optimal potentials."""
+        """u (N,) and v (M,) for the marginals of a plan. Those of the optimal plan are optimal potentials."""
         marginals = plan_marginals(indices, masses, self.cost.shape)
         with np.errstate(divide="ignore"):
             u, v = (-self.rho * np.log(mass / own) for mass, own in zip(marginals, (self.a, self.b), strict=True))
-        # No optimal potential exceeds the largest cost, for on the other side some potential is at least 0.
+        # No optimal potential exceeds the largest cost, because some potential on the other side is at least 0.
         return np.minimum(u, 1.0), np.minimum(v, 1.0)
 
     def dual(self, v: np.ndarray) -> tuple[float, np.ndarray]:
         """A lower bound of the optimum from any v (M,), and the feasible v that gives it (with its largest u)."""
         u = (self.cost - v).min(axis=1)
         v = (self.cost - u[:, None]).min(axis=0)
-        # A constant may go from one side's potentials to the other's. Best is that with as much mass on both.
+        # A constant can move from one side to the other. The best constant gives both sides equal mass.
         shift = self.rho / 2 * (logsumexp(-u / self.rho, b=self.a) - logsumexp(-v / self.rho, b=self.b))
         u, v = u + shift, v - shift
         with np.errstate(over="ignore"):
@@ -160,14 +176,14 @@ class _Penalised:
 
 
 def _divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """KL(p | q) for q > 0, without loss of digits where the two are close, as they are under strong penalties."""
+    """KL(p | q) for q > 0, accurate also where p and q are close, as under strong penalties."""
     excess = (p - q) / q
     return q @ (xlog1py(1 + excess, excess) - excess)
 
 
 def _start(problem: _Penalised) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
-    """A plan on some of the arcs, by indices (2, nnz) and masses (nnz,), and a bound with its v (M,)."""
-    import ot  # takes a second to import, and most of the package has no use for it
+    """A plan on selected arcs, as indices (2, nnz) and masses (nnz,), and a lower bound with its v (M,)."""
+    import ot  # the import takes a second, and most of the package does not need it
 
     cost, a, b, rho = problem.cost, problem.a, problem.b, problem.rho
     plan = ot.unbalanced.mm_unbalanced(a, b, cost, rho, numItermax=_FULL_ITERATIONS, stopThr=0)
@@ -181,9 +197,9 @@ def _start(problem: _Penalised) -> tuple[np.ndarray, np.ndarray, float, np.ndarr
 
     reduced = cost - best_v
     reduced -= reduced.min(axis=1, keepdims=True)
-    reduced[balanced.indices[0], balanced.indices[1]] = -1.0  # these count in any case
-    indices = every[:, _smallest(reduced.ravel(), max(_FEWEST_ARCS, _ARCS_PER_POINT * sum(cost.shape)))]
-    # The stronger the penalty, the nearer is the optimum to the balanced one.
+    reduced[balanced.indices[0], balanced.indices[1]] = -1.0  # always selected
+    indices = every[:, smallest_places(reduced.ravel(), max(_FEWEST_ARCS, _ARCS_PER_POINT * sum(cost.shape)))]
+    # Under a strong penalty the optimum is near the balanced one.
     share = rho / (rho + (a @ cost @ b or 1.0))
     plan *= 1 - share
     plan[balanced.indices[0], balanced.indices[1]] += share * balanced.masses
@@ -193,7 +209,7 @@ def _start(problem: _Penalised) -> tuple[np.ndarray, np.ndarray, float, np.ndarr
 def _multiplicative(
     problem: _Penalised, max_iterations: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A plan's indices (2, nnz), in row-major order, and masses (nnz,); and the best bound's v (M,)."""
+    """A plan's indices (2, nnz), in row-major order, its masses (nnz,), and the v (M,) of the best bound."""
     cost = problem.cost
     indices, masses, bound, best_v = _start(problem)
     done, stretch = 0, _FIRST_STRETCH
@@ -209,11 +225,11 @@ def _multiplicative(
         value = problem.primal(indices, masses)
         if value - bound <= max(tolerance * value, _EXACT) or done >= max_iterations:
             break
-        # Arcs that would lower the objective.
+        # Adding these arcs reduces the objective.
         slack = cost - u[:, None] - v
         slack[indices[0], indices[1]] = 0.0
         missing = np.flatnonzero(slack < 0)
-        missing = missing[_smallest(slack.ravel()[missing], _MORE_ARCS_PER_POINT * sum(cost.shape))]
+        missing = missing[smallest_places(slack.ravel()[missing], _MORE_ARCS_PER_POINT * sum(cost.shape))]
         row, column = np.unravel_index(missing, cost.shape)
         indices = np.concatenate((indices, (row, column)), axis=1)
         masses = np.concatenate((masses, problem.a[row] * problem.b[column]))
@@ -221,17 +237,12 @@ def _multiplicative(
     return indices[:, order], masses[order], best_v
 
 
-def _smallest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` smallest values, or of all if there are no more."""
-    return np.argpartition(values, count)[:count] if len(values) > count else np.arange(len(values))
-
-
 def _iterate(
     problem: _Penalised, indices: np.ndarray, masses: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The plan's indices and masses after some iterations of `ot.unbalanced.mm_unbalanced` on its arcs alone.
+    """Indices and masses of the plan after iterations of `ot.unbalanced.mm_unbalanced` restricted to its arcs.
 
-    Each lowers the objective, or leaves it.
+    No iteration increases the objective.
     """
     row, column = indices
     kernel = np.sqrt(problem.a[row] * problem.b[column]) * np.exp(-problem.cost[row, column] / (2 * problem.rho))
@@ -240,6 +251,6 @@ def _iterate(
     row, column = indices
     for _ in range(count):
         row_mass, column_mass = plan_marginals(indices, masses, problem.cost.shape)
-        # Far beyond the strength rows may underflow, and nothing of nothing is nothing.
-        masses = masses * kernel / np.maximum(np.sqrt(row_mass[row] * column_mass[column]), _SMALLEST)
+        # Rows far beyond the penalty may underflow to 0; their mass stays 0.
+        masses = masses * kernel / np.maximum(np.sqrt(row_mass[row] * column_mass[column]), _TINY)
     return indices, masses

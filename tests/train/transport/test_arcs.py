@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dali_llava.train.transport import exact
-from dali_llava.train.transport.arcs import _north_west, _potentials, _smallest, likely_arcs
+from dali_llava.train.transport.arcs import _below_quantile, _north_west, _potentials, likely_arcs
 from dali_llava.train.transport.solve import SOLVERS
 
 
@@ -45,9 +45,9 @@ def test_north_west_corner_on_paper():
 def test_smallest_of_few_is_exact_and_of_many_about_right():
     generator = torch.Generator().manual_seed(2)
     few, many = torch.rand(2, 20, 30, generator=generator), torch.rand(2, 400, 512, generator=generator)
-    assert _smallest(few, 50).sum(dim=(1, 2)).tolist() == [50, 50]
-    assert few[_smallest(few, 50)].max() < few[~_smallest(few, 50)].min() + 0.05
-    counts = _smallest(many, 10_000).sum(dim=(1, 2))
+    assert _below_quantile(few, 50).sum(dim=(1, 2)).tolist() == [50, 50]
+    assert few[_below_quantile(few, 50)].max() < few[~_below_quantile(few, 50)].min() + 0.05
+    counts = _below_quantile(many, 10_000).sum(dim=(1, 2))
     assert ((counts - 10_000).abs() < 1_000).all()
 
 
