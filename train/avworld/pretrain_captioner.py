@@ -44,6 +44,9 @@ class CaptionerArguments(StageArguments):
     vision_steps: int = field(default=300, metadata={"help": "Steps of the vision tower, before the captioner's."})
     vision_batch_size: int = field(default=64, metadata={"help": "Pictures a step, in those."})
     vision_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate, in those."})
+    unlikelihood: float = field(
+        default=1.0, metadata={"help": "Weight of the loss against words that an answer has already used."}
+    )
     split: str = field(default="captioner", metadata={"help": "Split with pictures and dialogues."})
 
 
@@ -158,6 +161,7 @@ def main(argv: list[str] | None = None) -> TokenViewTrainer:
         ),
         processing_class=processor,
         stage="captioner",
+        unlikelihood=arguments.unlikelihood,
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     model.copy_image_projector()
