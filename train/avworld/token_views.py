@@ -29,11 +29,12 @@ class TokenViewTrainer(CaptioningTrainer):
     Args:
         unlikelihood: weight of `repetition_unlikelihood`, added to the cross-entropy. A set of tokens shows the same
             thing many times, and cross-entropy alone does not teach a small model to name it once.
+        words: (vocabulary,) bool, the words that it is about; all by default.
     """
 
-    def __init__(self, *args, unlikelihood: float = 0.0, **kwargs):
+    def __init__(self, *args, unlikelihood: float = 0.0, words: torch.Tensor | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.unlikelihood = unlikelihood
+        self.unlikelihood, self.words = unlikelihood, words
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         view = inputs.pop("view", None)
@@ -45,7 +46,7 @@ class TokenViewTrainer(CaptioningTrainer):
         if not self.unlikelihood:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        repetition = repetition_unlikelihood(outputs["logits"], inputs["labels"], num_items_in_batch)
+        repetition = repetition_unlikelihood(outputs["logits"], inputs["labels"], self.words, num_items_in_batch)
         loss = loss + self.unlikelihood * repetition
         return (loss, outputs) if return_outputs else loss
 

@@ -118,10 +118,11 @@ def test_unlikelihood_of_repetition_is_added(trainer, captioner, view_rows, monk
     monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
     batch = trainer.data_collator(view_rows([True] * 4))
     count = (batch["labels"] != -100).sum()
+    words = torch.arange(captioner.config.text_config.vocab_size) % 2 == 0
     likelihood, outputs = trainer.compute_loss(captioner, dict(batch), True, count)
-    repetition = repetition_unlikelihood(outputs["logits"], batch["labels"], count)
-    assert repetition > 0.01
-    trainer.unlikelihood = 0.5
+    repetition = repetition_unlikelihood(outputs["logits"], batch["labels"], words, count)
+    assert 0 < repetition < repetition_unlikelihood(outputs["logits"], batch["labels"], num_items=count)
+    trainer.unlikelihood, trainer.words = 0.5, words
     loss = trainer.compute_loss(captioner, dict(batch), num_items_in_batch=count)
     torch.testing.assert_close(loss, likelihood + 0.5 * repetition)
 
