@@ -201,7 +201,16 @@ def assembled_options(checkpoint: Checkpoint, captioner: type[nn.Module], option
         config = captioner.config_class.from_pretrained(config or checkpoint.source, **checkpoint.hub_kwargs)
     source, hub_kwargs = checkpoint.base
     variant = options.pop("variant", None)
-    options["state_dict"] = merge_weights(checkpoint, captioner, config, options.get("key_mapping"), variant)
+    device_map = options.get("device_map")
+    if isinstance(device_map, Mapping) and "disk" in device_map.values() and not options.get("offload_folder"):
+        raise ValueError(f"{checkpoint.source}: a stage that is offloaded to disk needs a folder, offload_folder=DIR.")
+    weights, reference = merge_weights(checkpoint, captioner, config, options.get("key_mapping"), variant)
+    if device_map is not None:
+        # Offloading to disk looks each weight up by its own name, also a weight that is tied to another.
+        for target, tied in reference.all_tied_weights_keys.items():
+            if tied in weights:
+                weights.setdefault(target, weights[tied])
+    options["state_dict"] = weights
     options.setdefault("config", checkpoint.source)
     if options.get("generation_config") is None:
         try:
@@ -218,9 +227,11 @@ def merge_weights(
     config: LlavaAudioConfig,
     key_mapping: dict[str, str] | None = None,
     variant: str | None = None,
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], nn.Module]:
     """
-    The weights of the base, each stage's in place of those that it trained. The tensors are memory-mapped.
+    The weights of the base, each stage's in place of those that it trained, and the captioner without weights.
+
+    The tensors are memory-mapped; the captioner is on the meta device.
 
     Args and errors as of `assembled_options`; `key_mapping` and `variant` as of transformers' `from_pretrained`,
     for the base.
@@ -256,7 +267,7 @@ def merge_weights(
                 f"{source}: {name} is stored quantised, so the stage {checkpoint.source} cannot replace it; lay the "
                 "stage over the unquantised base model, and quantise when loading (quantization_config=...)."
             )
-    return {name: tensor for name, tensor in weights.items() if names[name] not in trained} | trained
+    return {name: tensor for name, tensor in weights.items() if names[name] not in trained} | trained, reference
 
 
 def _model_names(
@@ -275,6 +286,13 @@ def _model_names(
         return name
 
     return {name: rename(name) for name in names}
+
+
+def use_general_kernels(model: nn.Module) -> None:
+    """Turn off bitsandbytes' fastest CPU kernel for the 4-bit layers whose width it does not support."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False) and module.in_features % module.weight.blocksize:
+            module.support_avx512bf16_for_cpu = False
 
 
 __all__ = ["Checkpoint", "find_checkpoint", "reach_hub"]

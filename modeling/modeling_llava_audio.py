@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .audio_towers import build_audio_tower
 from .configuration_llava_audio import LlavaAudioConfig
-from .loading import HUB_OPTIONS, assembled_options, find_checkpoint
+from .loading import HUB_OPTIONS, assembled_options, find_checkpoint, use_general_kernels
 from .stage_checkpoint import write_stage
 
 
@@ -87,12 +87,13 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         hub_kwargs = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
         checkpoint = find_checkpoint(pretrained_model_name_or_path, **hub_kwargs)
         kwargs |= checkpoint.hub_kwargs
-        if not checkpoint.stages:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        options = assembled_options(checkpoint, LlavaAudioForConditionalGeneration, kwargs)
-        loaded = super().from_pretrained(None, *model_args, **options)
+        source = pretrained_model_name_or_path
+        if checkpoint.stages:
+            source, kwargs = None, assembled_options(checkpoint, LlavaAudioForConditionalGeneration, kwargs)
+        loaded = super().from_pretrained(source, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple under output_loading_info=True
         model.name_or_path = model.config.name_or_path = checkpoint.source
+        use_general_kernels(model)
         return loaded
 
 
