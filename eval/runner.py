@@ -203,8 +203,8 @@ class CaptionRunner:
                 return {key: result for entry in decoded for key, result in self._caption([entry]).items()}
             sample, _, seconds = decoded[0]
             return {id(sample): _failure(sample, seconds + time.perf_counter() - start, error)}
-        with torch.inference_mode():
-            sequences = self.model.generate(**inputs, **self.generation)
+        # `generate` disables gradients; inference mode would besides reject the weights of some quantisations.
+        sequences = self.model.generate(**inputs, **self.generation)
         texts = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         share = (time.perf_counter() - start) / len(decoded)
         return {

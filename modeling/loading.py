@@ -182,6 +182,27 @@ def _weight_files(source: str, hub_kwargs: dict, variant: str | None) -> list[st
     raise FileNotFoundError(f"{source}: no weights (*.safetensors) in it; copy the folder again, whole")
 
 
+def check_device_map(model_class: type[nn.Module], checkpoint: Checkpoint, options: dict) -> None:
+    """ValueError for a `device_map` that offloads one of two tied weights to disk, which cannot be dispatched."""
+    device_map = options.get("device_map")
+    if not isinstance(device_map, Mapping) or "disk" not in device_map.values():
+        return
+    config = options.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        config = model_class.config_class.from_pretrained(config or checkpoint.source, **checkpoint.hub_kwargs)
+    if not config.tie_word_embeddings:
+        return
+
+    def place(name: str):
+        while name and name not in device_map:
+            name = name.rpartition(".")[0]
+        return device_map.get(name)
+
+    for one, other in (model_class._tied_weights_keys or {}).items():
+        if place(one) != place(other):
+            raise ValueError(f"device_map: {one} and {other} are the same weight; put both in the same place.")
+
+
 def assembled_options(checkpoint: Checkpoint, captioner: type[nn.Module], options: dict) -> dict:
     """
     Keyword arguments of `from_pretrained(None, ...)` that load a chain of stages as one whole checkpoint.

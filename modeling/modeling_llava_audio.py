@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .audio_towers import build_audio_tower
 from .configuration_llava_audio import LlavaAudioConfig
-from .loading import HUB_OPTIONS, assembled_options, find_checkpoint, use_general_kernels
+from .loading import HUB_OPTIONS, assembled_options, check_device_map, find_checkpoint, use_general_kernels
 from .stage_checkpoint import write_stage
 
 
@@ -87,6 +87,7 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         hub_kwargs = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
         checkpoint = find_checkpoint(pretrained_model_name_or_path, **hub_kwargs)
         kwargs |= checkpoint.hub_kwargs
+        check_device_map(cls, checkpoint, kwargs)
         source = pretrained_model_name_or_path
         if checkpoint.stages:
             source, kwargs = None, assembled_options(checkpoint, LlavaAudioForConditionalGeneration, kwargs)

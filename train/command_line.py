@@ -95,8 +95,8 @@ def warn_of_single_process(environment: Mapping[str, str]) -> None:
     sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(environment) and not set(sizes) & set(environment):
         print(
-            "warning: accelerate launch was asked for several processes but started one, because it found fewer than two "
-            "accelerators; add --multi_gpu before the script, and on a CPU also --use_cpu true at the end",
+            "warning: accelerate launch was asked for several processes but started one, because it found fewer than "
+            "two accelerators; add --multi_gpu before the script, and on a CPU also --use_cpu true at the end",
             file=sys.stderr,
         )
 
