@@ -178,6 +178,8 @@ def test_other_settings_prompts_or_weights_are_captioned_anew(captioner, tmp_pat
 def test_the_prefix_follows_the_checkpoint(captioner, tmp_path, monkeypatch):
     """Unless a sample says otherwise; what is kept in a file depends on it too."""
     model, processor = captioner
+    strong = torch.randn(model.model.prefix.weight.shape, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(model.model.prefix.weight, "data", strong)
     samples = [replace(sample, prefix=None) for sample in make_samples(4)]
     runner, out = CaptionRunner(model, processor, max_new_tokens=8), tmp_path / "captions.jsonl"
 
