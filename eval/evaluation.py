@@ -25,14 +25,14 @@ class System:
         stage: `prompt`, `prefix`, `aligned`, `distilled` or `supervised`.
         modality: `audio`, `image` or `audiovisual`.
         prompt: the question.
-        prefix: whether the learnt prefix stands before it.
+        prefix: whether the learned prefix precedes it; None follows the checkpoint, as in `Sample`.
     """
 
     method: str
     stage: str
     modality: str
     prompt: str
-    prefix: bool
+    prefix: bool | None = None
 
     @property
     def name(self) -> str:

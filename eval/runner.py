@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import length_hint
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 
 SAMPLING_RATE = 16_000  # Hz, of every sample's audio
@@ -34,14 +35,15 @@ class Sample:
         prompt: the question, without template or placeholders.
         image: RGB picture, or a function that decodes it when its batch comes up.
         audio: mono waveform (samples,) at 16 kHz in [-1, 1], or a function that decodes it.
-        prefix: whether the learned prefix stands before the question.
+        prefix: whether the learned prefix precedes the question; None follows the checkpoint, which lists the
+            modalities that it was trained to caption with the prefix (`config.prefix_modalities`).
     """
 
     id: str
     prompt: str
     image: Image.Image | Callable[[], Image.Image] | None = None
     audio: np.ndarray | Callable[[], np.ndarray] | None = None
-    prefix: bool = True
+    prefix: bool | None = None
 
     @property
     def modality(self) -> str:
@@ -108,7 +110,9 @@ class CaptionRunner:
             raise ValueError("temperature has no effect without do_sample=True")
         if temperature is not None and temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}; do_sample=False is greedy")
-        self.model = model.to(device=device, dtype=dtype).eval()
+        if device is not None or dtype is not None:  # a quantised or offloaded model cannot be moved at all
+            model = model.to(device=device, dtype=dtype)
+        self.model = model.eval()
         self.processor = processor
         self.batch_size = batch_size
         self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": do_sample}
@@ -135,6 +139,7 @@ class CaptionRunner:
             ValueError: an id that comes twice with `out`, or a line of `out` that is no result.
         """
         store = None if out is None else _ResultFile(Path(out), self._settings())
+        settled = map(self._settle_prefix, samples)
         bar = tqdm(
             total=total if total is not None else length_hint(samples) or None,
             desc="captions",
@@ -144,10 +149,15 @@ class CaptionRunner:
             leave=False,
         )
         with bar:
-            for pending in self._batches(samples, store):
+            for pending in self._batches(settled, store):
                 for result in self._answer(pending, store):
                     bar.update()
                     yield result
+
+    def _settle_prefix(self, sample: Sample) -> Sample:
+        if sample.prefix is not None:
+            return sample
+        return replace(sample, prefix=sample.modality in self.model.config.prefix_modalities)
 
     def _batches(self, samples: Iterable[Sample], store: "_ResultFile | None") -> Iterator[list]:
         """Lists, in order, of results already there and of samples to caption, at most `batch_size` of the latter."""
@@ -193,8 +203,8 @@ class CaptionRunner:
                 return {key: result for entry in decoded for key, result in self._caption([entry]).items()}
             sample, _, seconds = decoded[0]
             return {id(sample): _failure(sample, seconds + time.perf_counter() - start, error)}
-        with torch.inference_mode():
-            sequences = self.model.generate(**inputs, **self.generation)
+        # `generate` disables gradients; inference mode would besides reject the weights of some quantisations.
+        sequences = self.model.generate(**inputs, **self.generation)
         texts = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         share = (time.perf_counter() - start) / len(decoded)
         return {
@@ -219,7 +229,7 @@ class CaptionRunner:
             return_tensors="pt",
             padding=True,
         )
-        inputs = inputs.to(self.model.device)
+        inputs = inputs.to(execution_device(self.model))
         # Pictures and fbanks are made in float32; a tower in bfloat16 takes bfloat16.
         for name in ("pixel_values", "input_features"):
             if name in inputs:
@@ -234,13 +244,25 @@ class CaptionRunner:
         return json.dumps(settings, sort_keys=True, default=str)
 
 
-def weights_digest(model: torch.nn.Module, per_tensor: int = 64) -> str:
-    """A hash that tells checkpoints apart: of each tensor's name, shape, and up to `per_tensor` values spread evenly.
+def execution_device(model: torch.nn.Module) -> torch.device:
+    """The device that a model takes its inputs on, also where offloading has left its weights on the meta device."""
+    if model.device.type != "meta":
+        return model.device
+    return torch.device(getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu")
 
-    It need not read the model whole (14 GB at full size), and no training step leaves all of those values as they are.
+
+def weights_digest(model: torch.nn.Module, per_tensor: int = 64) -> str:
+    """
+    A hash that differs between checkpoints: of each tensor's name, shape, and up to `per_tensor` evenly spread values.
+
+    It does not read the whole model (14 GB at full size), and a training step changes some of those values.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if tensor.device.type == "meta":
+            tensor = load_offloaded_parameter(model, name)
+        if hasattr(tensor, "dequantize") and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            tensor = tensor.dequantize()  # torchao's and quanto's packed tensors
         flat = tensor.detach().reshape(-1)
         values = flat[:: max(1, flat.numel() // per_tensor)].to("cpu", torch.float64)
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())

@@ -1,5 +1,6 @@
 """LLaVA-Audio (DALI): an image captioner with an audio tower, an audio projector and a learned prefix."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .audio_towers import build_audio_tower
 from .configuration_llava_audio import LlavaAudioConfig
-from .stage_checkpoint import read_stage, write_stage
+from .loading import HUB_OPTIONS, assembled_options, check_device_map, find_checkpoint, use_general_kernels
+from .stage_checkpoint import write_stage
 
 
 @dataclass
@@ -69,31 +71,30 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """
-        As everywhere in transformers; the checkpoint of a stage is laid over the model it names as its base.
+        As `PreTrainedModel.from_pretrained`; a stage's checkpoint loads with the base model that it names.
+
+        The stage's weights are merged with the base model's before any is loaded, so `dtype`, `device_map`,
+        `quantization_config` and the other options apply to all weights alike.
 
         Raises:
-            ValueError: when the stage's weights do not fit the base, with the first name that differs.
+            FileNotFoundError: no such folder or Hub repository, or a missing base model.
+            ConnectionError: the Hub cannot be reached, and the repository is not in the cache.
+            ValueError: the stage's weights do not fit the base model, with the first name that differs.
         """
         kwargs.setdefault("use_safetensors", True)  # weights are never unpickled
-        hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "subfolder") if key in kwargs}
-        stage = read_stage(pretrained_model_name_or_path, **hub_kwargs)
-        if stage is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        base, tensors = stage
-        kwargs.setdefault("config", cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs))
-        loaded = cls.from_pretrained(base, *model_args, **kwargs)
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, **kwargs)
+        hub_kwargs = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+        checkpoint = find_checkpoint(pretrained_model_name_or_path, **hub_kwargs)
+        kwargs |= checkpoint.hub_kwargs
+        check_device_map(cls, checkpoint, kwargs)
+        source = pretrained_model_name_or_path
+        if checkpoint.stages:
+            source, kwargs = None, assembled_options(checkpoint, LlavaAudioForConditionalGeneration, kwargs)
+        loaded = super().from_pretrained(source, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple under output_loading_info=True
-        weights = model.state_dict()
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                target = weights.get(name, weights.get(name.removeprefix("model.")))
-                if target is None or target.shape != tensor.shape:
-                    have = "no such weight" if target is None else f"shape {tuple(target.shape)}"
-                    raise ValueError(
-                        f"{pretrained_model_name_or_path}: {name} has shape {tuple(tensor.shape)}, but its base model "
-                        f"{base} has {have}; use the base and the configuration that the stage was trained on."
-                    )
-                target.copy_(tensor)
+        model.name_or_path = model.config.name_or_path = checkpoint.source
+        use_general_kernels(model)
         return loaded
 
 
@@ -295,15 +296,22 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
 
     def save_stage(self, directory, base: str, stage: str) -> None:
         """
-        Save what is being trained (`requires_grad`), and the name of the model it belongs to.
+        Save the weights that are being trained (`requires_grad`), and the name of the model that they belong to.
 
         Args:
-            directory: where to; `from_pretrained` on it gives the assembled model.
-            base: Hub id or path of the model that the stage started from.
-            stage: the stage's name, for people.
+            directory: folder to write; `from_pretrained` on it loads the assembled model.
+            base: folder or Hub id of the model that the stage started from.
+            stage: the stage's name, such as `align:mmd`.
+
+        Raises:
+            ValueError: when no weight is being trained.
         """
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        self.config.save_pretrained(directory)
+        config = copy.deepcopy(self.config)
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.pre_quantized:
+            del config.quantization_config  # of this process; the base's files are not quantised
+        config.save_pretrained(directory)
         custom_object_save(self, directory)  # a stage, too, loads where the package is absent
         write_stage(directory, trained, base, stage)
 

@@ -1,5 +1,6 @@
 """Processor of LLaVA-Audio: turns text, images and audio into model inputs."""
 
+import json
 import re
 from itertools import repeat
 
@@ -8,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import get_image_size, make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import is_vision_available
+from transformers.utils import CONFIG_NAME, cached_file, is_vision_available
 
 from .feature_extraction_llava_audio import LlavaAudioFeatureExtractor
 
@@ -54,6 +55,8 @@ DALI_CHAT_TEMPLATE = (
 SOUND_PROMPT = "What sound can be heard in this scene ?"
 SEE_PROMPT = "What can you see ?"
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 # keyword arguments that mean the text when they stand outside `audio_kwargs`
 TEXT_ONLY_KWARGS = ("padding", "max_length", "truncation", "pad_to_multiple_of", "return_attention_mask")
 
@@ -77,6 +80,8 @@ class LlavaAudioProcessor(ProcessorMixin):
             keeps all.
         num_additional_image_tokens (`int`): tokens of the vision tower besides its patches: 1 for CLIP, 0 for SigLIP.
         prefix_length (`int`): learned prefix vectors of the model.
+        prefix_modalities (`list[str]`): modalities (`"audio"`, `"audiovisual"`) whose turns get a prefix when nothing
+            else is said. `from_pretrained` takes it from the model's configuration in the same folder.
         pad_to_square (`bool`): pad images to a square with the image processor's mean colour, (122, 116, 104) for
             CLIP, as LLaVA-1.5 does. Square images pass untouched.
         image_token, audio_token, prefix_token (`str`): the placeholders; the chat template writes the default ones.
@@ -104,6 +109,7 @@ class LlavaAudioProcessor(ProcessorMixin):
         audio_token: str = "<audio>",
         prefix_token: str = "<prefix>",
         chat_template: str | None = None,
+        prefix_modalities: list[str] | tuple[str, ...] = (),
     ):
         if vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(
@@ -121,6 +127,7 @@ class LlavaAudioProcessor(ProcessorMixin):
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.num_additional_image_tokens = num_additional_image_tokens
         self.prefix_length = prefix_length
+        self.prefix_modalities = list(prefix_modalities)
         self.pad_to_square = pad_to_square
         self.image_token, self.image_token_id = image_token, self._token_id(image_token)
         self.audio_token, self.audio_token_id = audio_token, self._token_id(audio_token)
@@ -132,6 +139,25 @@ class LlavaAudioProcessor(ProcessorMixin):
         # process that has not imported the model code would be asked to trust the copy of it in the checkpoint.
         kwargs.setdefault("config", PreTrainedConfig())
         return super()._load_tokenizer_from_pretrained(sub_processor_type, pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """As `ProcessorMixin.get_processor_dict`, with `prefix_modalities` of the model in the same place."""
+        hub_kwargs = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+        processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        path = cached_file(
+            pretrained_model_name_or_path,
+            CONFIG_NAME,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_kwargs,
+        )
+        if path is not None:
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+            if "prefix_modalities" in config:
+                processor_dict["prefix_modalities"] = config["prefix_modalities"]
+        return processor_dict, kwargs
 
     def _token_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
@@ -260,24 +286,53 @@ class LlavaAudioProcessor(ProcessorMixin):
             batch_offsets.append(offsets)
         return texts, batch_offsets
 
+    def apply_chat_template(self, conversation, *args, prefix: bool | None = None, **kwargs):
+        """
+        As `ProcessorMixin.apply_chat_template`, and a user turn with media gets the learned prefix where it applies.
+
+        Args:
+            conversation: messages, or a list of conversations. A block `{"type": "prefix"}` puts the prefix there.
+            prefix: whether user turns without such a block get the prefix; None follows the checkpoint: the turns
+                whose media (`"audio"` or `"audiovisual"`) are among `prefix_modalities`.
+        """
+        if conversation and isinstance(conversation[0], (list, tuple)):
+            conversation = [[self._add_prefix(message, prefix) for message in each] for each in conversation]
+        elif conversation and isinstance(conversation[0], dict):
+            conversation = [self._add_prefix(message, prefix) for message in conversation]
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def _add_prefix(self, message: dict, prefix: bool | None) -> dict:
+        if message.get("role") != "user" or prefix is False:
+            return message
+        content = message.get("content") or []
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        kinds = {block.get("type") for block in content if isinstance(block, dict)}
+        modality = "audiovisual" if kinds & {"image", "image_url"} else "audio"
+        wanted = "audio" in kinds and modality in self.prefix_modalities if prefix is None else prefix
+        if not wanted or "prefix" in kinds:
+            return message
+        return {**message, "content": [*content, {"type": "prefix"}]}
+
     def format_prompt(
         self,
         question: str,
         image: bool = False,
         audio: bool = False,
-        prefix: bool = False,
+        prefix: bool | None = None,
         answer: str | None = None,
     ) -> str:
         """
-        One turn through the chat template, e.g. `"USER: <audio><prefix>\\nQUESTION ASSISTANT:"`, with the placeholders
-        of the media that are present and, where `answer` is given, `" ANSWER</s>"` behind it.
+        One turn through the chat template, e.g. `"USER: <audio><prefix>\\nQUESTION ASSISTANT:"`, with a placeholder
+        for each medium that is present and, where `answer` is given, `" ANSWER</s>"` at the end.
+
+        `prefix` as in `apply_chat_template`: None follows the checkpoint.
         """
-        present = {"image": image, "audio": audio, "prefix": prefix}
+        present = {"image": image, "audio": audio}
         content = [{"type": kind} for kind, is_present in present.items() if is_present]
         conversation = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         if answer is not None:
             conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return self.apply_chat_template(conversation, add_generation_prompt=answer is None)
+        return self.apply_chat_template(conversation, add_generation_prompt=answer is None, prefix=prefix)
 
 
 LlavaAudioProcessor.register_for_auto_class("AutoProcessor")

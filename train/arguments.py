@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
@@ -53,6 +54,8 @@ class StageArguments(TrainingArguments):
     def __post_init__(self):
         self.dataset_options = parse_options("dataset_options", self.dataset_options)
         super().__post_init__()
+        # Pinned memory serves copies to an accelerator; without one torch would only warn.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
 
 @dataclass

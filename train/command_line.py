@@ -1,8 +1,9 @@
 """A stage's command line: one YAML file, and any of its fields again as `--field value`."""
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -32,7 +33,7 @@ def parse_stage_arguments(arguments: type[Arguments], description: str, argv: li
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(arguments, description=description, allow_abbrev=False)
-    parser.usage = "%(prog)s CONFIG.yaml [--field value ...]"
+    parser.usage = "%(prog)s CONFIG.yaml [--field value ...] [--debug]"
     if not argv or argv[0].startswith("-"):
         parser.parse_args(argv if {"-h", "--help"} & set(argv) else ["--help"])
     path, overrides = Path(argv[0]), argv[1:]
@@ -56,21 +57,48 @@ def parse_stage_arguments(arguments: type[Arguments], description: str, argv: li
 
 def run_stage(main: Callable[[list[str]], object]) -> None:
     """
-    Run a stage's `main` as a script: it ends with a line on what was trained, where `main` returns a `StageTrainer`.
+    Run a stage's `main` as a script. It ends with a summary line where `main` returns a `StageTrainer`.
 
-    Bad input ends it with one line on stderr and exit code 1, no traceback.
+    An error ends the script with one line on stderr and exit code 1. With the argument `--debug` it keeps its
+    traceback; `--debug VALUE` is the option of transformers' `TrainingArguments`.
     """
+    argv, debug = split_debug(sys.argv[1:])
+    warn_of_single_process(os.environ)
     try:
-        trained = main(sys.argv[1:])
+        trained = main(argv)
         if hasattr(trained, "summary"):
             line = trained.summary()
             if trained.is_world_process_zero():
                 print(line)
-    except (ValueError, OSError, ImportError) as error:  # some packages are needed by some file systems alone
-        told = str(error)
-        if told.startswith("Caught "):  # by a loader's worker: a whole traceback, which ends "package.Name: ..."
-            told = told.strip().splitlines()[-1].partition(": ")[2]
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(told.split())}")
+    except (ValueError, OSError, ImportError) as error:  # some file systems need packages of their own
+        if debug:
+            raise
+        message = str(error)
+        if message.startswith("Caught "):  # by a loader's worker: a whole traceback, which ends "package.Name: ..."
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}")
+
+
+def split_debug(argv: list[str]) -> tuple[list[str], bool]:
+    """`argv` without a `--debug` that has no value, and whether there was one."""
+    kept = [
+        word
+        for word, following in zip(argv, [*argv[1:], "--"], strict=True)
+        if word != "--debug" or not following.startswith("--")
+    ]
+    return kept, len(kept) < len(argv)
+
+
+def warn_of_single_process(environment: Mapping[str, str]) -> None:
+    """Warn, on stderr, where `accelerate launch` was asked for several processes and started one."""
+    # It sets the address for several processes, but a world size only where it starts them.
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(environment) and not set(sizes) & set(environment):
+        print(
+            "warning: accelerate launch was asked for several processes but started one, because it found fewer than "
+            "two accelerators; add --multi_gpu before the script, and on a CPU also --use_cpu true at the end",
+            file=sys.stderr,
+        )
 
 
 def read_stage_config(path: Path, known: set[str]) -> dict:

@@ -24,6 +24,7 @@ COMMANDS = {
     "score": "score captions against references",
     "prepare": "turn the media of a corpus into training-ready shards",
     "inspect": "look into a corpus: its figures, and a page of random clips",
+    "merge": "merge a stage with its base into one whole checkpoint",
     "figures": "draw the figures of a run, and put several seeds into one table",
 }
 

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix",
         action=argparse.BooleanOptionalAction,
-        help="put the learned prefix before the prompt, or not; default: as the checkpoint asks (prefix_modalities)",
+        help="put the learned prefix before the prompt, or leave it out; default: as the model was trained",
     )
     parser.add_argument("--timestamps", action="store_true", help="caption window after window of each whole file")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     )
     extractor = processor.feature_extractor
     window = extractor.max_length * extractor.hop_length / extractor.sampling_rate
-    session = _Session(args, window, model.config.prefix_modalities)
+    session = _Session(args, window)
     total = None if args.timestamps else len(args.inputs)
     for result in runner.run(session.samples(), total=total):
         session.report(result)
@@ -101,9 +101,8 @@ def run(args: argparse.Namespace) -> int:
 class _Session:
     """One call of the command: turns its inputs into samples and prints what becomes of them."""
 
-    def __init__(self, args: argparse.Namespace, window: float, prefixed: Sequence[str]):
+    def __init__(self, args: argparse.Namespace, window: float):
         self.args = args
-        self.prefixed = prefixed
         self.window = window
         self.failed = False
         self.numbers = count()
@@ -179,7 +178,7 @@ class _Session:
             prompt=default_prompt if self.args.prompt is None else self.args.prompt,
             image=image,
             audio=audio,
-            prefix=modality in self.prefixed if self.args.prefix is None else self.args.prefix,
+            prefix=self.args.prefix,
         )
 
     def _fail(self, file: str, error: Exception | str) -> None:

@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
     with CaptionScorer() as scorer:
         said = []
         for modality in args.modality:
-            prefix = modality in model.config.prefix_modalities
-            system = System(Path(args.model).resolve().name, stage, modality, SOUND_PROMPT, prefix)
+            system = System(Path(args.model).resolve().name, stage, modality, SOUND_PROMPT)
             said.append(caption_split(runner, rows, system, split, args.out.with_suffix(".captions")))
         table = score_split(scorer, rows, said, seed=0, names=names if args.dataset == "avworld" else None)
     results = Results(args.dataset, time.monotonic() - start, versions(), table)

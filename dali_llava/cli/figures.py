@@ -54,29 +54,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_stage(folder: Path):
-    """A stage's model and processor."""
-    from dali_llava.modeling import LlavaAudioForConditionalGeneration
-    from dali_llava.processing import LlavaAudioProcessor
-
-    return LlavaAudioForConditionalGeneration.from_pretrained(folder), LlavaAudioProcessor.from_pretrained(folder)
-
-
 def draw_mean_tokens(folder: Path, methods: list[str]) -> Path:
     """The figure of mean tokens of a run, from its checkpoints, on `test`."""
+    from dali_llava.eval.captioner import load_captioner
     from dali_llava.eval.figures import plot_mean_tokens
     from dali_llava.eval.mean_tokens import mean_tokens
     from dali_llava.processing.corpora import load_corpus
 
     test = load_corpus("avworld", "test")
-    audio = {method: mean_tokens(*load_stage(folder / f"{method}-aligned"), test, "audio") for method in methods}
-    image = mean_tokens(*load_stage(folder / "prefix"), test, "image")
+    audio = {method: mean_tokens(*load_captioner(folder / f"{method}-aligned"), test, "audio") for method in methods}
+    image = mean_tokens(*load_captioner(folder / "prefix"), test, "image")
     return plot_mean_tokens(image, audio, folder / "figures" / "mean_tokens.png")
 
 
 def draw_attention(folder: Path) -> Path:
     """The figure of the attention of a run, on `test`; prints what it looks at on average."""
     from dali_llava.eval.avworld.attention_maps import attention_by_content, image_attention
+    from dali_llava.eval.captioner import load_captioner
     from dali_llava.eval.figures import plot_attention
     from dali_llava.processing.corpora import load_corpus
     from dali_llava.processing.corpora.rows import open_middle_frame
@@ -85,7 +79,7 @@ def draw_attention(folder: Path) -> Path:
     aligned = folder / "ot_att-aligned"
     attention = load_alignment_attention(aligned)
     test = load_corpus("avworld", "test")
-    maps = image_attention(*load_stage(aligned), attention, test)
+    maps = image_attention(*load_captioner(aligned), attention, test)
     means = attention_by_content(maps, test)
     print(f"attention of {folder}, uniform 1: " + ", ".join(f"{kind} {mean:.2f}" for kind, mean in means.items()))
     shown = list(test.select(range(SHOWN)))

@@ -1,11 +1,9 @@
 """What the commands that run a model share: its arguments, the checks of its folder, and loading it."""
 
 import argparse
-import json
 from pathlib import Path
 
 
-MODEL_TYPE = "llava_audio"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Below this size weights load in the blink of an eye, and transformers' progress bar is noise.
 QUIET_BYTES = 500_000_000
@@ -31,35 +29,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model(name: str) -> None:
-    """See that `name` can be a model of ours, by its small files alone.
-
-    A Hub id (`ORG/NAME`, where no folder ORG stands here) is left to the download.
+    """
+    Check that `name` is a folder, or can be the id of a model on the Hub, before torch is imported.
 
     Raises:
-        FileNotFoundError: no such folder, or one without configuration or weights.
-        ValueError: a configuration that is unreadable or of another model.
+        FileNotFoundError: no such folder, or a file.
     """
     folder = Path(name)
-    if not folder.exists() and _may_be_hub_id(name):
-        return
-    if not folder.is_dir():
+    if not folder.is_dir() and not (_may_be_hub_id(name) and not folder.exists()):
         problem = "is a file, not a model folder" if folder.exists() else "no such model folder"
         raise FileNotFoundError(f"{name}: {problem}; `make quickstart` writes one to runs/quickstart/model")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{name}: no config.json in it; name the folder that save_pretrained wrote")
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config}: not a JSON configuration; copy it again from the model's source") from error
-    if model_type != MODEL_TYPE:
-        raise ValueError(f"{config}: model_type is {model_type!r}, not {MODEL_TYPE!r}; name a model of this package")
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{name}: no weights (*.safetensors) in it; copy the folder again, whole")
 
 
 def load_captioner(name: str, device: str | None = None, dtype: str = "auto"):
-    """The model, in evaluation mode on its device, and its processor.
+    """
+    The model, in evaluation mode on its device, and its processor.
 
     Args:
         name: a model folder or Hub id.
@@ -70,47 +54,23 @@ def load_captioner(name: str, device: str | None = None, dtype: str = "auto"):
         (`LlavaAudioForConditionalGeneration`, `LlavaAudioProcessor`)
 
     Raises:
-        FileNotFoundError, ValueError: a model that `check_model` rejects, one that cannot be loaded or whose weights
-            are not all there, or a device that does not exist.
+        OSError, ValueError: as `dali_llava.eval.captioner.load_captioner`, and for a device that torch cannot use.
     """
     check_model(name)
 
-    import torch
     from transformers import logging
 
-    from dali_llava.modeling import LlavaAudioForConditionalGeneration
-    from dali_llava.processing import LlavaAudioProcessor
+    from dali_llava.eval.captioner import load_captioner
 
     target = _device(device)
     if sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) < QUIET_BYTES:
         logging.disable_progress_bar()
-    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model, report = LlavaAudioForConditionalGeneration.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        processor = LlavaAudioProcessor.from_pretrained(_processor_source(name))
-    except Exception as error:  # safetensors, tokenizers and the Hub each have exceptions of their own
-        message = " ".join(str(error).split())
-        raise ValueError(f"{name}: cannot be loaded ({message}); copy or save the model again") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{name}: {len(missing)} weights are missing, the first is {missing[0]}; copy or save the model again"
-        )
-    return model.to(target).eval(), processor
+    return load_captioner(name, device=target, dtype=dtype)
 
 
 def _may_be_hub_id(name: str) -> bool:
     owner, _, rest = name.partition("/")
     return bool(owner and rest) and "/" not in rest and owner[0] not in ".~" and not Path(owner).exists()
-
-
-def _processor_source(name: str) -> str:
-    """A stage's checkpoint may leave the processor to its base model."""
-    stage = Path(name) / "stage.json"
-    if stage.is_file() and not (Path(name) / "processor_config.json").is_file():
-        base = json.loads(stage.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return str(Path(name) / base) if (Path(name) / base).is_dir() else base
-    return name
 
 
 def _device(name: str | None):

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from .merge import merge_checkpoint
+
 
 DEFAULT_METHODS = "mmd"
 RECORDINGS_METHODS = "ot_att"
@@ -95,8 +97,6 @@ def announce(text: str) -> None:
 def train(out: Path, seed: int, methods: list[str], recordings: Path | None = None) -> dict[str, Path]:
     """All stages; the folder of each checkpoint by name: captioner, prefix, METHOD-aligned, METHOD-distilled, and the
     last method's whole captioner, model."""
-    from dali_llava.modeling import LlavaAudioForConditionalGeneration
-    from dali_llava.processing import LlavaAudioProcessor
     from dali_llava.train import align, distill, prefix_tune
     from dali_llava.train.avworld import pretrain_tower
     from dali_llava.train.avworld.captioner_cache import pretrained_captioner
@@ -129,8 +129,7 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
         announce(f"{method}: captions from sound and picture, distilled into the audio projector")
         stage(distill.main, "distill.yaml", f"{method}-aligned", f"{method}-distilled", *corpus)
     last = folders[f"{methods[-1]}-distilled"]
-    LlavaAudioForConditionalGeneration.from_pretrained(last).save_pretrained(folders["model"])
-    LlavaAudioProcessor.from_pretrained(last).save_pretrained(folders["model"])
+    merge_checkpoint(last, folders["model"], replace=True)
     return folders
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from dali_llava.modeling import LlavaAudioForConditionalGeneration
-from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.processing.corpora import load_corpus
 from dali_llava.processing.corpora.avworld import SOUND_WORDS, VISUAL_WORDS, names
 from dali_llava.processing.processing_llava_audio import SEE_PROMPT, SOUND_PROMPT
 
 from ..caption_metrics import CaptionScorer
+from ..captioner import load_captioner
 from ..evaluation import Captioned, System, caption_split, score_split
 from ..mean_tokens import mean_tokens, modality_gap
 from ..results import Claim, Row
@@ -61,7 +60,6 @@ def compare(
         out: folder for the captions, `captions/SPLIT-SYSTEM.jsonl`; `captions_recordings/` where recordings sound.
         recordings: ESC-10's folder; its fold 4 then sounds in the splits, and is a split of its own.
     """
-    processor = LlavaAudioProcessor.from_pretrained(folders["captioner"])
     options = {} if recordings is None else {"recordings": str(recordings)}
     # The clips keep their names while their sound changes: captions of the ones would pass for captions of the others.
     captions = out / ("captions" if recordings is None else "captions_recordings")
@@ -69,8 +67,7 @@ def compare(
     test, said, rows, bias, audio_tokens = splits["test"], {split: [] for split in SPLITS}, [], {}, {}
 
     def runner(name: str) -> CaptionRunner:
-        model = LlavaAudioForConditionalGeneration.from_pretrained(folders[name])
-        return CaptionRunner(model, processor, batch_size=BATCH_SIZE, max_new_tokens=MAX_NEW_TOKENS)
+        return CaptionRunner(*load_captioner(folders[name]), batch_size=BATCH_SIZE, max_new_tokens=MAX_NEW_TOKENS)
 
     def ask(captioner: CaptionRunner, system: System, split: str = "test") -> dict[str, str]:
         captioned = caption_split(captioner, splits[split], system, split, captions)
@@ -79,23 +76,23 @@ def compare(
         return captioned.captions
 
     prefixed = runner("prefix")
-    image_tokens = mean_tokens(prefixed.model, processor, test, "image")
+    image_tokens = mean_tokens(prefixed.model, prefixed.processor, test, "image")
     before = ask(prefixed, System("image_only", "prompt", "image", SOUND_PROMPT, prefix=False))
     ask(prefixed, System("image_only", "prefix", "image", SOUND_PROMPT, prefix=True))
     ask(prefixed, System("untrained", "prefix", "audio", SOUND_PROMPT, prefix=True))
     for method in methods:
         for stage in ("aligned", "distilled"):
             captioner = runner(f"{method}-{stage}")
-            heard = System(method, stage, "audio", SOUND_PROMPT, prefix=stage == "aligned")
+            heard = System(method, stage, "audio", SOUND_PROMPT)
             for split in SPLITS:
                 ask(captioner, heard, split)
-                ask(captioner, System(method, stage, "audiovisual", SOUND_PROMPT, prefix=True), split)
+                ask(captioner, System(method, stage, "audiovisual", SOUND_PROMPT), split)
             if recordings is not None:
                 rows.append(score_recordings(captioner, recordings, heard, seed, captions))
             if stage == "aligned":
                 unasked = ask(captioner, System(method, "prompt", "audio", SEE_PROMPT, prefix=False))
                 bias[method] = visual_bias(list(unasked.values()), sorted(VISUAL_WORDS))
-                audio_tokens[method] = mean_tokens(captioner.model, processor, test, "audio")
+                audio_tokens[method] = mean_tokens(captioner.model, captioner.processor, test, "audio")
     after = caption_split(
         runner("model"), test, System("image_only", "after", "image", SOUND_PROMPT, False), "test", captions
     ).captions

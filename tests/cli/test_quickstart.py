@@ -1,7 +1,6 @@
 """The quickstart: what it refuses before anything trains, its table of examples, and (slow) the whole run."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -9,8 +8,6 @@ from PIL import Image
 from dali_llava.cli import main
 from dali_llava.cli.quickstart import print_examples, train
 from dali_llava.eval.results import load_results
-from dali_llava.modeling import LlavaAudioForConditionalGeneration
-from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.train import align, distill, prefix_tune
 from dali_llava.train.avworld import captioner_cache, pretrain_tower
 
@@ -71,8 +68,8 @@ def test_recordings_alone_are_heard_before_the_alignment(recordings, tmp_path, m
         monkeypatch.setattr(stage, "main", stage_of(name))
     (tmp_path / "cached").mkdir()
     monkeypatch.setattr(captioner_cache, "pretrained_captioner", lambda config: tmp_path / "cached")
-    for loaded in (LlavaAudioForConditionalGeneration, LlavaAudioProcessor):
-        monkeypatch.setattr(loaded, "from_pretrained", lambda name: SimpleNamespace(save_pretrained=lambda folder: 0))
+    merged = []
+    monkeypatch.setattr("dali_llava.cli.quickstart.merge_checkpoint", lambda *args, **kwargs: merged.append(args))
     folders = train(tmp_path / "run", 0, ["ot"], recordings)
     heard = [("pretrain_tower", "prefix", "tower", True)] if recordings else []
     assert ran == [
@@ -82,6 +79,7 @@ def test_recordings_alone_are_heard_before_the_alignment(recordings, tmp_path, m
         ("distill", "ot-aligned", "ot-distilled", recordings is not None),
     ]
     assert folders["model"] == tmp_path / "run" / "model"
+    assert merged == [(tmp_path / "run" / "ot-distilled", folders["model"])]
 
 
 def test_examples_are_a_section_a_clip_and_a_line_a_method(capsys):

@@ -175,6 +175,29 @@ def test_other_settings_prompts_or_weights_are_captioned_anew(captioner, tmp_pat
     assert lines_after(runner, sample) == 5
 
 
+def test_the_prefix_follows_the_checkpoint(captioner, tmp_path, monkeypatch):
+    """Unless a sample says otherwise; what is kept in a file depends on it too."""
+    model, processor = captioner
+    strong = torch.randn(model.model.prefix.weight.shape, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(model.model.prefix.weight, "data", strong)
+    samples = [replace(sample, prefix=None) for sample in make_samples(4)]
+    runner, out = CaptionRunner(model, processor, max_new_tokens=8), tmp_path / "captions.jsonl"
+
+    def said(**changes) -> list[tuple]:
+        return content(runner.run([replace(sample, **changes) for sample in samples]))
+
+    with_prefix, without = said(prefix=True), said(prefix=False)
+    assert [one != other for one, other in zip(with_prefix, without, strict=True)] == [True] * 4
+    for modalities in (["audio", "audiovisual"], ["audiovisual"], []):
+        monkeypatch.setattr(model.config, "prefix_modalities", modalities)
+        expected = [
+            one if sample.modality in modalities else other
+            for sample, one, other in zip(samples, with_prefix, without, strict=True)
+        ]
+        assert said() == expected == content(runner.run(samples, out=out))
+    assert len(out.read_text().splitlines()) == 4 + 1 + 1  # audio and audiovisual without prefix were new
+
+
 def test_errors_are_tried_again(captioner, tmp_path):
     out = tmp_path / "captions.jsonl"
     runner = CaptionRunner(*captioner, max_new_tokens=5)

@@ -1,6 +1,7 @@
 """transformers' pipelines on a checkpoint: captions of batches equal those of `generate`, sample by sample."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,20 @@ def test_batches_of_chats_equal_generate(pipe, modality, audio_padding):
         generate_kwargs=GREEDY,
     )
     assert texts(outputs) == expected
+
+
+@pytest.mark.parametrize("rule", [["audio", "audiovisual"], ["audiovisual"]])
+@pytest.mark.parametrize("modality", ["image", "audio", "audiovisual"])
+def test_chats_without_a_prefix_block_follow_the_checkpoint(tiny_model_dir, tmp_path, modality, rule):
+    """The rule of the configuration beside the processor: that of an aligned model, and of a distilled one."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"prefix_modalities": rule}))
+    pipe = pipeline("any-to-any", model=str(folder))
+    asked = [{**sample, "prefix": modality in rule} for sample in samples(modality)]
+    bare = [chat({**sample, "prefix": False}) for sample in asked]
+    outputs = pipe(text=bare, batch_size=2, return_full_text=False, generate_kwargs=GREEDY)
+    assert texts(outputs) == captions_one_by_one(pipe.model, pipe.processor, asked)
 
 
 def test_full_text_answers_the_chat(pipe):

@@ -198,6 +198,37 @@ def test_apply_chat_template_with_media(tmp_path):
         assert processor.decode(inputs["input_ids"][row][marked]).replace(" </s>", "</s>") == answer
 
 
+def test_turns_get_the_prefix_that_the_checkpoint_asks_for(tmp_path):
+    """By the media of the turn, unless the turn or the caller says otherwise."""
+    processor = make_processor(prefix_modalities=["audiovisual"])
+    assert processor.format_prompt("Q", audio=True) == "USER: <audio>\nQ ASSISTANT:"
+    assert processor.format_prompt("Q", image=True, audio=True) == "USER: <image><audio><prefix>\nQ ASSISTANT:"
+    assert processor.format_prompt("Q", image=True) == "USER: <image>\nQ ASSISTANT:"
+    assert processor.format_prompt("Q", image=True, audio=True, prefix=False) == "USER: <image><audio>\nQ ASSISTANT:"
+    assert processor.format_prompt("Q", audio=True, prefix=True) == "USER: <audio><prefix>\nQ ASSISTANT:"
+    sound, picture, text = {"type": "audio"}, {"type": "image"}, {"type": "text", "text": "Q"}
+    first = {"role": "user", "content": [sound, picture, text]}
+    turns = [first, {"role": "assistant", "content": "A"}, {"role": "user", "content": [sound, text]}]
+    expected = "USER: <image><audio><prefix>\nQ ASSISTANT: A</s>USER: <audio>\nQ "
+    assert processor.apply_chat_template(turns) == expected
+    assert processor.apply_chat_template([turns, turns[:1]])[0] == expected
+    asked = {"role": "user", "content": [*first["content"], {"type": "prefix"}]}
+    assert processor.apply_chat_template([asked]).count("<prefix>") == 1
+    assert first["content"] == [sound, picture, text]  # the caller's own is not changed
+
+
+def test_prefix_modalities_are_those_of_the_model_beside(tmp_path):
+    """A configuration in the same folder wins; a processor that is saved alone keeps its own."""
+    make_processor(prefix_modalities=["audio", "audiovisual"]).save_pretrained(tmp_path)
+    assert LlavaAudioProcessor.from_pretrained(tmp_path).prefix_modalities == ["audio", "audiovisual"]
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llava_audio", "prefix_modalities": ["audiovisual"]})
+    )
+    loaded = LlavaAudioProcessor.from_pretrained(tmp_path)
+    assert loaded.prefix_modalities == ["audiovisual"]
+    assert loaded.format_prompt("Q", audio=True) == "USER: <audio>\nQ ASSISTANT:"
+
+
 def test_placeholders_marked_as_user_text_stay():
     """`apply_chat_template(..., sanitize_control_tokens=True)` puts marks around what the user wrote."""
     processor = make_processor(prefix_length=2)

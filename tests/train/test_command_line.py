@@ -11,7 +11,13 @@ from dali_llava.processing import corpora
 from dali_llava.train.arguments import AlignmentArguments, DistillationArguments, PrefilterArguments, PrefixArguments
 from dali_llava.train.avworld.pretrain_captioner import CaptionerArguments
 from dali_llava.train.avworld.tower import TowerArguments
-from dali_llava.train.command_line import CONFIGS, parse_stage_arguments, read_stage_config, run_stage
+from dali_llava.train.command_line import (
+    CONFIGS,
+    parse_stage_arguments,
+    read_stage_config,
+    run_stage,
+    warn_of_single_process,
+)
 
 
 ARGUMENTS = {
@@ -180,3 +186,58 @@ def test_script_tells_bad_input_in_one_line(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         run_stage(main)
     assert ended.value.code == "align.py: error: stage.yaml: unknown key bogus"  # Python prints it, and exits with 1
+
+
+@pytest.mark.parametrize("words", [["stage.yaml", "--debug"], ["stage.yaml", "--debug", "--seed", "1"]])
+def test_debug_keeps_the_traceback_of_an_error_in_training(monkeypatch, words):
+    """A bare `--debug` is ours, and does not reach the stage's own arguments."""
+    given = []
+
+    def main(argv: list[str]) -> None:
+        given.extend(argv)
+        raise ValueError("loss is NaN")
+
+    monkeypatch.setattr("sys.argv", ["train/align.py", *words])
+    with pytest.raises(ValueError, match="loss is NaN") as error:
+        run_stage(main)
+    assert error.traceback[-1].name == "main"
+    assert given == [word for word in words if word != "--debug"]
+
+
+def test_debug_with_a_value_is_the_trainers(monkeypatch):
+    words = ["stage.yaml", "--debug", "underflow_overflow"]
+    monkeypatch.setattr("sys.argv", ["train/align.py", *words])
+    given = []
+    run_stage(given.extend)
+    assert given == words
+
+
+@pytest.mark.parametrize(
+    ("environment", "warned"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, True),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "OMPI_COMM_WORLD_SIZE": "2"}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, False),
+        ({"MASTER_ADDR": "node1"}, False),
+    ],
+)
+def test_processes_that_were_not_started_are_warned_of(capsys, environment, warned):
+    warn_of_single_process(environment)
+    error = capsys.readouterr().err
+    assert error.startswith("warning: accelerate launch was asked for several processes") == warned
+    assert ("--multi_gpu" in error) == warned
+
+
+def test_accelerate_sets_what_the_warning_reads(monkeypatch):
+    """The launcher's own environment, for two processes on a CPU."""
+    launch = importlib.import_module("accelerate.commands.launch")
+    utilities = importlib.import_module("accelerate.utils.launch")
+    words = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = launch.launch_command_parser().parse_args([*words, "train/align.py"])
+    arguments.use_cpu = arguments.debug = False
+    arguments.num_cpu_threads_per_process, arguments.gpu_ids = 1, "all"
+    _, environment = utilities.prepare_simple_launcher_cmd_env(arguments)
+    assert {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(environment) and "WORLD_SIZE" not in environment

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from dali_llava.eval import captioner
 from dali_llava.eval.runner import CaptionRunner, Sample
-from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
 from dali_llava.processing import SEE_PROMPT
 
 
@@ -37,6 +38,8 @@ def load_captioner(name: str, device: torch.device, dtype: torch.dtype = torch.f
         OSError: when transformers finds no model of that name.
     """
     _check_folder("captioner", name)
+    if AutoConfig.from_pretrained(name, trust_remote_code=False).model_type == LlavaAudioConfig.model_type:
+        return captioner.load_captioner(name, device=device, dtype=dtype)
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
