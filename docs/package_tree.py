@@ -1,6 +1,6 @@
 """Hook of the documentation's build: lay the package out as it is imported, for mkdocstrings to read.
 
-`modeling/`, `processing/`, `train/` and `eval/` stand at the root and are subpackages of `dali_llava`. mkdocstrings reads
+`modeling/`, `processing/`, `train/` and `eval/` lie at the root and are subpackages of `dali_llava`. mkdocstrings reads
 source files without importing them and cannot resolve that mapping, so it gets a copy in the installed layout.
 """
 
@@ -24,7 +24,8 @@ def on_config(config):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {"dali_llava": "dali_llava"} | project["tool"]["setuptools"]["package-dir"]
     for package, folder in folders.items():
-        shutil.copytree(ROOT / folder, tree.joinpath(*package.split(".")), ignore=shutil.ignore_patterns("__pycache__"))
+        target = tree.joinpath(*package.split("."))
+        shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"))
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(tree)]
     return config
 
