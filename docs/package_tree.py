@@ -1,7 +1,7 @@
 """Hook of the documentation's build: lay the package out as it is imported, for mkdocstrings to read.
 
-`modeling/`, `processing/`, `train/` and `eval/` lie at the root and are subpackages of `dali_llava`. mkdocstrings reads
-source files without importing them and cannot resolve that mapping, so it gets a copy in the installed layout.
+`modeling/`, `processing/`, `train/` and `eval/` lie at the root and are subpackages of `dali_llava`. mkdocstrings
+reads source files without importing them and cannot resolve that mapping, so it gets a copy in the installed layout.
 """
 
 import shutil
