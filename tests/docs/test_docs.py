@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from dali_llava.cli import build_parser, main
+from dali_llava.eval.results import Results, Row, write_results
 from dali_llava.train.arguments import StageArguments
 
 
@@ -57,6 +58,7 @@ SPEED = {
     "evaluate": ["--max-new-tokens", "6"],
     "prepare": ["--num-proc", "1"],
 }
+SLOW = ("figures",)  # commands of `dali-llava` that take more than 20 seconds all the same
 
 
 @dataclass
@@ -109,6 +111,7 @@ def runnable() -> list:
     for page, words, skip in shell_lines():
         if words[0] == "dali-llava" or is_stage(words):
             marks = [] if skip is None else [pytest.mark.skip(reason=f"{page.name}: {skip}")]
+            marks += [pytest.mark.slow] if words[1] in SLOW else []
             parameters.setdefault(words, pytest.param(words, id=f"{page.name}:{' '.join(words)[:60]}", marks=marks))
     return list(parameters.values())
 
@@ -162,17 +165,21 @@ class Reader:
         words_run += self.speed(words)
         written = output_of(words)
         for path in dict.fromkeys(re.findall(r"\b(?:runs|shards)/[\w./-]*[\w-]", " ".join(words_run))):
-            if path != written and not (folder / path).exists():
+            if path == written or (folder / path).exists():
+                continue
+            if seed := re.fullmatch(r"runs/seed(\d)", path):
+                self.finish_run(folder, path, int(seed[1]))
+            else:
                 self.supply(folder, path, words)
         with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-            if words[1] == "evaluate":
-                patch.setenv("PATH", "")  # no Java, which takes ten seconds; `score` runs with it
+            if words[1] in ("evaluate", "score"):
+                patch.setenv("PATH", "")  # without Java, whose metrics take ten seconds to start
             start(words_run)
         self.folders[words] = folder
         return folder
 
     def supply(self, folder: Path, path: str, words: tuple[str, ...]) -> None:
-        """Link into `folder` what the command that writes `path` left: the one on the page of `words`, else the first."""
+        """Link into `folder` what the command that writes `path` left: one on the page of `words`, else the first."""
         source = WRITTEN_BY_QUICKSTART.get(path, path)
         providers = [(page, other) for page, other, skip in shell_lines() if output_of(other) == source and not skip]
         assert providers, f"no command of the documentation writes {path}, which {' '.join(words)} reads"
@@ -186,6 +193,16 @@ class Reader:
                     target.symlink_to(entry.resolve())
         if source != path:
             (folder / path).symlink_to((made / source).resolve())
+
+    def finish_run(self, folder: Path, path: str, seed: int) -> None:
+        """A folder as the quickstart leaves it: two of its checkpoints, and a row of results."""
+        for source, name in (("runs/prefix", "prefix"), ("runs/mmd", "mmd-aligned")):
+            if not (folder / source).exists():
+                self.supply(folder, source, ())
+            (folder / path).mkdir(exist_ok=True)
+            (folder / path / name).symlink_to((folder / source).resolve())
+        row = Row("mmd", "aligned", "audio", "test", seed, 400, {"cider_d": 1.0 + seed})
+        write_results(Results("avworld", 60.0, {}, [row]), folder / path)
 
     def speed(self, words: tuple[str, ...]) -> list[str]:
         """The options that are appended to a command."""
