@@ -31,7 +31,7 @@ def on_config(config):
         shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"))
     for file in tree.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
-        file.write_text(plain_docstrings(describe_fields(text)), encoding="utf-8")
+        file.write_text(rewrite_docstrings(text), encoding="utf-8")
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(tree)]
     return config
 
@@ -42,38 +42,58 @@ def on_post_build(config):
         shutil.rmtree(_trees.pop(), ignore_errors=True)
 
 
-def plain_docstrings(text: str) -> str:
-    """Drop transformers' types of arguments, which the signature gives too, and its links: "[`Name`]"."""
-    text = re.sub(r"^( +\w[\w, ]*) \(`[^`]*`(?:, \*optional\*)?[^()]*\):", r"\1:", text, flags=re.M)
-    return re.sub(r"\[(`\w+`)\](?![\[(])", r"\1", text)
-
-
-def describe_fields(text: str) -> str:
-    """Add to a dataclass of arguments the help of its fields, as the section Args of its docstring."""
+def rewrite_docstrings(text: str) -> str:
+    """The source with each docstring as `rewrite` has it."""
     lines = text.splitlines()
-    for node in reversed([node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]):
-        helps = {
-            item.target.id: value.value
-            for item in node.body
-            if isinstance(item, ast.AnnAssign) and isinstance(item.value, ast.Call)
-            for key, value in _metadata(item.value)
-            if key.value == "help"
-        }
-        docstring = ast.get_docstring(node)
-        if helps and docstring:
-            section = [docstring, "", "Args:", *(f"    {name}: {told}" for name, told in helps.items())]
+    documented = (ast.ClassDef, ast.FunctionDef)
+    for node in sorted(ast.walk(ast.parse(text)), key=lambda node: -getattr(node, "lineno", 0)):
+        docstring = ast.get_docstring(node) if isinstance(node, documented) else None
+        if docstring:
             first = node.body[0]
-            body = "\n".join(section).replace("\\", "\\\\").replace('"""', r"\"\"\"").splitlines()
-            lines[first.lineno - 1 : first.end_lineno] = [
-                f'    """{body[0]}',
-                *(f"    {each}" for each in body[1:]),
-                '    """',
-            ]
+            indent = " " * first.col_offset
+            body = rewrite(docstring, node).replace("\\", "\\\\").replace('"""', r"\"\"\"")
+            quoted = f'"""{body}\n"""'.splitlines()
+            lines[first.lineno - 1 : first.end_lineno] = [indent + line if line else line for line in quoted]
     return "\n".join(lines) + "\n"
 
 
-def _metadata(call: ast.Call):
-    """Keys and values of the dictionary `metadata` of `field(...)`."""
-    for keyword in call.keywords:
-        if keyword.arg == "metadata" and isinstance(keyword.value, ast.Dict):
-            yield from zip(keyword.value.keys, keyword.value.values, strict=True)
+def rewrite(docstring: str, node: ast.AST) -> str:
+    """A docstring as mkdocstrings reads it.
+
+    - Types of arguments go, "(`int`, *optional*)": the signature gives them. So do the brackets of links, "[`Name`]".
+    - Arguments that share a line, "width, height: in pixels.", get a line each.
+    - The section of doctests is Examples.
+    - A dataclass of arguments gets the help of its fields, as Args.
+    - The arguments of a configuration, which has neither `__init__` nor the decorator of a dataclass, become a list.
+    """
+
+    def one_each(match: re.Match) -> str:
+        return "".join(f"    {name}:{match['text']}" for name in match["names"].split(", "))
+
+    def as_list(match: re.Match) -> str:
+        return "**Attributes:**\n\n" + re.sub(r"^ {4}(\w+):", r"- `\1`:", match[1], flags=re.M)
+
+    docstring = re.sub(r"^( +\w[\w, ]*) \(`[^`]*`(?:, \*optional\*)?[^()]*\):", r"\1:", docstring, flags=re.M)
+    docstring = re.sub(r"\[(`\w+`)\](?![\[(])", r"\1", docstring)
+    docstring = re.sub(r"^Example:$", "Examples:", docstring, flags=re.M)
+    several = r"^ {4}(?P<names>\w+(?:, \w+)+):(?P<text> .*\n(?: {5,}\S.*\n)*)"
+    docstring = re.sub(several, one_each, docstring + "\n", flags=re.M).rstrip("\n")
+    if isinstance(node, ast.ClassDef):
+        if helps := field_helps(node):
+            docstring += "\n\nArgs:\n" + "\n".join(f"    {name}: {told}" for name, told in helps.items())
+        decorators = {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}
+        methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+        if "__init__" not in methods and "dataclass" not in decorators:
+            docstring = re.sub(r"^Args:\n((?: {4}.*\n|\n)*)", as_list, docstring + "\n", flags=re.M).rstrip("\n")
+    return docstring
+
+
+def field_helps(node: ast.ClassDef) -> dict[str, str]:
+    """The help of each `field(..., metadata={"help": ...})` of a dataclass."""
+    helps = {}
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.value, ast.Call):
+            for keyword in item.value.keywords:
+                if keyword.arg == "metadata":
+                    helps[item.target.id] = ast.literal_eval(keyword.value)["help"]
+    return helps

@@ -1,4 +1,4 @@
-"""README and docs: their Python and their commands run, the files they name exist, and the site is complete.
+"""README and docs: their Python and their commands run, and the files they name exist.
 
 A block that cannot run in a test follows the line `<!-- skip: REASON -->`. Its commands are still parsed.
 """
@@ -368,19 +368,3 @@ def test_the_readmes_results_are_those_of_the_results_page():
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
-
-
-def test_the_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocs", reason="mkdocs, of the dev extra, is not installed")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "not included in the" not in done.stderr
-    for page in (ROOT / "docs").glob("**/*.md"):
-        folder = page.relative_to(ROOT / "docs").with_suffix("")
-        folder = folder.parent if page.stem == "index" else folder
-        assert (tmp_path / "site" / folder / "index.html").is_file()
-    assert not re.findall(
-        r'<(?:link|script)[^>]+(?:href|src)="(https?:)?//', (tmp_path / "site/index.html").read_text()
-    )
