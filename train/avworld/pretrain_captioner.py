@@ -22,6 +22,7 @@ from dali_llava.processing.corpora.avworld.vocabulary import build_tokenizer
 from dali_llava.processing.processing_llava_audio import PLAIN_CHAT_TEMPLATE
 from dali_llava.train.arguments import StageArguments
 from dali_llava.train.avworld.token_views import TokenViewCollator, TokenViewTrainer
+from dali_llava.train.avworld.unlikelihood import seldom_repeated
 from dali_llava.train.avworld.words import WordCollator, WordTrainer
 from dali_llava.train.base_model import train_only
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
@@ -44,6 +45,9 @@ class CaptionerArguments(StageArguments):
     vision_steps: int = field(default=300, metadata={"help": "Steps of the vision tower, before the captioner's."})
     vision_batch_size: int = field(default=64, metadata={"help": "Pictures a step, in those."})
     vision_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate, in those."})
+    unlikelihood: float = field(
+        default=2.0, metadata={"help": "Weight of the loss against words that an answer has already used."}
+    )
     split: str = field(default="captioner", metadata={"help": "Split with pictures and dialogues."})
 
 
@@ -149,15 +153,18 @@ def main(argv: list[str] | None = None) -> TokenViewTrainer:
     train_only(captioner, model.multi_modal_projector, model.language_model, captioner.lm_head)
     extractor = processor.feature_extractor
     heard = extractor.num_audio_tokens(extractor.max_length)
+    dialogues = tokenize_dialogues(rows, processor)
     trainer = TokenViewTrainer(
         model=captioner,
         args=arguments,
-        train_dataset=tokenize_dialogues(rows, processor),
+        train_dataset=dialogues,
         data_collator=TokenViewCollator(
             processor, encode_pictures(captioner, processor, rows), drawn=(heard // 2, heard)
         ),
         processing_class=processor,
         stage="captioner",
+        unlikelihood=arguments.unlikelihood,
+        words=seldom_repeated(dialogues["answer_ids"], len(processor.tokenizer)),
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     model.copy_image_projector()

@@ -7,6 +7,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dali_llava.processing import LlavaAudioProcessor
+from dali_llava.train.avworld.unlikelihood import repetition_unlikelihood
 from dali_llava.train.data.collators import IGNORED
 from dali_llava.train.trainers.captioning import CaptioningTrainer
 
@@ -24,7 +25,16 @@ class TokenViewTrainer(CaptioningTrainer):
     sound leaves open they spread over several pictures or average over, so that they differ less than image tokens do,
     within a clip and between clips. A captioner that has only seen one grid in one order cannot read that, however
     well they are aligned. The collator chooses the view and writes its placeholders; this trainer fills them.
+
+    Args:
+        unlikelihood: weight of `repetition_unlikelihood`, added to the cross-entropy. A set of tokens shows the same
+            thing many times, and cross-entropy alone does not teach a small model to name it once.
+        words: (vocabulary,) bool, the words that it is about; all by default.
     """
+
+    def __init__(self, *args, unlikelihood: float = 0.0, words: torch.Tensor | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.unlikelihood, self.words = unlikelihood, words
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         view = inputs.pop("view", None)
@@ -33,7 +43,12 @@ class TokenViewTrainer(CaptioningTrainer):
             projected = self.captioner.model.multi_modal_projector(torch.cat(views))
             tokens = list(projected.split([len(view) for view in views]))
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.unlikelihood:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        repetition = repetition_unlikelihood(outputs["logits"], inputs["labels"], self.words, num_items_in_batch)
+        loss = loss + self.unlikelihood * repetition
+        return (loss, outputs) if return_outputs else loss
 
 
 def token_views(

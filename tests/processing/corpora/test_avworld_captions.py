@@ -23,12 +23,13 @@ from dali_llava.processing.corpora.avworld.captions import (
     concise_caption,
     enumerate_phrases,
     image_dialogues,
+    pair_dialogues,
     text_dialogues,
     visual_captions,
     with_article,
 )
-from dali_llava.processing.corpora.avworld.classes import BACKGROUNDS, CLASSES, RIVALS, SILENT_OBJECTS
-from dali_llava.processing.corpora.avworld.scenes import Entity, Scene
+from dali_llava.processing.corpora.avworld.classes import BACKGROUNDS, CLASSES, COLOURS, RIVALS, SILENT_OBJECTS
+from dali_llava.processing.corpora.avworld.scenes import Entity, Scene, another_view
 
 
 DOG_AND_SIREN = Scene(
@@ -135,6 +136,36 @@ def test_dialogues_about_pictures_answer_truthfully():
                 presence[answer] += 1
     assert {*VISUAL_PROMPTS, *ACTIVITY_PROMPTS, CONCISE_PROMPT} <= prompts
     assert 0.35 < presence["yes"] / sum(presence.values()) < 0.65
+
+
+def _answers(count: int = 300) -> list[str]:
+    """Whatever the grammar says of scenes: references, and answers about a picture, two pictures and none."""
+    texts = []
+    for index in range(count):
+        rng = np.random.default_rng(index)
+        first, second = (scene_of("captioner", number)[0] for number in (index, index + 1))
+        texts += audio_captions(first, rng) + visual_captions(first)
+        dialogues = image_dialogues(first, rng) + text_dialogues(first, rng)
+        for other in (second, another_view(first, rng)):
+            dialogues += pair_dialogues(first, other, rng)
+        texts += [dialogue["answer"] for dialogue in dialogues]
+    return texts
+
+
+def test_nothing_is_named_twice():
+    phrases = [rf"\b(?:{'|'.join(names(name))})\b" for name in (*CLASSES, *SILENT_OBJECTS)]
+    assert not [text for text in _answers() if any(len(re.findall(phrase, text)) > 1 for phrase in phrases)]
+
+
+def test_articles_fit_their_nouns():
+    uncountable = {noun for sounding in CLASSES.values() if not sounding.countable for noun in sounding.nouns}
+    countable = {noun for name in (*CLASSES, *SILENT_OBJECTS) for noun in names(name)} - uncountable
+    for text in _answers():
+        for article, following in re.findall(r"\b(an?) (\w+)", text):
+            assert (article == "an") == (following[0] in "aeiou"), text
+        bare = re.sub(rf"\b(?:{'|'.join(COLOURS)}) ", "", text)
+        assert not re.search(rf"\ban? (?:{'|'.join(uncountable)})\b", bare), text
+        assert not re.search(rf"(?<!\ba )(?<!\ban )\b(?:{'|'.join(countable)})\b", bare), text
 
 
 def test_the_sound_prompt_alone_gets_the_look():

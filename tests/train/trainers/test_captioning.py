@@ -7,6 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dali_llava.train.avworld.pretrain_captioner import CaptionerArguments, encode_pictures
 from dali_llava.train.avworld.token_views import TokenViewCollator, TokenViewTrainer, token_views
+from dali_llava.train.avworld.unlikelihood import repetition_unlikelihood
 from dali_llava.train.data.clips import open_frame
 from dali_llava.train.data.collators import CaptionCollator, pixel_values
 
@@ -111,6 +112,19 @@ def test_loss_is_of_the_tokens_drawn(trainer, captioner, avworld_processor, rows
     words = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     image = BaseModelOutputWithPooling(pooler_output=drawn)
     assert torch.equal(loss, captioner(**words, mm_encoder_outputs={"image": image}).loss)
+
+
+def test_unlikelihood_of_repetition_is_added(trainer, captioner, view_rows, monkeypatch):
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
+    batch = trainer.data_collator(view_rows([True] * 4))
+    count = (batch["labels"] != -100).sum()
+    words = torch.arange(captioner.config.text_config.vocab_size) % 2 == 0
+    likelihood, outputs = trainer.compute_loss(captioner, dict(batch), True, count)
+    repetition = repetition_unlikelihood(outputs["logits"], batch["labels"], words, count)
+    assert 0 < repetition < repetition_unlikelihood(outputs["logits"], batch["labels"], num_items=count)
+    trainer.unlikelihood, trainer.words = 0.5, words
+    loss = trainer.compute_loss(captioner, dict(batch), num_items_in_batch=count)
+    torch.testing.assert_close(loss, likelihood + 0.5 * repetition)
 
 
 def test_rows_of_text_alone_train_too(trainer, captioner, view_rows):
