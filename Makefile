@@ -43,4 +43,4 @@ format: install  ## bring style and format in order
 	$(BIN)/ruff format .
 
 docs: install  ## build the documentation site into build/site
-	$(BIN)/mkdocs build --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
