@@ -28,7 +28,8 @@ def load_captioner(
     Raises:
         FileNotFoundError: no such checkpoint, or a part of it is missing.
         ConnectionError: the Hub cannot be reached, and the checkpoint is not in the cache.
-        ValueError: a checkpoint of another model, or one that is damaged, incomplete or does not fit its base.
+        ValueError: a checkpoint of another model; one that is damaged, incomplete or does not fit its base; or a
+            processor whose number of audio placeholders differs from the number of audio tokens.
     """
     checkpoint = find_checkpoint(name).check()
     source, hub_kwargs = checkpoint.processor
@@ -45,5 +46,6 @@ def load_captioner(
         raise ValueError(
             f"{name}: {len(missing)} weights are missing, the first is {missing[0]}; copy or save the model again"
         )
+    model.config.check_processor(processor)
     processor.prefix_modalities = tuple(model.config.prefix_modalities)
     return (model if device is None else model.to(device)).eval(), processor
