@@ -1,19 +1,19 @@
-"""Caption sound, picture and video files: one line a file, `FILE<TAB>CAPTION`.
+"""Caption sound, picture and video files: one line per file, `FILE<TAB>CAPTION`.
 
 A sound is captioned from its audio, a picture from its pixels, a video with sound from both: its audio and the frame
-in the middle of it. A model hears as much as its window holds (10.24 s at full size); of a longer file it hears the
-beginning, or with --timestamps every window in turn. A file that cannot be captioned is reported on stderr, the
-others go on, and the exit code is 1.
+in the middle of it. A folder stands for the media files in it, at any depth and sorted. A model hears as much as its
+window holds (10.24 s at full size); of a longer file it hears the beginning, or with --timestamps every window in
+turn. A file that cannot be captioned is reported on stderr, the others go on, and the exit code is 1.
 
 examples:
   dali-llava caption runs/quickstart/model clip.mp4 bark.wav photo.jpg
-  dali-llava caption runs/quickstart/model *.mp4 --modality audio --json
+  dali-llava caption runs/quickstart/model recordings/ --modality audio --json
   dali-llava caption runs/quickstart/model long.mp3 --timestamps
+  dali-llava caption runs/quickstart/model -- -name-with-a-dash.wav
 """
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
     add_model_arguments(parser)
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="wav, flac, ogg, mp3, m4a, mp4, mkv, webm, jpg, png, ..."
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="wav, flac, ogg, mp3, m4a, mp4, mkv, webm, jpg, png, ..., or a folder",
     )
     parser.add_argument(
         "--modality",
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     extractor = processor.feature_extractor
     window = extractor.max_length * extractor.hop_length / extractor.sampling_rate
     session = _Session(args, window)
-    total = None if args.timestamps else len(args.inputs)
+    total = None if args.timestamps else len(session.files)
     for result in runner.run(session.samples(), total=total):
         session.report(result)
     return 1 if session.failed else 0
@@ -106,24 +109,23 @@ class _Session:
         self.window = window
         self.failed = False
         self.numbers = count()
+        self.files = self._files()
         self.places: dict[str, tuple[str, Span]] = {}  # sample id -> file and span
 
     def samples(self) -> Iterator["Sample"]:
-        """A sample a file, or with --timestamps a sample a window; a file that has none is reported."""
+        """A sample per file, or with --timestamps a sample per window; a file that has none is reported."""
         from dali_llava.processing.media import probe
 
-        for file in self.args.inputs:
+        for file in self.files:
             try:
                 info = probe(file)
                 modality = _modality(file, info, self.args.modality)
-                spans = self._spans(file, info, modality)
+                if self.args.timestamps:
+                    yield from self._windows(file, info, modality)
+                else:
+                    yield self._whole(file, info, modality)
             except (ValueError, OSError) as error:
                 self._fail(file, error)
-                continue
-            for span in spans:
-                sample = self._sample(file, info, modality, span)
-                self.places[sample.id] = file, span
-                yield sample
 
     def report(self, result: "CaptionResult") -> None:
         """Print a caption to stdout, or an error to stderr."""
@@ -135,62 +137,100 @@ class _Session:
             row = {"file": file, "modality": result.modality, "caption": result.caption}
             if self.args.timestamps:
                 row |= {"start": round(span.start, 3), "end": round(span.end, 3)}
-            _print(json.dumps(row | {"seconds": round(result.seconds, 3)}, ensure_ascii=False))
+            row |= {"seconds": round(result.seconds, 3)}
+            # The escapes of a name that is not UTF-8 are valid JSON, its bytes are not.
+            _print(json.dumps(row, ensure_ascii=not _is_text(file)))
         elif self.args.timestamps:
-            _print(f"{file}\t{span.start:.2f}-{span.end:.2f}\t{result.caption}")
+            _print(f"{_on_one_line(file)}\t{span.start:.2f}-{span.end:.2f}\t{result.caption}")
         else:
-            _print(f"{file}\t{result.caption}")
+            _print(f"{_on_one_line(file)}\t{result.caption}")
 
-    def _spans(self, file: str, info: "MediaInfo", modality: str) -> list[Span]:
-        from dali_llava.processing import MIN_DURATION
+    def _files(self) -> list[str]:
+        """The inputs, with the media files of a folder in its place."""
+        from dali_llava.processing.corpora.listing import KINDS
+        from dali_llava.processing.media import find_file, media_files
 
-        if self.args.timestamps:
-            if info.kind == "image":
-                raise ValueError(f"{file}: a picture has no windows; leave out --timestamps")
-            if info.duration is None:
-                raise ValueError(f"{file}: its duration is unknown; remux it, or leave out --timestamps")
-            # A last window that is too short to be heard is left out.
-            windows = max(1, math.ceil((info.duration - MIN_DURATION) / self.window))
-            starts = [number * self.window for number in range(windows)]
-            return [Span(start, min(start + self.window, info.duration)) for start in starts]
-        if modality == "image":
-            return [Span(0.0, info.duration)]
-        # The frame of a long video is taken from the part that is heard.
-        return [Span(0.0, self.window if info.duration is None else min(self.window, info.duration))]
+        files = []
+        for name in self.args.inputs:
+            if not find_file(name).is_dir():
+                files.append(name)
+                continue
+            found = media_files(find_file(name), KINDS)
+            if not found:
+                self._fail(name, f"{name}: is a directory; give a media file, or a folder that holds some")
+            files += found
+        return files
 
-    def _sample(self, file: str, info: "MediaInfo", modality: str, span: Span) -> "Sample":
-        from dali_llava.eval.runner import SAMPLING_RATE, Sample
-        from dali_llava.processing import SEE_PROMPT, SOUND_PROMPT
+    def _whole(self, file: str, info: "MediaInfo", modality: str) -> "Sample":
+        """A file's beginning, and the frame in the middle of what is heard; decoded when its batch comes up."""
+        from dali_llava.eval.runner import SAMPLING_RATE
         from dali_llava.processing.media import load_audio, load_frames, load_image
 
+        if modality == "image":
+            span = Span(0.0, info.duration)
+        else:  # The frame of a long video is taken from the part that is heard.
+            span = Span(0.0, self.window if info.duration is None else min(self.window, info.duration))
         image = audio = None
         if modality != "image":
             # The last frame of a window reaches 15 ms past it; the extractor cuts what is too much.
-            duration = span.length + 0.05
-            audio = partial(load_audio, file, sampling_rate=SAMPLING_RATE, start=span.start, duration=duration)
+            audio = partial(load_audio, file, sampling_rate=SAMPLING_RATE, start=0.0, duration=span.length + 0.05)
         if info.kind == "image":
             image = partial(load_image, file)
         elif modality != "audio":
             image = partial(_frame, load_frames, file, span.middle)
+        return self._sample(file, span, modality, image, audio)
+
+    def _windows(self, file: str, info: "MediaInfo", modality: str) -> Iterator["Sample"]:
+        """Window after window, from one decoder. One in which a video's sound has ended has the picture alone."""
+        from dali_llava.eval.runner import SAMPLING_RATE
+        from dali_llava.processing.media import load_windows
+
+        if info.kind == "image":
+            raise ValueError(f"{file}: a picture has no windows; leave out --timestamps")
+        hears, sees = modality != "image", modality != "audio"
+        for window in load_windows(file, self.window, SAMPLING_RATE, audio=hears, image=sees):
+            seen = "image" if window.audio is None else modality
+            yield self._sample(file, Span(window.start, window.end), seen, window.image, window.audio)
+
+    def _sample(self, file: str, span: Span, modality: str, image, audio) -> "Sample":
+        from dali_llava.eval.runner import Sample
+        from dali_llava.processing import SEE_PROMPT, SOUND_PROMPT
+
         default_prompt = SEE_PROMPT if modality == "image" else SOUND_PROMPT
-        return Sample(
+        sample = Sample(
             id=str(next(self.numbers)),
             prompt=default_prompt if self.args.prompt is None else self.args.prompt,
             image=image,
             audio=audio,
             prefix=self.args.prefix,
         )
+        self.places[sample.id] = file, span
+        return sample
 
     def _fail(self, file: str, error: Exception | str) -> None:
         self.failed = True
         message = " ".join(str(error).split())
-        if file not in message:
+        if " ".join(file.split()) not in message:
             message = f"{file}: {message}"
-        _print(f"dali-llava: error: {message}", stream=sys.stderr)
+        _print(f"dali-llava: error: {_on_one_line(message)}", stream=sys.stderr)
 
 
 def _frame(load_frames, file: str, time: float):
     return load_frames(file, time)[0]
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file name is Unicode; bytes that are not come from the system as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _on_one_line(text: str) -> str:
+    """The text with control characters escaped, so that a tab or a line end in a file name splits no line."""
+    return "".join(repr(letter)[1:-1] if letter < " " else letter for letter in text)
 
 
 def _modality(file: str, info: "MediaInfo", wanted: str) -> str:
@@ -215,6 +255,9 @@ def _modality(file: str, info: "MediaInfo", wanted: str) -> str:
 def _print(line: str, stream=None) -> None:
     from tqdm import tqdm
 
+    stream = stream or sys.stdout
+    if stream is sys.stdout and hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="file-names")  # see dali_llava.processing.media.names
     # tqdm lifts its bar out of the line's way, and the flush lets a reader of the pipe see each caption at once.
-    tqdm.write(line, file=stream or sys.stdout)
-    (stream or sys.stdout).flush()
+    tqdm.write(line, file=stream)
+    stream.flush()

@@ -13,6 +13,7 @@ from dali_llava.processing.media import MediaError, load_audio, load_frames, loa
 from .members import read_member
 
 
+TIME_ROUNDING = 0.002  # seconds; containers keep milliseconds
 END_TOLERANCE = 1.0  # seconds by which a sound may stop before its clip's end: published ends are rounded
 
 
@@ -24,7 +25,7 @@ def open_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> np.ndarray
 
     Raises:
         MediaError: on a row without sound, a file that `load_audio` rejects, or a clip that lies outside its file, or
-            ends over `END_TOLERANCE` after it; it names the row's id.
+            ends over `END_TOLERANCE` after it; it names the row's id. The sound of a video may end before its picture.
     """
     with _naming(row):
         if row["audio"] is None:
@@ -40,7 +41,7 @@ def open_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> np.ndarray
             known = "" if length is None else f" (the file lasts {length:.2f} s)"
             raise MediaError(f"{error}{known}") from error
         reached = start + len(waveform) / sampling_rate
-        if end is not None and reached < end - END_TOLERANCE:
+        if end is not None and reached < end - END_TOLERANCE and not _lasts(audio, end):
             raise MediaError(
                 f"{audio['path']}: the clip ends at {end:g} s, its sound at {reached:.2f} s; correct `end`"
             )
@@ -57,7 +58,8 @@ def open_frames(
     The first frame of each second of a clip, as RGB images.
 
     Pictures are the frames as they stand. Of a video the frames are shown at start, start + 1, ... up to `end` or the
-    video's own; a last second of less than half is none.
+    video's own; a last second of less than half is none. Where the picture ends before the sound, so do the frames; a
+    clip after that end has the last one.
 
     Args:
         row: of a corpus.
@@ -113,7 +115,16 @@ def _frames(row: Mapping[str, Any]) -> tuple[float, float | None]:
     if info.duration is not None and start >= info.duration:
         raise MediaError(f"{source['path']}: the clip starts at {start:g} s, the video ends at {info.duration:.2f} s")
     known = [time for time in (end, info.duration) if time is not None]
-    return max(1, math.floor(min(known) - start + 0.5)) if known else math.inf, start
+    count = math.floor(min(known) - start + 0.5) if known else math.inf
+    if info.picture_duration is not None:
+        count = min(count, math.ceil(info.picture_duration - start - TIME_ROUNDING))
+    return max(1, count), start
+
+
+def _lasts(source: Mapping[str, Any], end: float) -> bool:
+    """Whether a file goes on to `end`, with its picture alone."""
+    info = probe(source)
+    return info.has_video and info.duration is not None and info.duration >= end - END_TOLERANCE
 
 
 def _known(count: float, row: Mapping[str, Any]) -> int:

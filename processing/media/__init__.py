@@ -1,7 +1,21 @@
 """From files to waveforms and pictures."""
 
-from .containers import MediaError
-from .files import MediaInfo, MediaSource, load_audio, load_frames, load_image, probe
+from .load import MediaInfo, load_audio, load_frames, load_image, probe
+from .names import find_file, media_files
+from .source import MediaError, MediaSource
+from .windows import Window, load_windows
 
 
-__all__ = ["MediaError", "MediaInfo", "MediaSource", "load_audio", "load_frames", "load_image", "probe"]
+__all__ = [
+    "MediaError",
+    "MediaInfo",
+    "MediaSource",
+    "Window",
+    "find_file",
+    "load_audio",
+    "load_frames",
+    "load_image",
+    "load_windows",
+    "media_files",
+    "probe",
+]

@@ -168,6 +168,8 @@ def _why_no_sound(source: Mapping, start: float, min_seconds: float, error: Medi
         return "broken"
     if not info.has_audio or "holds no sound at all" in str(error):
         return "no_sound"
+    if "outside the sound" in str(error) and info.has_video and start < (info.duration or 0.0):
+        return "no_sound"  # the picture goes on alone
     return "too_short" if info.duration is not None and info.duration - start < min_seconds else "broken"
 
 

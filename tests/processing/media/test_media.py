@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from dali_llava.processing.media import MediaError, containers, load_audio, load_frames, load_image, probe
+from dali_llava.processing.media import MediaError, frames, load_audio, load_frames, load_image, probe
 
 
 SIZE = (64, 48)
@@ -268,14 +268,14 @@ def test_last_frame_stays_until_the_end(tmp_path):
 def decoded(monkeypatch) -> list[float]:
     """The times of the frames that are decoded from here on."""
     times = []
-    original = containers._decode
+    original = frames.decode
 
     def counting(container, stream, is_wanted=None):
         for frame in original(container, stream, is_wanted):
             times.append(frame.time)
             yield frame
 
-    monkeypatch.setattr(containers, "_decode", counting)
+    monkeypatch.setattr(frames, "decode", counting)
     return times
 
 
