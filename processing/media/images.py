@@ -1,4 +1,4 @@
-"""Still images in RGB of 8 bits: upright, on a background where they are transparent, scaled from any number of bits."""
+"""Still images in RGB of 8 bits: upright, transparency on a background, scaled from any number of bits."""
 
 import numpy as np
 from PIL import Image, ImageOps

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-import soundfile
 import soxr
 from PIL import Image
 
@@ -20,6 +19,7 @@ from dali_llava.processing.feature_extraction_llava_audio import MIN_DURATION
 from .containers import audio_stream, declared_end, file_length, open_container, video_stream
 from .frames import read_frames
 from .images import read_image
+from .ogg import open_sounds
 from .sound import read_sound
 from .source import IMAGE_FORMATS, MediaError, MediaSource, open_source, sniff, source_name
 
@@ -64,9 +64,10 @@ def probe(path: MediaSource) -> MediaInfo:
             with Image.open(handle, formats=IMAGE_FORMATS) as image:
                 return MediaInfo(name, "image", False, False, width=image.width, height=image.height)
         if kind == "audio":
-            with soundfile.SoundFile(handle) as sound:
-                duration = sound.frames / sound.samplerate
-                return MediaInfo(name, "audio", True, False, duration, sound.samplerate, sound.channels)
+            sounds = [
+                (sound.frames / sound.samplerate, sound.samplerate, sound.channels) for sound in open_sounds(handle)
+            ]
+            return MediaInfo(name, "audio", True, False, sum(seconds for seconds, *_ in sounds), *sounds[0][1:])
         with open_container(name, handle) as container:
             audio, video = audio_stream(container), video_stream(container)
             info = {}
@@ -140,8 +141,8 @@ def load_frames(
     """
     The video frames shown at `times` (seconds from the beginning of the file), as RGB images in the order of `times`.
 
-    The frame shown at t is the last one whose time stamp is not after t, or the first frame where t lies before it; the
-    last frame stays until the file's end. Pixels are made square. Frames whose shorter side is above `shorter_side`
+    The frame shown at t is the last one whose time stamp is not after t, or the first frame where t lies before it.
+    The last frame stays until the file's end. Pixels are made square. Frames with a shorter side above `shorter_side`
     pixels are shrunk to it.
 
     Raises:

@@ -23,6 +23,7 @@ from .containers import (
     origin_of,
     seek,
 )
+from .ogg import open_sounds
 from .source import MediaError, one_line
 
 
@@ -65,10 +66,12 @@ def resample(chunks: Iterator[Chunk], sampling_rate: int) -> Iterator[np.ndarray
 
 
 def _read_soundfile(name: str, handle: BinaryIO, start: int, end: float) -> Iterator[Chunk]:
+    offset = 0.0  # seconds at which a sound of a chain begins
     try:
-        with soundfile.SoundFile(handle) as sound:
+        for sound in open_sounds(handle):
             rate, length = sound.samplerate, sound.frames
-            position, last = min(start * rate, length), math.ceil(min(end * rate, length))
+            position = max(0, min(round((start - offset) * rate), length))
+            last = math.ceil(min((end - offset) * rate, length))
             sound.seek(position)
             while position < last:
                 wanted = min(last - position, BLOCK_SECONDS * rate)
@@ -78,10 +81,13 @@ def _read_soundfile(name: str, handle: BinaryIO, start: int, end: float) -> Iter
                     yield samples.mean(axis=1), rate
                 if len(samples) < wanted:
                     break
+            if last - position > CUT_TOLERANCE * rate:
+                raise cut_error(name, offset + position / rate, offset + length / rate)
+            offset += length / rate
+            if offset >= end:
+                break
     except soundfile.SoundFileError as error:
         raise MediaError(f"{name}: is damaged ({one_line(error)}); download or export it again") from error
-    if last - position > CUT_TOLERANCE * rate:
-        raise cut_error(name, position / rate, length / rate)
 
 
 def _read_container(name: str, handle: BinaryIO, start: int, end: float) -> Iterator[Chunk]:

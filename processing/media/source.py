@@ -101,12 +101,12 @@ def sniff(name: str, handle: BinaryIO) -> str:
     handle.seek(0)
     if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
         raise MediaError(
-            f"{name}: is a HEIC or AVIF picture that cannot be read here; pip install pillow-heif, or convert it to JPEG"
+            f"{name}: is a HEIC or AVIF picture, which is not read here; pip install pillow-heif, or save it as JPEG"
         )
     # MP3 is left to FFmpeg: libsndfile's decoder writes to stderr on any unusual tag
     is_plain = head[:4] in (b"fLaC", b"OggS") or (head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE")
     is_plain = is_plain or (head[:4] == b"FORM" and head[8:11] == b"AIF")
-    if is_plain and not (head[:4] == b"OggS" and _is_chained(handle)):
+    if is_plain:
         try:
             with soundfile.SoundFile(handle) as sound:
                 # libsndfile finds no frames in an Ogg file without its last page, where FFmpeg does
@@ -117,18 +117,3 @@ def sniff(name: str, handle: BinaryIO) -> str:
         finally:
             handle.seek(0)
     return "container"
-
-
-def _is_chained(handle: BinaryIO) -> bool:
-    """Whether an Ogg file holds streams one after the other: libsndfile stops after the first."""
-    begun = False
-    try:
-        while len(header := handle.read(27)) == 27 and header[:4] == b"OggS":
-            is_first = bool(header[5] & 2)  # the flag of a stream's first page
-            if is_first and begun:
-                return True
-            begun = begun or not is_first
-            handle.seek(sum(handle.read(header[26])), io.SEEK_CUR)
-        return False
-    finally:
-        handle.seek(0)
