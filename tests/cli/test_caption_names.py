@@ -27,7 +27,7 @@ def test_names_of_every_kind(tiny_model_dir, media_dir, tmp_path, monkeypatch, c
 def test_a_name_that_is_not_utf8(tiny_model_dir, media_dir, tmp_path):
     names = [os.fsencode(tmp_path) + b"/h\xf6ren.wav", os.fsencode(tmp_path) + b"/gone\xf6.wav"]
     shutil.copy(media_dir / "bark.wav", names[0])
-    command = [sys.executable, "-m", "dali_llava.cli", "caption", str(tiny_model_dir), "--max-new-tokens", "3"]
+    command = [sys.executable, "-m", "dali_llava", "caption", str(tiny_model_dir), "--max-new-tokens", "3"]
     done = subprocess.run([*command, *names], capture_output=True, check=False)
     assert done.returncode == 1
     assert done.stdout.split(b"\t")[0] == names[0] and done.stdout.count(b"\n") == 1
