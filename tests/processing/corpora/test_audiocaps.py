@@ -171,9 +171,9 @@ def test_new_media_and_new_captions_are_seen_at_the_next_load(load):
         (HEADER, "holds no clip"),
         (HEADER + "1,abcdefghijk,30,Rain\n2,abcdefghijk,30,  \n", "line 3: the caption is empty; fill it in"),
         (HEADER + "1,,30,Rain\n", "line 2: the youtube_id is empty"),
-        (HEADER + "1,abcdefghijk,soon,Rain\n", "line 2: start_time 'soon' is no number of at least 0"),
-        (HEADER + "1,abcdefghijk,-1,Rain\n", "line 2: start_time '-1' is no number of at least 0"),
-        (HEADER + "1,abcdefghijk,nan,Rain\n", "line 2: start_time 'nan' is no number of at least 0"),
+        (HEADER + "1,abcdefghijk,soon,Rain\n", "line 2: start_time 'soon' is not a number of seconds"),
+        (HEADER + "1,abcdefghijk,-1,Rain\n", "line 2: start_time '-1' is not a number of seconds"),
+        (HEADER + "1,abcdefghijk,nan,Rain\n", "line 2: start_time 'nan' is not a number of seconds"),
         (HEADER + '1,abcdefghijk,30,"Rain\nand wind"\n2,abcdefghijk,30,Rain, wind\n', "line 4: does not have 4 cells"),
     ],
 )
