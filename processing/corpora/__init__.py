@@ -128,7 +128,7 @@ def load_corpus(
         raise ValueError(f"corpus {name!r} has no split {split!r}; known: {', '.join(splits)}")
 
     loaded = {}
-    for wanted in splits if split is None else (split,):
+    for wanted in configuration(**options).splits if split is None else (split,):
         builder = _builder(corpus_class(name), cache_dir, splits=(wanted,), **options)
         if streaming:
             loaded[wanted] = builder.as_streaming_dataset(split=wanted)

@@ -25,8 +25,7 @@ class ListedCorpus:
     Args:
         data_dir: the folder of the media.
         splits: the splits to load.
-        missing: what happens to clips without media: they are left out ("skip"), have no `audio` ("keep"), or are an
-            error ("error").
+        missing: clips without media are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
 
     Raises:
         ValueError: an unknown split or choice, or a `data_dir` that is a file.
@@ -133,7 +132,8 @@ def read_csv(path: str, columns: Sequence[str], filled: Sequence[str] = ()) -> l
             continue
         logger.warning("%s: torn row, %s; it is left out; quote cells with commas or line breaks", place, torn)
     if lines and not rows:
-        raise ValueError(f"{path}: no row has the {len(header)} cells of line 1; give the file as published")
+        place = f"{path}, line {lines[0][0]}"
+        raise ValueError(f"{place}: does not have {len(header)} cells; quote cells with commas, or correct the line")
     return rows
 
 

@@ -154,9 +154,7 @@ def test_avworld_streams_too(tmp_path):
 
 
 def test_options_are_those_of_the_corpus(tmp_path):
-    with pytest.raises(
-        ValueError, match="no option 'seed'; known: csv, data_dir, missing, whole_videos$"
-    ):
+    with pytest.raises(ValueError, match="no option 'seed'; known: csv, data_dir, missing, whole_videos$"):
         load_corpus("audiocaps", "test", seed=1)
     with pytest.raises(ValueError, match="'avworld' has no option 'data_dir'; known: recordings, seed, sizes$"):
         load_corpus("avworld", "test", data_dir=tmp_path)
