@@ -116,6 +116,7 @@ def _csv_entries(path: Path, text: str, id_column: str | None) -> Iterator[tuple
         caption_columns = [index for index, name in enumerate(header) if _CAPTION_COLUMN.fullmatch(name)]
         if not caption_columns:
             raise ValueError(f"{path}, line 1: no column caption or caption_1; name the caption's column so")
+        first_torn, has_rows = None, False
         for row in reader:
             if not row:
                 continue
@@ -125,12 +126,16 @@ def _csv_entries(path: Path, text: str, id_column: str | None) -> Iterator[tuple
                 torn = f"nothing under {name} and {START_COLUMN}"
             if torn is not None:
                 remedy = "put captions with commas or line breaks in double quotes"
+                first_torn = first_torn or f"{place}: {torn}; {remedy}"
                 logger.warning("%s: torn row, %s; it is left out; %s", place, torn, remedy)
                 continue
+            has_rows = True
             clip = row[header.index(name)].strip()
             if start_column is not None:
                 clip = f"{clip}_{_seconds(row[start_column], place):g}"
             yield reader.line_num, clip, [row[index] for index in caption_columns]
+        if first_torn and not has_rows:
+            raise ValueError(first_torn)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}; check the double quotes there") from error
 

@@ -101,7 +101,10 @@ class _CommandParser(argparse.ArgumentParser):
             module.add_arguments(self)
             if hasattr(module, "complete_arguments"):
                 module.complete_arguments(self, sys.argv[1:] if args is None else list(args))
-        return super().parse_known_args(args, namespace)
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # reported here, with the usage of the command
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
 
 def _command_module(name: str):

@@ -17,19 +17,22 @@ def is_known(name: str | None) -> bool:
     return name in known_corpora()
 
 
-def add_corpus_options(parser: argparse.ArgumentParser, name: str | None, without: Collection[str] = ()) -> None:
+def add_corpus_options(
+    parser: argparse.ArgumentParser, name: str | None, may_be_shards: bool = True, without: Collection[str] = ()
+) -> None:
     """
     Add an argument for each option of a corpus.
 
     Args:
         name: of the corpus. Anything else, such as a folder of shards, has no options.
+        may_be_shards: whether a folder of shards comes before a corpus of the same name, as in `open_corpus`.
         without: options that the command sets itself.
     """
     from dali_llava.processing.corpora import configuration_of
     from dali_llava.processing.corpora.options import options_of
 
     parser.set_defaults(corpus_options=())
-    if not is_known(name):
+    if not is_known(name) or (may_be_shards and is_shards(name)):
         return
     configuration = configuration_of(name)
     group = parser.add_argument_group(f"options of {name}")
@@ -103,7 +106,7 @@ def is_shards(corpus: str) -> bool:
     return "/" in corpus or Path(corpus, "index.json").is_file()
 
 
-def open_corpus(corpus: str, split: str | None, args: argparse.Namespace, streaming: bool = False, **fixed: Any):
+def open_corpus(corpus: str, split: str | None, args: argparse.Namespace, streaming: bool = False):
     """
     The rows of a corpus, or of a folder of shards.
 
@@ -112,7 +115,6 @@ def open_corpus(corpus: str, split: str | None, args: argparse.Namespace, stream
         split: None for the only one.
         args: with the arguments of `add_corpus_options`.
         streaming: as in `load_corpus`.
-        fixed: options that the command sets itself.
 
     Returns:
         the rows, and the split's name.
@@ -120,7 +122,7 @@ def open_corpus(corpus: str, split: str | None, args: argparse.Namespace, stream
     Raises:
         ValueError, FileNotFoundError: as `load_corpus`; no split is named for a corpus with several.
     """
-    from dali_llava.processing.corpora import configuration_of, load_corpus
+    from dali_llava.processing.corpora import load_corpus
 
     if is_shards(corpus):
         index = Path(corpus, "index.json")
@@ -131,6 +133,13 @@ def open_corpus(corpus: str, split: str | None, args: argparse.Namespace, stream
 
         split = split or ShardsConfig.find_splits(data_dir=corpus)[0]
         return load_corpus("shards", split, streaming=streaming, data_dir=corpus), split
+    return open_named_corpus(corpus, split, args, streaming)
+
+
+def open_named_corpus(corpus: str, split: str | None, args: argparse.Namespace, streaming: bool = False, **fixed: Any):
+    """`open_corpus` of a name; `fixed` are options that the command sets itself."""
+    from dali_llava.processing.corpora import configuration_of, load_corpus
+
     splits = tuple(configuration_of(corpus).splits)
     if split is None and len(splits) > 1:
         raise ValueError(f"corpus {corpus!r} has several splits: choose --split from {', '.join(splits)}")

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .corpora import add_corpus_options, corpus_options, example_options, first_positional, open_corpus
+from .corpora import add_corpus_options, corpus_options, example_options, first_positional, open_named_corpus
 from .loading import positive_int
 
 
@@ -89,7 +89,7 @@ def complete_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) ->
     corpus = first_positional(parser, words)
     if corpus not in known_corpora():
         return
-    add_corpus_options(parser, corpus, without=fixed_options(corpus))
+    add_corpus_options(parser, corpus, may_be_shards=False, without=fixed_options(corpus))
     configuration = configuration_of(corpus)
     if not hasattr(configuration, "find_splits"):
         (split,) = (action for action in parser._actions if action.dest == "split")
@@ -149,7 +149,7 @@ def _load_rows(args: argparse.Namespace):
     """
     from dali_llava.processing.shards.clip import is_given
 
-    rows, args.split = open_corpus(args.corpus, args.split, args, **fixed_options(args.corpus))
+    rows, args.split = open_named_corpus(args.corpus, args.split, args, **fixed_options(args.corpus))
     media = rows.select_columns(["audio", "frames"])
     if not any(row["frames"] or is_given(row["audio"]) for row in media):
         where = corpus_options(args).get("data_dir", args.corpus)
