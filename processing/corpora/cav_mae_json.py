@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .listing import ListedCorpus, read_label_names
+from .names import is_utf8, media_kind, name_key
 from .options import option
 
 
@@ -43,25 +44,32 @@ def file_finder(root: str, data_dir: str | None) -> Callable[..., str | None]:
     """
     A function from a folder of the list and a file in it to the file's path, None where it is not there.
 
-    Lists hold paths of the machine they were made on. Where such a folder is not here, its last parts are looked for
-    in `data_dir`, the longest run of them first, and after all `data_dir` itself. Each folder is read once.
+    Lists hold paths of the machine they were made on. Where such a folder does not exist, `data_dir` is searched for
+    its last parts, the longest run of them first, and at last `data_dir` itself. Names match as `name_key` has it.
+    Each folder is read once.
     """
 
     @functools.cache
-    def listing(folder: str, *inner: str) -> tuple[str, frozenset[str]]:
+    def listing(folder: str, *inner: str) -> tuple[str, dict[tuple[str, str | None], str]]:
         parts = os.path.normpath(folder).strip(os.sep).split(os.sep)
         tails = [] if data_dir is None else [os.path.join(data_dir, *parts[first:]) for first in range(len(parts) + 1)]
         for place in [os.path.join(root, folder), *tails]:
             place = os.path.join(place, *inner)
             if os.path.isdir(place):
-                return place, frozenset(os.listdir(place))
-        return folder, frozenset()
+                names = [name for name in os.listdir(place) if is_utf8(name)]
+                return place, {_key(name): name for name in sorted(names, reverse=True)}
+        return folder, {}
 
     def find(*parts: str) -> str | None:
         place, names = listing(*parts[:-1])
-        return os.path.join(place, parts[-1]) if parts[-1] in names else None
+        name = names.get(_key(parts[-1]))
+        return None if name is None else os.path.join(place, name)
 
     return find
+
+
+def _key(name: str) -> tuple[str, str | None]:
+    return name_key(name), media_kind(name)
 
 
 @dataclass

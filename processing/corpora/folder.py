@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .listing import ListedCorpus, media_columns, read_csv, walk_media
-from .names import name_key
+from .names import is_utf8, name_key
 from .options import option
 
 
@@ -27,6 +27,11 @@ def read_jsonl(path: str) -> list[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{place}: is not JSON ({error}); write one object a line") from error
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected an object, found {row!r}; write one object a line")
+        if b"\\u" in line and not is_utf8(json.dumps(row, ensure_ascii=False)):
+            raise ValueError(
+                f"{place}: a text is cut within a character (a lone surrogate, half of an emoji); "
+                "complete it, or remove the line"
+            )
         rows += [(place, row)] if row else []
     return rows
 

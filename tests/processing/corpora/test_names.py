@@ -1,5 +1,6 @@
 """Names of files and clips: one key on both sides, and names that cannot be used are reported."""
 
+import json
 import os
 import unicodedata
 
@@ -77,3 +78,24 @@ def test_clotho_and_audiocaps_find_them_too(media, tmp_path):
     (tmp_path / "test.csv").write_text(f"{header}1,-dash,0,Rain\n2,UPPER,0,Rain\n", encoding="utf-8")
     rows = load_corpus("audiocaps", "test", cache_dir=tmp_path / "cache", **options | {"csv": str(tmp_path)})
     assert rows["id"] == ["-dash_0", "UPPER_0"]
+
+
+def test_a_caption_cut_within_an_emoji_is_named_with_its_line(media, tmp_path):
+    lines = ['{"id": "-dash", "captions": ["Rain \\ud83c\\udf27"]}', '{"id": "UPPER", "captions": ["Rain \\ud83c"]}']
+    (media / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="metadata.jsonl, line 2: a text is cut within a character"):
+        load_corpus("folder", "train", data_dir=str(media), cache_dir=tmp_path / "cache")
+    (media / "metadata.jsonl").write_text(lines[0])
+    (row,) = load_corpus("folder", "train", data_dir=str(media), cache_dir=tmp_path / "cache")
+    assert row["captions"] == ["Rain \U0001f327"]
+
+
+def test_a_list_of_cav_mae_finds_them_too(media, tmp_path):
+    entries = [
+        {"video_id": name, "wav": f"/gone/{name}.wav", "video_path": "/gone", "labels": "x"}
+        for name in (COMPOSED, "UPPER")
+    ]
+    (tmp_path / "list.json").write_text(json.dumps({"data": entries}))
+    options = {"json": str(tmp_path / "list.json"), "data_dir": str(media), "missing": "error"}
+    rows = load_corpus("cav_mae_json", "train", cache_dir=tmp_path / "cache", **options)
+    assert [os.path.basename(row["audio"]["path"]) for row in rows] == [DECOMPOSED + ".wav", "UPPER.WAV"]
