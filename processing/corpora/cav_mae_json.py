@@ -1,8 +1,4 @@
-"""
-The JSON lists of CAV-MAE: sounds, each with the first frame of each of its seconds, and labels.
-
-The file imports nothing of its package but `listing`, so that `datasets` before 4 loads it as a script.
-"""
+"""The JSON lists of CAV-MAE: sounds, each with the first frame of each of its seconds, and labels."""
 
 import functools
 import json
@@ -10,10 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .listing import ListingBuilder, ListingConfig, read_label_names
+from .listing import ListedCorpus, read_label_names
+from .names import is_utf8, media_kind, name_key
+from .options import option
 
 
-SPLITS = ("train",)  # one list is one split, whatever it is for
 KEYS = ("video_id", "wav", "video_path", "labels")
 NUM_FRAMES = 10
 
@@ -25,9 +22,9 @@ def read_list(path: str) -> list[dict[str, str]]:
             content = json.load(file)
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno}"
-        raise ValueError(f"{place}: is no JSON ({error.msg}); give the list as published") from error
+        raise ValueError(f"{place}: is not JSON ({error.msg}); give the list as published") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no JSON in UTF-8 ({error}); give the list as published") from error
+        raise ValueError(f"{path}: is not JSON in UTF-8 ({error}); give the list as published") from error
     entries = content.get("data") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise ValueError(f'{path}: expected {{"data": [...]}}; give a list in the form of CAV-MAE')
@@ -39,7 +36,7 @@ def read_list(path: str) -> list[dict[str, str]]:
             raise ValueError(f"{place}: expected texts under {', '.join(KEYS)}; found {found}; complete it")
         if seen.setdefault(entry["video_id"], number) != number:
             first = seen[entry["video_id"]]
-            raise ValueError(f"{place}: video_id {entry['video_id']!r} stands in entry {first} already; remove one")
+            raise ValueError(f"{place}: video_id {entry['video_id']!r} is also in entry {first}; remove one")
     return entries
 
 
@@ -47,46 +44,58 @@ def file_finder(root: str, data_dir: str | None) -> Callable[..., str | None]:
     """
     A function from a folder of the list and a file in it to the file's path, None where it is not there.
 
-    Lists hold paths of the machine they were made on. Where such a folder is not here, its last parts are looked for
-    in `data_dir`, the longest run of them first, and after all `data_dir` itself. Each folder is read once.
+    Lists hold paths of the machine they were made on. Where such a folder does not exist, `data_dir` is searched for
+    its last parts, the longest run of them first, and at last `data_dir` itself. Names match as `name_key` has it.
+    Each folder is read once.
     """
 
     @functools.cache
-    def listing(folder: str, *inner: str) -> tuple[str, frozenset[str]]:
+    def listing(folder: str, *inner: str) -> tuple[str, dict[tuple[str, str | None], str]]:
         parts = os.path.normpath(folder).strip(os.sep).split(os.sep)
         tails = [] if data_dir is None else [os.path.join(data_dir, *parts[first:]) for first in range(len(parts) + 1)]
         for place in [os.path.join(root, folder), *tails]:
             place = os.path.join(place, *inner)
             if os.path.isdir(place):
-                return place, frozenset(os.listdir(place))
-        return folder, frozenset()
+                names = [name for name in os.listdir(place) if is_utf8(name)]
+                return place, {_key(name): name for name in sorted(names, reverse=True)}
+        return folder, {}
 
     def find(*parts: str) -> str | None:
         place, names = listing(*parts[:-1])
-        return os.path.join(place, parts[-1]) if parts[-1] in names else None
+        name = names.get(_key(parts[-1]))
+        return None if name is None else os.path.join(place, name)
 
     return find
 
 
+def _key(name: str) -> tuple[str, str | None]:
+    return name_key(name), media_kind(name)
+
+
 @dataclass
-class CAVMAEConfig(ListingConfig):
+class CAVMAE(ListedCorpus):
     """
-    Options of `CAVMAE`.
+    The clips of a JSON list of CAV-MAE: `{"data": [{"video_id", "wav", "video_path", "labels"}, ...]}`.
+
+    Columns are described in `dali_llava.processing.corpora`; `frames` are the files `video_path/frame_0/VIDEO_ID.jpg`
+    to `frame_9` that exist, `captions` is empty, `end` is null: the clip is the whole file.
 
     Args:
         json: the list; relative paths in it start from its folder.
-        data_dir: the folder in which to look for what is not where the list says.
-        labels_csv: AudioSet's `class_labels_indices.csv`, to turn labels into names; without, they stay as they are.
-        splits: "train", whatever the list is for.
+        data_dir: the folder in which to look for files that are not where the list says.
+        labels_csv: AudioSet's `class_labels_indices.csv`, to turn labels into names; without it they stay as they are.
+        splits: "train": a list is one split.
         missing: clips without sound are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
     """
 
-    name: str = "cav_mae_json"
-    json: str | None = None
-    labels_csv: str | None = None
-    splits: Sequence[str] = SPLITS
-
-    PATHS = ("data_dir", "json", "labels_csv")
+    name = "cav_mae_json"
+    splits: Sequence[str] = ("train",)
+    json: str | None = option(
+        "the list of the clips", metavar="FILE", is_path=True, required=True, example="train.json"
+    )
+    labels_csv: str | None = option(
+        "AudioSet's class_labels_indices.csv, to turn labels into names", metavar="FILE", is_path=True
+    )
 
     def read_rows(self, split: str) -> list[dict]:
         """A row for each entry, in the order of the list."""
@@ -115,15 +124,3 @@ class CAVMAEConfig(ListingConfig):
                 }
             )
         return rows
-
-
-class CAVMAE(ListingBuilder):
-    """
-    A row an entry of `{"data": [{"video_id", "wav", "video_path", "labels"}, ...]}`.
-
-    Columns are described in `dali_llava.processing.corpora`; `frames` are those of `video_path/frame_0/VIDEO_ID.jpg`
-    to `frame_9` that are there, `captions` is empty, `end` is null: the clip is the whole file.
-    """
-
-    BUILDER_CONFIG_CLASS = CAVMAEConfig
-    DESCRIPTION = "A list of CAV-MAE"

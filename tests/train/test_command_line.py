@@ -156,9 +156,7 @@ def test_every_configuration_parses_into_what_it_says(path, tmp_path):
     values.pop("bf16", None)
     for key, value in values.items():
         assert getattr(arguments, key) == value, key
-    module, builder = corpora._BUILDERS[arguments.dataset]
-    config = getattr(importlib.import_module(module, corpora.__name__), builder).BUILDER_CONFIG_CLASS
-    assert arguments.split in config().splits
+    assert arguments.split in corpora.configuration_of(arguments.dataset).splits
 
 
 def test_avworlds_alignment_has_the_attentive_schedules_six_epochs():

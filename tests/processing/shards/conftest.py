@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from dali_llava.processing.corpora.listing import FEATURES
+from dali_llava.processing.corpora.builder import FEATURES
 from dali_llava.processing.shards import prepare_shards
 
 
