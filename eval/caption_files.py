@@ -3,53 +3,68 @@
 import csv
 import io
 import json
+import logging
+import math
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from dali_llava.processing.corpora.names import is_utf8, name_key
 
-# The columns that name a clip: ours, Clotho's and AudioCaps'.
+
+logger = logging.getLogger(__name__)
+
+# The columns that name a clip: ours, Clotho's and AudioCaps'. In AudioCaps' layout the start belongs to the id.
 ID_COLUMNS = ("id", "file_name", "youtube_id")
+START_COLUMN = "start_time"
 _CAPTION_COLUMN = re.compile(r"caption(_\d+)?")
 
 
-def read_candidates(path: str | os.PathLike) -> dict[str, str]:
-    """Reads one caption a clip: ``id,caption`` as CSV, or ``{"id": ..., "caption": ...}`` a line.
+def read_candidates(path: str | os.PathLike, id_column: str | None = None) -> dict[str, str]:
+    """Reads one caption per clip: CSV with ``id,caption``, or a JSON object ``{"id": ..., "caption": ...}`` per line.
+
+    Args:
+        id_column: as in :func:`read_references`.
 
     Returns:
         Clip id -> caption, which may be blank.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming file, line and field, for anything that is not such a caption, and for a repeated id.
+        FileNotFoundError: there is no such file.
+        ValueError: an entry is not such a caption, or an id is repeated; it names file, line and field.
     """
     candidates: dict[str, str] = {}
-    for line, clip, captions in _entries(Path(path)):
+    for line, clip, captions in _entries(Path(path), id_column):
         if len(captions) != 1:
-            raise ValueError(f"{path}, line {line}: {len(captions)} captions; a candidates file has one a clip")
+            raise ValueError(f"{path}, line {line}: {len(captions)} captions; a candidates file has one per clip")
         if clip in candidates:
-            raise ValueError(f"{path}, line {line}: id {clip!r} stands there twice; remove one")
+            raise ValueError(f"{path}, line {line}: id {clip!r} is there twice; remove one")
         candidates[clip] = captions[0]
     return candidates
 
 
-def read_references(path: str | os.PathLike) -> dict[str, list[str]]:
+def read_references(path: str | os.PathLike, id_column: str | None = None) -> dict[str, list[str]]:
     """Reads the reference captions of each clip, all of them.
 
-    CSV: ``id,caption_1,...,caption_n`` (Clotho's ``file_name,...`` too), blank cells left out, or a row a caption with
-    the id repeated (AudioCaps' ``audiocap_id,youtube_id,start_time,caption``). JSON lines: ``{"id": ..., "captions":
-    [...]}``, or ``"caption"`` with the id repeated.
+    CSV: ``id,caption_1,...,caption_n`` or Clotho's ``file_name,caption_1,...``, blank cells left out, or a row per
+    caption with the id repeated. JSON lines: ``{"id": ..., "captions": [...]}``, or ``"caption"`` with the id
+    repeated. In AudioCaps' ``audiocap_id,youtube_id,start_time,caption`` the id is ``YOUTUBEID_START``, as in the
+    corpus. Ids are compared without media suffix: ``Rain.wav`` is ``Rain``. A torn row, which has too few or too many
+    cells or no id, is left out with a warning that names its line.
+
+    Args:
+        id_column: column or field that holds the ids, in place of those above.
 
     Returns:
         Clip id -> captions, in the file's order.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming file, line and field, for anything that is not such a caption.
+        FileNotFoundError: there is no such file.
+        ValueError: an entry is not such a caption; it names file, line and field.
     """
     references: dict[str, list[str]] = {}
-    for line, clip, captions in _entries(Path(path)):
+    for line, clip, captions in _entries(Path(path), id_column):
         captions = [caption for caption in captions if caption.strip()]
         if not captions:
             raise ValueError(f"{path}, line {line}: id {clip!r} has only blank captions; fill in or remove the row")
@@ -57,7 +72,7 @@ def read_references(path: str | os.PathLike) -> dict[str, list[str]]:
     return references
 
 
-def _entries(path: Path) -> Iterator[tuple[int, str, list[str]]]:
+def _entries(path: Path, id_column: str | None) -> Iterator[tuple[int, str, list[str]]]:
     """Line number, clip id and captions of every entry."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name a CSV or JSON-lines file of captions")
@@ -66,42 +81,76 @@ def _entries(path: Path) -> Iterator[tuple[int, str, list[str]]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
     if not text.strip():
-        raise ValueError(f"{path}: the file is empty; give it one caption a clip")
-    entries = _json_entries(path, text) if text.lstrip().startswith("{") else _csv_entries(path, text)
+        raise ValueError(f"{path}: the file is empty; give it one caption per clip")
+    read = _json_entries if text.lstrip().startswith("{") else _csv_entries
     empty = True
-    for line, clip, captions in entries:
+    for line, clip, captions in read(path, text, id_column):
         if not clip.strip():
             raise ValueError(f"{path}, line {line}: the id is blank; give the clip's")
-        yield line, clip, captions
+        if not all(map(is_utf8, (clip, *captions))):
+            raise ValueError(
+                f"{path}, line {line}: the text is cut within a character (a lone surrogate, half of an emoji); "
+                "complete it, or remove the row"
+            )
+        yield line, name_key(clip), captions
         empty = False
     if empty:
-        raise ValueError(f"{path}: a header and no captions; give it one row a clip")
+        raise ValueError(f"{path}: a header and no captions; give it one row per clip")
 
 
-def _csv_entries(path: Path, text: str) -> Iterator[tuple[int, str, list[str]]]:
+def _csv_entries(path: Path, text: str, id_column: str | None) -> Iterator[tuple[int, str, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = [name.strip() for name in next(row for row in reader if row)]
-        id_column = next((header.index(name) for name in ID_COLUMNS if name in header), None)
-        if id_column is None:
-            raise ValueError(f"{path}, line 1: no column {', '.join(ID_COLUMNS)}; name the clip's column id")
+        names = (id_column,) if id_column else ID_COLUMNS
+        name = next((name for name in names if name in header), None)
+        if name is None:
+            found = f"no column {', '.join(names)}, but {', '.join(header)}"
+            raise ValueError(f"{path}, line 1: {found}; name the clip's column id, or give --id-column")
+        twice = next((name for number, name in enumerate(header) if name in header[:number]), None)
+        if twice is not None:
+            raise ValueError(f"{path}, line 1: the column {twice!r} is there twice; rename one of the two")
+        start_column = (
+            header.index(START_COLUMN) if name == "youtube_id" != id_column and START_COLUMN in header else None
+        )
         caption_columns = [index for index, name in enumerate(header) if _CAPTION_COLUMN.fullmatch(name)]
         if not caption_columns:
             raise ValueError(f"{path}, line 1: no column caption or caption_1; name the caption's column so")
+        first_torn, has_rows = None, False
         for row in reader:
             if not row:
                 continue
-            if len(row) != len(header):
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(row)} cells where the header has {len(header)}; "
-                    "put captions with commas in double quotes"
-                )
-            yield reader.line_num, row[id_column], [row[index] for index in caption_columns]
+            place = f"{path}, line {reader.line_num}"
+            torn = f"{len(row)} cells where the header has {len(header)}" if len(row) != len(header) else None
+            if torn is None and start_column is not None and not (row[header.index(name)] + row[start_column]).strip():
+                torn = f"nothing under {name} and {START_COLUMN}"
+            if torn is not None:
+                remedy = "put captions with commas or line breaks in double quotes"
+                first_torn = first_torn or f"{place}: {torn}; {remedy}"
+                logger.warning("%s: torn row, %s; it is left out; %s", place, torn, remedy)
+                continue
+            has_rows = True
+            clip = row[header.index(name)].strip()
+            if start_column is not None:
+                clip = f"{clip}_{_seconds(row[start_column], place):g}"
+            yield reader.line_num, clip, [row[index] for index in caption_columns]
+        if first_torn and not has_rows:
+            raise ValueError(first_torn)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}; check the double quotes there") from error
 
 
-def _json_entries(path: Path, text: str) -> Iterator[tuple[int, str, list[str]]]:
+def _seconds(text: str, place: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{place}: {START_COLUMN} {text!r} is not a number of seconds; correct it")
+    return seconds
+
+
+def _json_entries(path: Path, text: str, id_column: str | None) -> Iterator[tuple[int, str, list[str]]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -111,9 +160,11 @@ def _json_entries(path: Path, text: str) -> Iterator[tuple[int, str, list[str]]]
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); write one object a line") from error
         if not isinstance(entry, dict):
             raise ValueError(f'{path}, line {number}: not an object; write {{"id": ..., "caption": ...}}')
-        clip = next((entry[name] for name in ID_COLUMNS if name in entry), None)
+        clip = next((entry[name] for name in ((id_column,) if id_column else ID_COLUMNS) if name in entry), None)
         if not isinstance(clip, str | int) or isinstance(clip, bool):
-            raise ValueError(f"{path}, line {number}: field id is missing or not a string; give the clip's id")
+            raise ValueError(
+                f"{path}, line {number}: field {id_column or 'id'} is missing or not a string; give the clip's id"
+            )
         captions = entry.get("captions", [entry["caption"]] if "caption" in entry else None)
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(

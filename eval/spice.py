@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pycocoevalcap.spice import spice as pycoco_spice
 
+from .metrics.tokenization import JAVA_OPTIONS, java_message
+
 
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 CORENLP_VARIABLE = "CORENLP_HOME"
@@ -83,12 +85,11 @@ def spice(
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch, "in.json"), Path(scratch, "out.json")
         asked.write_text(json.dumps(entries), encoding="utf-8")
-        command = [java, f"-Xmx{max_memory}", "-Dfile.encoding=UTF-8", "-cp", class_path, "edu.anu.spice.SpiceScorer"]
+        command = [java, f"-Xmx{max_memory}", *JAVA_OPTIONS, "-cp", class_path, "edu.anu.spice.SpiceScorer"]
         process = subprocess.run(
             [*command, str(asked), "-out", str(answered), "-silent"], capture_output=True, cwd=scratch
         )
         if process.returncode or not answered.is_file():
-            message = process.stderr.decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"SPICE failed under {java}: {message[0] if message else 'no message'}")
+            raise RuntimeError(f"SPICE failed under {java}: {java_message(process.stderr) or 'no message'}")
         scores = [item["scores"]["All"]["f"] for item in json.loads(answered.read_text(encoding="utf-8"))]
     return sum(scores) / len(scores)

@@ -1,21 +1,22 @@
-"""Feature extractor, processor and media decoding."""
+"""
+Feature extractor, processor, media decoding and corpora.
 
-from transformers import AutoFeatureExtractor, AutoProcessor
+The classes load on first use, so that `dali_llava.processing.corpora` and the help of the commands need no torch.
+"""
 
-from dali_llava.processing.feature_extraction_llava_audio import MIN_DURATION, LlavaAudioFeatureExtractor
-from dali_llava.processing.processing_llava_audio import (
-    DALI_CHAT_TEMPLATE,
-    PLAIN_CHAT_TEMPLATE,
-    SEE_PROMPT,
-    SOUND_PROMPT,
-    LlavaAudioProcessor,
-)
+import importlib
+from typing import TYPE_CHECKING
 
 
-# A saved processor names its classes, and the Auto classes look names up among what is registered. Without this,
-# loading our own class from our own package would ask for trust in the checkpoint's copy of the code.
-AutoFeatureExtractor.register("llava_audio", LlavaAudioFeatureExtractor, exist_ok=True)
-AutoProcessor.register("llava_audio", LlavaAudioProcessor, exist_ok=True)
+if TYPE_CHECKING:
+    from dali_llava.processing.feature_extraction_llava_audio import MIN_DURATION, LlavaAudioFeatureExtractor
+    from dali_llava.processing.processing_llava_audio import (
+        DALI_CHAT_TEMPLATE,
+        PLAIN_CHAT_TEMPLATE,
+        SEE_PROMPT,
+        SOUND_PROMPT,
+        LlavaAudioProcessor,
+    )
 
 __all__ = [
     "DALI_CHAT_TEMPLATE",
@@ -26,3 +27,23 @@ __all__ = [
     "LlavaAudioFeatureExtractor",
     "LlavaAudioProcessor",
 ]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load_classes()
+    return globals()[name]
+
+
+def _load_classes() -> None:
+    from transformers import AutoFeatureExtractor, AutoProcessor
+
+    extraction = importlib.import_module(".feature_extraction_llava_audio", __name__)
+    processing = importlib.import_module(".processing_llava_audio", __name__)
+    for name in __all__:
+        globals()[name] = getattr(processing if hasattr(processing, name) else extraction, name)
+    # A saved processor names its classes, and the Auto classes look names up among what is registered. Without this,
+    # loading our own class from our own package would ask for trust in the checkpoint's copy of the code.
+    AutoFeatureExtractor.register("llava_audio", extraction.LlavaAudioFeatureExtractor, exist_ok=True)
+    AutoProcessor.register("llava_audio", processing.LlavaAudioProcessor, exist_ok=True)

@@ -1,6 +1,7 @@
 """The command line: `dali-llava COMMAND ...`.
 
-Each command is a module of this package with a docstring (its help), `add_arguments(parser)` and `run(args) -> int`.
+Each command is a module of this package with a docstring (its help), `add_arguments(parser)` and `run(args) -> int`,
+and `complete_arguments(parser, words)` where further arguments depend on what is given.
 A module is imported only when its command is asked for, and imports torch only in `run`: help is instantaneous.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 success, 1 an error told in one line, 2 wrong usage,
@@ -98,7 +99,12 @@ class _CommandParser(argparse.ArgumentParser):
             self.description = (module.__doc__ or "").strip()
             self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
             module.add_arguments(self)
-        return super().parse_known_args(args, namespace)
+            if hasattr(module, "complete_arguments"):
+                module.complete_arguments(self, sys.argv[1:] if args is None else list(args))
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # reported here, with the usage of the command
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
 
 def _command_module(name: str):

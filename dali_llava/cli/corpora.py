@@ -1,32 +1,104 @@
-"""What the commands that read a corpus share: its arguments, and loading it."""
+"""What the commands that read a corpus share: the arguments of its options, and loading it."""
 
 import argparse
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the corpus lies, and its own options."""
-    parser.add_argument("--data-dir", metavar="DIR", help="where the media lie")
-    parser.add_argument(
-        "--option",
-        type=_option,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the corpus, in JSON or as text; may be repeated",
-    )
+PREFIX = "corpus_"  # of the attributes that hold a corpus's options
 
 
-def _option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, not {text!r}")
+def is_known(name: str | None) -> bool:
+    """Whether `name` is the name of a corpus."""
+    from dali_llava.processing.corpora import known_corpora
+
+    return name in known_corpora()
+
+
+def add_corpus_options(
+    parser: argparse.ArgumentParser, name: str | None, may_be_shards: bool = True, without: Collection[str] = ()
+) -> None:
+    """
+    Add an argument for each option of a corpus.
+
+    Args:
+        name: of the corpus. Anything else, such as a folder of shards, has no options.
+        may_be_shards: whether a folder of shards comes before a corpus of the same name, as in `open_corpus`.
+        without: options that the command sets itself.
+    """
+    from dali_llava.processing.corpora import configuration_of
+    from dali_llava.processing.corpora.options import options_of
+
+    parser.set_defaults(corpus_options=())
+    if not is_known(name) or (may_be_shards and is_shards(name)):
+        return
+    configuration = configuration_of(name)
+    group = parser.add_argument_group(f"options of {name}")
+    options = [option for option in options_of(configuration) if option.name not in without]
+    for option in options:
+        group.add_argument(_flag(parser, name, option.name), dest=PREFIX + option.name, **_argument(option))
+    parser.set_defaults(corpus_options=[option.name for option in options])
+
+
+def _flag(parser: argparse.ArgumentParser, corpus: str, option: str) -> str:
+    """--OPTION, or --CORPUS-OPTION where the command has an option of that name itself."""
+    flag = f"--{option.replace('_', '-')}"
+    return f"--{corpus}-{flag[2:]}" if flag in parser._option_string_actions else flag
+
+
+def first_positional(parser: argparse.ArgumentParser, words: Sequence[str]) -> str | None:
+    """The first word that is neither an option of `parser` nor the value of one; None where there is none."""
+    options, words = parser._option_string_actions, iter(words)
+    for word in words:
+        if not word.startswith("-"):
+            return word
+        if word in options and options[word].nargs is None:
+            next(words, None)
+    return None
+
+
+def _argument(option) -> dict[str, Any]:
+    """The keyword arguments of `add_argument` for an option of a corpus."""
+    settings = {"help": option.metadata["help"], "required": option.metadata["required"]}
+    if option.type is bool:
+        action = argparse.BooleanOptionalAction if option.default else "store_true"
+        return settings | {"action": action, "default": option.default}
+    settings |= {"default": argparse.SUPPRESS, "metavar": option.metadata["metavar"]}
+    settings["type"] = _json if option.type is dict else option.type
+    if option.metadata["choices"]:
+        settings |= {"choices": option.metadata["choices"]}
+    return settings
+
+
+def _json(text: str) -> Any:
     try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON such as '{{\"test\": 50}}', not {text!r}") from error
+
+
+def corpus_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the corpus that the arguments hold, as `load_corpus` takes them."""
+    return {name: getattr(args, PREFIX + name) for name in args.corpus_options if hasattr(args, PREFIX + name)}
+
+
+def example_options(name: str, split: str | None = None) -> str:
+    """The options of a corpus in an example of the help: those that are required, or have an example of their own."""
+    from dali_llava.processing.corpora import configuration_of
+    from dali_llava.processing.corpora.options import options_of
+
+    configuration, words = configuration_of(name), []
+    for option in options_of(configuration):
+        example = option.metadata["example"]
+        if option.name == "data_dir" and not option.metadata["required"]:
+            example = "media"
+        if example is not None:
+            words.append(f"--{option.name.replace('_', '-')} {example}")
+    if len(configuration.splits) > 1:
+        words.append(f"--split {split or configuration.splits[-1]}")
+    return " ".join(words)
 
 
 def is_shards(corpus: str) -> bool:
@@ -39,33 +111,37 @@ def open_corpus(corpus: str, split: str | None, args: argparse.Namespace, stream
     The rows of a corpus, or of a folder of shards.
 
     Args:
-        corpus: a name of `load_corpus`, or a folder of shards, which takes no split and no options.
-        split: None for the only one there is.
-        args: of `add_corpus_arguments`.
+        corpus: a name of `load_corpus`, or a folder of shards, which has no options.
+        split: None for the only one.
+        args: with the arguments of `add_corpus_options`.
         streaming: as in `load_corpus`.
 
     Returns:
         the rows, and the split's name.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_corpus`; a corpus of several splits of which none is named; options
-            for shards.
+        ValueError, FileNotFoundError: as `load_corpus`; no split is named for a corpus with several.
     """
     from dali_llava.processing.corpora import load_corpus
 
     if is_shards(corpus):
-        if split or args.data_dir or args.option:
-            raise ValueError(f"{corpus}: shards take no --split, --data-dir or --option; leave them out")
         index = Path(corpus, "index.json")
         if "://" not in corpus and not index.is_file():
-            remedy = "`dali-llava prepare` makes it; a folder of clips is the corpus `folder`, with --data-dir"
+            remedy = "`dali-llava prepare` writes it; for a folder of clips use the corpus `folder` with --data-dir"
             raise FileNotFoundError(f"{index}: no such file, so {corpus} holds no shards; {remedy}")
-        return load_corpus("shards", "train", streaming=streaming, data_dir=corpus), "train"
-    options = dict(args.option) if args.data_dir is None else {"data_dir": args.data_dir, **dict(args.option)}
-    rows = load_corpus(corpus, split, streaming=streaming, **options)
-    if split is not None:
-        return rows, split
-    if len(rows) > 1:
-        raise ValueError(f"corpus {corpus!r} has several splits: choose --split from {', '.join(rows)}")
-    ((split, rows),) = rows.items()
-    return rows, split
+        from dali_llava.processing.corpora.shards import ShardsConfig
+
+        split = split or ShardsConfig.find_splits(data_dir=corpus)[0]
+        return load_corpus("shards", split, streaming=streaming, data_dir=corpus), split
+    return open_named_corpus(corpus, split, args, streaming)
+
+
+def open_named_corpus(corpus: str, split: str | None, args: argparse.Namespace, streaming: bool = False, **fixed: Any):
+    """`open_corpus` of a name; `fixed` are options that the command sets itself."""
+    from dali_llava.processing.corpora import configuration_of, load_corpus
+
+    splits = tuple(configuration_of(corpus).splits)
+    if split is None and len(splits) > 1:
+        raise ValueError(f"corpus {corpus!r} has several splits: choose --split from {', '.join(splits)}")
+    split = split or splits[0]
+    return load_corpus(corpus, split, streaming=streaming, **corpus_options(args), **fixed), split

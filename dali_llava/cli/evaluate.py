@@ -1,19 +1,22 @@
 """Caption a test split and score the captions.
 
-Writes the results file and, beside it, every caption (OUT.captions/), from which a run that was cut short goes on.
+Writes the results file and, beside it, every caption (OUT.captions/), from which a stopped run continues.
+
+`dali-llava evaluate --dataset CORPUS --help` shows the options of a corpus, which are those of `dali-llava prepare`.
 
 examples:
   dali-llava evaluate runs/quickstart/model --dataset avworld --out results.json
-  dali-llava evaluate MODEL --dataset audiocaps --data-dir audiocaps/media --option csv=audiocaps/dataset --out ac.json
+  dali-llava evaluate MODEL --dataset audiocaps --data-dir audiocaps/media --csv audiocaps/dataset --out ac.json
   dali-llava evaluate MODEL --dataset clotho --split evaluation --data-dir clotho --modality audio --out clotho.json
   dali-llava evaluate MODEL --dataset shards/audiocaps-test --out audiocaps.json
 """
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from .corpora import add_corpus_arguments, is_shards, open_corpus
+from .corpora import add_corpus_options, example_options, is_known, is_shards, open_corpus
 from .loading import add_model_arguments, load_captioner
 
 
@@ -21,10 +24,14 @@ MODALITIES = ("audio", "image", "audiovisual")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `dali-llava evaluate`."""
+    """Add the arguments that every corpus has."""
+    from dali_llava.processing.corpora import known_corpora
+
     add_model_arguments(parser)
-    parser.add_argument("--dataset", required=True, metavar="CORPUS", help="a corpus's name, or a folder of shards")
-    parser.add_argument("--split", metavar="NAME", help="default: test, or all that shards or a folder hold")
+    parser.add_argument(
+        "--dataset", required=True, metavar="CORPUS", help=f"{', '.join(known_corpora())}, or a folder of shards"
+    )
+    parser.add_argument("--split", metavar="NAME", help="default: test, or the only split of the corpus")
     parser.add_argument(
         "--modality",
         nargs="+",
@@ -32,8 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["audio", "audiovisual"],
         help="default: audio audiovisual",
     )
-    add_corpus_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="results file to write")
+
+
+def complete_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Add the options of the corpus that `words` name, and an example."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--dataset", nargs="?")
+    corpus = finder.parse_known_args(words)[0].dataset
+    add_corpus_options(parser, corpus)
+    if is_known(corpus):
+        options = example_options(corpus, "test")
+        parser.epilog = f"example: dali-llava evaluate MODEL --dataset {corpus} {options} --out {corpus}.json"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 
     start = time.monotonic()
-    default = None if is_shards(args.dataset) or args.dataset == "folder" else "test"
-    rows, split = open_corpus(args.dataset, args.split or default, args)
+    rows, split = open_corpus(args.dataset, args.split or default_split(args.dataset), args)
     check_rows(rows, args.modality, args.dataset)
     model, processor = load_captioner(args.model, args.device, args.dtype)
     runner = CaptionRunner(
@@ -71,6 +87,13 @@ def run(args: argparse.Namespace) -> int:
     for name, error in failures.items():
         print(f"{name}: {error}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def default_split(corpus: str) -> str | None:
+    """`test` where the corpus has one, else None: its only split, or an error that lists its splits."""
+    from dali_llava.processing.corpora import configuration_of
+
+    return "test" if not is_shards(corpus) and "test" in configuration_of(corpus).splits else None
 
 
 def check_rows(rows, modalities: list[str], corpus: str) -> None:

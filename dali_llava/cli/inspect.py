@@ -1,35 +1,54 @@
 """Look into a corpus: its figures as a table, and a page with charts and random clips to hear and see.
 
-CORPUS is a name (audiocaps, audioset, avworld, cav_mae_json, clotho, folder) or a folder of shards that
-`dali-llava prepare` wrote. Goes through the clips once; only the random ones are decoded. Writes OUT/index.html,
-OUT/summary.json and the samples' media, OUT/media.
+CORPUS is a name or a folder of shards that `dali-llava prepare` wrote. The clips are read once; only the random ones
+are decoded. Writes OUT/index.html, OUT/summary.json and the samples' media, OUT/media.
+
+`dali-llava inspect CORPUS --help` shows the options of a corpus, which are those of `dali-llava prepare`.
 
 examples:
   dali-llava inspect folder --data-dir clips
-  dali-llava inspect audiocaps --split test --data-dir audiocaps/media --option csv=audiocaps/dataset --check 100
-  dali-llava inspect avworld --split test --option 'sizes={"test": 50}'
+  dali-llava inspect audiocaps --split test --data-dir audiocaps/media --csv audiocaps/dataset --check 100
+  dali-llava inspect avworld --split test --sizes '{"test": 50}'
   dali-llava inspect shards/audiocaps --out runs/look
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from .corpora import add_corpus_arguments, is_shards, open_corpus
+from .corpora import (
+    add_corpus_options,
+    corpus_options,
+    example_options,
+    first_positional,
+    is_known,
+    is_shards,
+    open_corpus,
+)
 from .loading import positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `dali-llava inspect`."""
-    parser.add_argument("corpus", metavar="CORPUS", help="a corpus's name, or a folder of shards")
-    parser.add_argument("--split", metavar="NAME", help="of the corpus; may be left out where there is only one")
-    add_corpus_arguments(parser)
+    """Add the arguments that every corpus has."""
+    from dali_llava.processing.corpora import known_corpora
+
+    parser.add_argument("corpus", metavar="CORPUS", help=f"{', '.join(known_corpora())}, or a folder of shards")
+    parser.add_argument("--split", metavar="NAME", help="split of the corpus; required where it has several")
     parser.add_argument("--samples", type=positive_int, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--check", type=positive_int, default=0, metavar="N", help="random clips to decode; default: the samples"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random choice; default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/inspect/CORPUS-SPLIT, or shards-FOLDER")
+
+
+def complete_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Add the options of the corpus that `words` name, and an example."""
+    corpus = first_positional(parser, words)
+    add_corpus_options(parser, corpus)
+    if is_known(corpus):
+        parser.epilog = f"example: dali-llava inspect {corpus} {example_options(corpus)}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs/inspect", name)
     check_output(out)  # before the pass, which may take hours
     summary, samples = inspect_rows(rows, args.samples, args.check, args.seed, total)
-    about = {"corpus": args.corpus, "split": args.split, "data_dir": args.data_dir, "options": dict(args.option)}
+    options = corpus_options(args)
+    data_dir = options.pop("data_dir", None)
+    about = {"corpus": args.corpus, "split": args.split, "data_dir": data_dir, "options": options}
     write_page(out, name, summary, samples, about | {"seed": args.seed})
     table = summary.table()
     width = max(len(line) for line, _ in table)

@@ -1,8 +1,10 @@
 """Turn the media of a corpus into shards that training streams: tar archives of 16 kHz FLAC and JPEG frames.
 
-Each clip is decoded and cut once, on all cores. A run that was stopped, killed even, goes on where it was when the
-same command is given again. Clips that are missing, broken, silent, frozen or too short are left out, counted at the
-end and listed in OUT/report.csv. OUT/index.json is written when all shards are there.
+Each clip is decoded and cut once, on all cores. A stopped run, even a killed one, continues when the same command is
+given again. Clips that are missing, broken, silent, frozen or too short are left out, counted at the end and listed in
+OUT/report.csv. OUT/index.json is written when all shards are complete.
+
+`dali-llava prepare CORPUS --help` shows the options of a corpus.
 
 examples:
   dali-llava prepare folder --data-dir clips --out shards
@@ -14,74 +16,28 @@ examples:
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+from .corpora import add_corpus_options, corpus_options, example_options, first_positional, open_named_corpus
 from .loading import positive_int
 
 
-# Corpus -> its line in the help, its splits ("train" alone need not be named), and its options of `load_corpus`.
-CORPORA = {
-    "audioset": (
-        "AudioSet, from its segment lists",
-        ("balanced_train", "unbalanced_train", "eval"),
-        ("csv", "labels_csv", "whole_videos"),
-    ),
-    "audiocaps": ("AudioCaps, from its CSV files", ("train", "val", "test"), ("csv", "whole_videos")),
-    "clotho": ("Clotho, from its CSV files", ("development", "validation", "evaluation"), ("csv",)),
-    "cav_mae_json": ("a list of clips as CAV-MAE has it", ("train",), ("json", "labels_csv")),
-    "folder": ("a folder of clips, with a table or without", ("train",), ("metadata",)),
-}
-OPTIONS = {
-    "csv": {"metavar": "PATH", "help": "the list of the clips, or the folder of all lists; default: in --data-dir"},
-    "labels_csv": {"metavar": "FILE", "help": "AudioSet's class_labels_indices.csv, for the labels' names"},
-    "json": {"metavar": "FILE", "required": True, "help": "the list of the clips"},
-    "metadata": {"metavar": "FILE", "help": "the table of the clips; default: metadata.csv or .jsonl in the folder"},
-    "whole_videos": {
-        "action": "store_true",
-        "help": "a file named by the YouTube id alone is the whole video, to be cut, and not the clip",
-    },
-}
-EXAMPLES = {
-    "audioset": "--csv audioset --data-dir videos --split eval --out shards/eval",
-    "audiocaps": "--csv audiocaps/test.csv --data-dir videos --split test --out shards/audiocaps-test",
-    "clotho": "--csv clotho --data-dir clotho/evaluation --split evaluation --out shards/clotho",
-    "cav_mae_json": "--json train.json --data-dir frames --out shards/train",
-    "folder": "--data-dir clips --out shards",
-}
 # What of the command line is a setting of a clip, under the same name.
 CLIP_SETTINGS = ("frames", "frame_size", "quality", "min_seconds", "silence", "keep_silent", "keep_frozen")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a parser for each corpus."""
-    corpora = parser.add_subparsers(
-        dest="corpus", metavar="CORPUS", required=True, title="corpora", parser_class=argparse.ArgumentParser
-    )
-    for name, (line, splits, options) in CORPORA.items():
-        corpus = corpora.add_parser(
-            name,
-            help=line,
-            description=f"Shards of {line}. `dali-llava prepare --help` tells what they are.",
-            epilog=f"example: dali-llava prepare {name} {EXAMPLES[name]}",
-        )
-        corpus.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        for option in options:
-            corpus.add_argument(f"--{option.replace('_', '-')}", **OPTIONS[option])
-        # the JSON of CAV-MAE has paths of its own
-        corpus.add_argument(
-            "--data-dir", required=name != "cav_mae_json", metavar="DIR", help="the folder of the media, at any depth"
-        )
-        if len(splits) > 1:
-            corpus.add_argument("--split", required=True, choices=splits)
-        else:
-            corpus.set_defaults(split=splits[0])
-        _add_common_arguments(corpus)
+    """Add the arguments that every corpus has."""
+    from dali_llava.processing.corpora import known_corpora
 
-
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    known = list(known_corpora())
+    parser.add_argument("corpus", metavar="CORPUS", choices=known, help=", ".join(known))
+    parser.add_argument("--split", metavar="NAME", help="split of the corpus; required where it has several")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards, made if missing")
     clips = parser.add_argument_group("clips")
     clips.add_argument(
-        "--frames", type=positive_int, default=10, metavar="N", help="pictures a clip at most; default: %(default)s"
+        "--frames", type=positive_int, default=10, metavar="N", help="pictures per clip at most; default: %(default)s"
     )
     clips.add_argument(
         "--frame-size",
@@ -119,11 +75,35 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--clips-per-shard", type=positive_int, metavar="N", help="default: as many as make --shard-size, by a sample"
     )
     work = parser.add_argument_group("work")
-    work.add_argument("--num-proc", type=positive_int, metavar="N", help="processes; default: one a core")
+    work.add_argument("--num-proc", type=positive_int, metavar="N", help="processes; default: one per core")
     work.add_argument(
         "--num-jobs", type=positive_int, default=1, metavar="N", help="jobs of an array that share the shards"
     )
     work.add_argument("--job-id", type=int, default=0, metavar="K", help="this job's number, from 0")
+
+
+def complete_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Add the options of the corpus that `words` name, and an example."""
+    from dali_llava.processing.corpora import configuration_of, known_corpora
+
+    corpus = first_positional(parser, words)
+    if corpus not in known_corpora():
+        return
+    add_corpus_options(parser, corpus, may_be_shards=False, without=fixed_options(corpus))
+    configuration = configuration_of(corpus)
+    if not hasattr(configuration, "find_splits"):
+        (split,) = (action for action in parser._actions if action.dest == "split")
+        split.choices, split.metavar, split.required = configuration.splits, None, len(configuration.splits) > 1
+    parser.epilog = f"example: dali-llava prepare {corpus} {example_options(corpus)} --out shards/{corpus}"
+
+
+def fixed_options(corpus: str) -> dict[str, Any]:
+    """The options of a corpus that the command sets: clips without media stay, to be reported as left out."""
+    from dali_llava.processing.corpora import configuration_of
+    from dali_llava.processing.corpora.options import options_of
+
+    known = {option.name for option in options_of(configuration_of(corpus))}
+    return {name: value for name, value in {"missing": "keep"}.items() if name in known}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         from dali_llava.processing.shards.plan import default_requirements
 
         chosen = {name: getattr(args, name) for name in CLIP_SETTINGS}
-        settings = ClipSettings(**chosen)  # bad values are told before anything is read
+        settings = ClipSettings(**chosen)  # raises on bad values before anything is read
         rows = _load_rows(args)
         require = tuple(args.require.split(",")) if args.require else default_requirements(rows)
         settings = ClipSettings(**chosen, require=require)
@@ -162,20 +142,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load_rows(args: argparse.Namespace):
-    """The rows of the corpus, those without media included: they are reported like the others that are left out.
+    """The rows of the corpus, with those that have no media: these are reported like the others that are left out.
 
     Raises:
-        FileNotFoundError: none has media, so that the folder must be another.
+        FileNotFoundError: no row has media, so the folder is probably the wrong one.
     """
-    from dali_llava.processing.corpora import load_corpus
+    from dali_llava.processing.shards.clip import is_given
 
-    options = {name: getattr(args, name) for name in CORPORA[args.corpus][2] if name != "whole_videos"}
-    options = {name: value for name, value in options.items() if value is not None}
-    if getattr(args, "whole_videos", False):
-        options["cut"] = False
-    rows = load_corpus(args.corpus, args.split, data_dir=args.data_dir, missing="keep", **options)
+    rows, args.split = open_named_corpus(args.corpus, args.split, args, **fixed_options(args.corpus))
     media = rows.select_columns(["audio", "frames"])
-    if not any(row["frames"] or (row["audio"] or {}).get("path") for row in media):
-        where = args.data_dir or args.json
+    if not any(row["frames"] or is_given(row["audio"]) for row in media):
+        where = corpus_options(args).get("data_dir", args.corpus)
         raise FileNotFoundError(f"{where}: has none of the {len(rows)} clips' files; check --data-dir and their names")
     return rows

@@ -1,8 +1,10 @@
 """Score captions against references: BLEU, METEOR, ROUGE-L, CIDEr-D, and SPICE where Stanford CoreNLP is there.
 
-A file is CSV (`id,caption`; references also `id,caption_1,...,caption_n`, Clotho's `file_name,caption_1,...`, or
-AudioCaps' row a caption) or JSON lines ({"id": ..., "caption": ...}; references also {"id": ..., "captions": [...]}).
-A metric that cannot run on this machine is null, with the reason beside it. Prints the scores as JSON.
+A file is CSV (`id,caption`; references also `id,caption_1,...,caption_n`) or JSON lines ({"id": ..., "caption": ...};
+references also {"id": ..., "captions": [...]}). References may be the published CSV of Clotho, whose ids are the file
+names with or without suffix, or of AudioCaps, whose ids are YOUTUBEID_START as in `dali-llava evaluate`; --id-column
+names another column. A metric that cannot run on this machine is null, with the reason beside it. Prints the scores as
+JSON.
 
 example:
   dali-llava score --candidates captions.csv --references audiocaps/test.csv --out scores.json
@@ -16,13 +18,19 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
-    parser.add_argument("--candidates", required=True, metavar="FILE", help="one caption a clip, CSV or JSON lines")
+    parser.add_argument("--candidates", required=True, metavar="FILE", help="one caption per clip, CSV or JSON lines")
     parser.add_argument("--references", required=True, metavar="FILE", help="the references, CSV or JSON lines")
+    parser.add_argument(
+        "--id-column",
+        metavar="NAME",
+        help="column of the references that holds the candidates' ids; default: id, file_name, or AudioCaps' "
+        "youtube_id with start_time",
+    )
     parser.add_argument("--out", required=True, metavar="FILE.json", help="where to write the scores")
     parser.add_argument(
         "--allow-missing",
         action="store_true",
-        help="score the clips that have a candidate and tell how many have none, as for clips that left YouTube",
+        help="score the clips that have a candidate, and print how many have none, as for clips that left YouTube",
     )
     parser.add_argument(
         "--corenlp", metavar="DIR", help="folder of Stanford CoreNLP 3.6.0, for SPICE; default: $CORENLP_HOME"
@@ -41,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if out.is_dir():
         raise IsADirectoryError(f"{out}: is a folder; give --out the name of a file")
     candidates = read_candidates(args.candidates)
-    references = read_references(args.references)
+    references = read_references(args.references, args.id_column)
     missing = [clip for clip in references if clip not in candidates]
     if args.allow_missing and 0 < len(missing) < len(references):
         print(f"{len(missing)} of {len(references)} clips have no candidate and are left out", file=sys.stderr)
@@ -49,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_ids(candidates, references)
     except ValueError as error:
-        hint = ", or pass --allow-missing" if missing else ""
+        hint = ", or pass --allow-missing" if 0 < len(missing) < len(references) else ""
+        if len(missing) == len(references):
+            example = f"such as {next(iter(candidates))!r} and {next(iter(references))!r}"
+            hint = f"; no id is in both, {example}: name the column of the references with the ids, --id-column"
         raise ValueError(f"{args.candidates} against {args.references}: {error}{hint}") from error
     with (
         CaptionScorer(corenlp=args.corenlp) as scorer,

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from pycocoevalcap.meteor import meteor as pycoco_meteor
 
-from .tokenization import JAVA_MISSING, find_java, single_line
+from .tokenization import JAVA_MISSING, JAVA_OPTIONS, find_java, java_message, single_line
 
 
 class MeteorScorer:
@@ -36,7 +36,7 @@ class MeteorScorer:
         # A file, not a pipe: nobody reads a pipe of error messages, and a full one would stop the process.
         self._errors = tempfile.TemporaryFile()
         jar = Path(pycoco_meteor.__file__).with_name(pycoco_meteor.METEOR_JAR)
-        command = [launcher, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(jar)]
+        command = [launcher, "-Xmx2G", *JAVA_OPTIONS, "-jar", str(jar)]
         self._process = subprocess.Popen(
             [*command, "-", "-", "-stdio", "-l", "en", "-norm"],
             stdin=subprocess.PIPE,
@@ -112,8 +112,7 @@ class MeteorScorer:
     def _last_words(self) -> str:
         self._process.wait()
         self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[0] if lines else f"exit code {self._process.returncode}"
+        return java_message(self._errors.read()) or f"exit code {self._process.returncode}"
 
 
 def _stop(process: subprocess.Popen, errors: BinaryIO) -> None:

@@ -19,6 +19,10 @@ PYTHON = "python"
 TOKENIZERS = ("auto", PTB, PYTHON, "none")
 JAVA_MISSING = "needs Java (version 8 or newer) on the PATH"
 
+# Options of every Java process: decimal points and English rules whatever the user's locale, and messages of the
+# virtual machine on stderr, since the answers are on stdout.
+JAVA_OPTIONS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-XX:+DisplayVMOutputToStderr")
+
 # Tokens of the Python tokenizer, most special first: letters with periods (a.m.), numbers (10,000 and 3.5), words with
 # inner hyphens, apostrophes, slashes or underscores, and any other sign by itself.
 _TOKEN = re.compile(
@@ -41,9 +45,18 @@ def find_java(java: str | None = "auto") -> str | None:
     return shutil.which("java" if java == "auto" else java)
 
 
+def java_message(errors: bytes) -> str | None:
+    """The first line that a Java process wrote to stderr about itself, None where there is none.
+
+    Skips the lines in which the virtual machine repeats JAVA_TOOL_OPTIONS and the like.
+    """
+    lines = errors.decode(errors="replace").strip().splitlines()
+    return next((line for line in lines if not line.startswith("Picked up ")), None)
+
+
 def single_line(caption: str) -> str:
-    """The caption with every run of white space, line breaks among them, made one blank."""
-    return " ".join(caption.split())
+    """The caption with every run of white space and line breaks made one blank, and lone surrogates replaced."""
+    return " ".join(caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace").split())
 
 
 def ptb_tokenize(captions: Sequence[str], java: str | None = "auto") -> list[str]:
@@ -68,15 +81,14 @@ def ptb_tokenize(captions: Sequence[str], java: str | None = "auto") -> list[str
     if not captions:
         return []
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    command = [launcher, "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command = [launcher, *JAVA_OPTIONS, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     text = "\n".join(single_line(caption) for caption in captions) + "\n"
     process = subprocess.run(
         [*command, "-preserveLines", "-lowerCase", "-encoding", "utf-8"], input=text.encode(), capture_output=True
     )
     lines = process.stdout.decode().split("\n")[:-1]
     if process.returncode or len(lines) != len(captions):
-        message = process.stderr.decode(errors="replace").strip().splitlines()
-        detail = message[0] if message else f"{len(lines)} lines for {len(captions)} captions"
+        detail = java_message(process.stderr) or f"{len(lines)} lines for {len(captions)} captions"
         raise RuntimeError(f"the PTB tokenizer failed under {launcher}: {detail}")
     removed = set(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(token for token in line.split() if token not in removed) for line in lines]

@@ -1,18 +1,14 @@
-"""
-AudioSet: clips of YouTube videos with labels, beside the media that the reader has.
-
-The file imports nothing of its package but `listing`, so that `datasets` before 4 loads it as a script.
-"""
+"""AudioSet: clips of YouTube videos with labels, beside the media that the reader has."""
 
 import csv
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .listing import ListingBuilder, ListingConfig, clip_media, find_media, media_columns, read_label_names, split_file
+from .listing import ListedCorpus, clip_media, find_media, media_columns, read_label_names, split_file
+from .options import option
 
 
-SPLITS = ("balanced_train", "unbalanced_train", "eval")
 COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
 LABELS_FILE = "class_labels_indices.csv"
 
@@ -33,36 +29,44 @@ def read_segments(path: str) -> Iterator[tuple[str, str, float, float, list[str]
             try:
                 start, end = map(float, times)
             except ValueError as error:
-                raise ValueError(f"{place}: start and end {times} are no numbers; correct them") from error
+                raise ValueError(f"{place}: start and end {times} are not numbers; correct them") from error
             if not 0 <= start < end < float("inf"):
                 raise ValueError(f"{place}: {youtube_id!r} goes from {start:g} to {end:g} s; give 0 <= start < end")
             if seen.setdefault(youtube_id, place) != place:
-                raise ValueError(f"{place}: {youtube_id!r} stands in {seen[youtube_id]} already; remove one")
+                raise ValueError(f"{place}: {youtube_id!r} is also in {seen[youtube_id]}; remove one")
             yield place, youtube_id, start, end, [mid for mid in mids.split(",") if mid]
 
 
 @dataclass
-class AudioSetConfig(ListingConfig):
+class AudioSet(ListedCorpus):
     """
-    Options of `AudioSet`.
+    AudioSet: a row per segment.
+
+    Columns are described in `dali_llava.processing.corpora`; `id` is the YouTube id, `labels` are display names in the
+    order of the CSV, `captions` is empty.
 
     Args:
         data_dir: the folder of the media.
         csv: the folder of `balanced_train_segments.csv`, `unbalanced_train_segments.csv`, `eval_segments.csv`, or one
             such file; the media's folder by default.
         labels_csv: the file `class_labels_indices.csv`; the one beside the segments by default.
-        splits: those to make.
-        cut: whether a file that is named by the YouTube id alone holds the clip alone, or else the whole video.
+        splits: the splits to load.
+        whole_videos: whether a file that is named by the YouTube id alone holds the whole video, or else the clip.
         missing: clips without media are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
     """
 
-    name: str = "audioset"
-    csv: str | None = None
-    labels_csv: str | None = None
-    splits: Sequence[str] = SPLITS
-    cut: bool = True
-
-    PATHS = ("data_dir", "csv", "labels_csv")
+    name = "audioset"
+    splits: Sequence[str] = ("balanced_train", "unbalanced_train", "eval")
+    csv: str | None = option(
+        "the list of the segments, or the folder of all lists; default: --data-dir",
+        metavar="PATH",
+        is_path=True,
+        example="audioset/csv",
+    )
+    labels_csv: str | None = option(
+        f"{LABELS_FILE}, with the names of the labels; default: beside the segments", metavar="FILE", is_path=True
+    )
+    whole_videos: bool = option("a file named by the YouTube id alone is the whole video, to be cut", default=False)
 
     def read_rows(self, split: str) -> list[dict]:
         """A row for each segment, in the order of the CSV."""
@@ -75,7 +79,7 @@ class AudioSetConfig(ListingConfig):
             unknown = next((mid for mid in mids if mid not in names), None)
             if unknown is not None:
                 raise ValueError(f"{place}: label {unknown!r} is not in {labels_path}; take the index of its release")
-            files, alone = clip_media(found, youtube_id, start, end, self.cut)
+            files, alone = clip_media(found, youtube_id, start, end, self.whole_videos)
             rows.append(
                 {
                     "id": youtube_id,
@@ -88,15 +92,3 @@ class AudioSetConfig(ListingConfig):
                 }
             )
         return rows
-
-
-class AudioSet(ListingBuilder):
-    """
-    A row a segment.
-
-    Columns are described in `dali_llava.processing.corpora`; `id` is the YouTube id, `labels` are display names in the
-    order of the CSV, `captions` is empty.
-    """
-
-    BUILDER_CONFIG_CLASS = AudioSetConfig
-    DESCRIPTION = "AudioSet"

@@ -1,8 +1,4 @@
-"""
-The JSON lists of CAV-MAE: sounds, each with the first frame of each of its seconds, and labels.
-
-The file imports nothing of its package but `listing`, so that `datasets` before 4 loads it as a script.
-"""
+"""The JSON lists of CAV-MAE: sounds, each with the first frame of each of its seconds, and labels."""
 
 import functools
 import json
@@ -10,10 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .listing import ListingBuilder, ListingConfig, read_label_names
+from .listing import ListedCorpus, read_label_names
+from .options import option
 
 
-SPLITS = ("train",)  # one list is one split, whatever it is for
 KEYS = ("video_id", "wav", "video_path", "labels")
 NUM_FRAMES = 10
 
@@ -25,9 +21,9 @@ def read_list(path: str) -> list[dict[str, str]]:
             content = json.load(file)
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno}"
-        raise ValueError(f"{place}: is no JSON ({error.msg}); give the list as published") from error
+        raise ValueError(f"{place}: is not JSON ({error.msg}); give the list as published") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no JSON in UTF-8 ({error}); give the list as published") from error
+        raise ValueError(f"{path}: is not JSON in UTF-8 ({error}); give the list as published") from error
     entries = content.get("data") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise ValueError(f'{path}: expected {{"data": [...]}}; give a list in the form of CAV-MAE')
@@ -39,7 +35,7 @@ def read_list(path: str) -> list[dict[str, str]]:
             raise ValueError(f"{place}: expected texts under {', '.join(KEYS)}; found {found}; complete it")
         if seen.setdefault(entry["video_id"], number) != number:
             first = seen[entry["video_id"]]
-            raise ValueError(f"{place}: video_id {entry['video_id']!r} stands in entry {first} already; remove one")
+            raise ValueError(f"{place}: video_id {entry['video_id']!r} is also in entry {first}; remove one")
     return entries
 
 
@@ -69,24 +65,29 @@ def file_finder(root: str, data_dir: str | None) -> Callable[..., str | None]:
 
 
 @dataclass
-class CAVMAEConfig(ListingConfig):
+class CAVMAE(ListedCorpus):
     """
-    Options of `CAVMAE`.
+    The clips of a JSON list of CAV-MAE: `{"data": [{"video_id", "wav", "video_path", "labels"}, ...]}`.
+
+    Columns are described in `dali_llava.processing.corpora`; `frames` are the files `video_path/frame_0/VIDEO_ID.jpg`
+    to `frame_9` that exist, `captions` is empty, `end` is null: the clip is the whole file.
 
     Args:
         json: the list; relative paths in it start from its folder.
-        data_dir: the folder in which to look for what is not where the list says.
-        labels_csv: AudioSet's `class_labels_indices.csv`, to turn labels into names; without, they stay as they are.
-        splits: "train", whatever the list is for.
+        data_dir: the folder in which to look for files that are not where the list says.
+        labels_csv: AudioSet's `class_labels_indices.csv`, to turn labels into names; without it they stay as they are.
+        splits: "train": a list is one split.
         missing: clips without sound are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
     """
 
-    name: str = "cav_mae_json"
-    json: str | None = None
-    labels_csv: str | None = None
-    splits: Sequence[str] = SPLITS
-
-    PATHS = ("data_dir", "json", "labels_csv")
+    name = "cav_mae_json"
+    splits: Sequence[str] = ("train",)
+    json: str | None = option(
+        "the list of the clips", metavar="FILE", is_path=True, required=True, example="train.json"
+    )
+    labels_csv: str | None = option(
+        "AudioSet's class_labels_indices.csv, to turn labels into names", metavar="FILE", is_path=True
+    )
 
     def read_rows(self, split: str) -> list[dict]:
         """A row for each entry, in the order of the list."""
@@ -115,15 +116,3 @@ class CAVMAEConfig(ListingConfig):
                 }
             )
         return rows
-
-
-class CAVMAE(ListingBuilder):
-    """
-    A row an entry of `{"data": [{"video_id", "wav", "video_path", "labels"}, ...]}`.
-
-    Columns are described in `dali_llava.processing.corpora`; `frames` are those of `video_path/frame_0/VIDEO_ID.jpg`
-    to `frame_9` that are there, `captions` is empty, `end` is null: the clip is the whole file.
-    """
-
-    BUILDER_CONFIG_CLASS = CAVMAEConfig
-    DESCRIPTION = "A list of CAV-MAE"

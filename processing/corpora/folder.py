@@ -1,22 +1,18 @@
-"""
-A folder of videos, or of sounds and pictures that share a name, with captions and labels in a table or without.
-
-The file imports nothing of its package but `listing`, so that `datasets` before 4 loads it as a script.
-"""
+"""A folder of videos, or of sounds and pictures that share a name, with captions and labels in a table or without."""
 
 import json
 import math
 import os
-import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .listing import KINDS, ListingBuilder, ListingConfig, media_columns, read_csv
+from .listing import ListedCorpus, media_columns, read_csv, walk_media
+from .names import name_key
+from .options import option
 
 
-SPLITS = ("train",)  # one folder is one split, whatever it is for
 TABLES = ("metadata.csv", "metadata.jsonl")
 
 
@@ -28,7 +24,7 @@ def read_jsonl(path: str) -> list[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line) if line.strip() else {}
         except ValueError as error:
-            raise ValueError(f"{place}: is no JSON ({error}); write one object a line") from error
+            raise ValueError(f"{place}: is not JSON ({error}); write one object a line") from error
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected an object, found {row!r}; write one object a line")
         rows += [(place, row)] if row else []
@@ -51,7 +47,7 @@ def texts(place: str, column: str, value: Any) -> list[str]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: {column} is no list in JSON ({error.msg}); correct it") from error
+            raise ValueError(f"{place}: {column} is not a list in JSON ({error.msg}); correct it") from error
     if isinstance(value, str):
         value = [label for label in value.split(";") if label.strip()] if column == "labels" else [value]
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
@@ -75,49 +71,52 @@ def segment_of(place: str, row: dict[str, Any]) -> tuple[float, float | None]:
     try:
         start, end = (None if value in (None, "") else float(value) for value in given)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{place}: start and end {given} are no numbers of seconds; correct them") from error
+        raise ValueError(f"{place}: start and end {given} are not numbers of seconds; correct them") from error
     start = 0.0 if start is None else start
     if not 0 <= start < math.inf or (end is not None and not start < end < math.inf):
         raise ValueError(f"{place}: goes from {start} to {end} s; give 0 <= start < end")
     return start, end
 
 
-def stem_of(name: str) -> str:
-    """The path of a media file in its folder, without its extension, under which its picture and its sound meet."""
-    stem, extension = posixpath.splitext(posixpath.normpath(name.strip().replace("\\", "/")))
-    return stem if extension.lower() in KINDS else stem + extension
-
-
 def find_clips(folder: str) -> dict[str, dict[str, str]]:
-    """The media of a folder, at any depth: relative path without extension -> kind -> path, the first of several."""
-    found = {}
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            kind = KINDS.get(os.path.splitext(name)[1].lower())
-            if kind is not None and not name.startswith("."):
-                path = os.path.join(parent, name)
-                files = found.setdefault(stem_of(os.path.relpath(path, folder)), {})
-                files[kind] = min(path, files.get(kind, path))
+    """
+    The media of a folder, at any depth: key of the relative path (`name_key`) -> kind -> path, the first of several.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for path, kind in walk_media(folder):
+        found.setdefault(name_key(path), {}).setdefault(kind, os.path.join(folder, path))
     return dict(sorted(found.items()))
 
 
 @dataclass
-class FolderConfig(ListingConfig):
+class Folder(ListedCorpus):
     """
-    Options of `Folder`.
+    A folder of clips: a row per group of files with the same path and different suffixes.
+
+    Columns are described in `dali_llava.processing.corpora`; `id` is that path in the folder, or the table's `id`.
+    With a table its lines are the rows, and clips that it does not name are left out. Its columns, all optional but
+    the first:
+
+    - `file_name`, with or without suffix, or `id`; with both, several clips may be in one file;
+    - `captions` (a list, in a CSV in JSON), `caption`, `caption_1`, `caption_2`, ...;
+    - `labels` (a list, in a CSV in JSON or separated by semicolons);
+    - `start`, `end`: in seconds of the file.
 
     Args:
         data_dir: the folder.
         metadata: a table of the clips, CSV or JSON lines; `metadata.csv` or `metadata.jsonl` of the folder by default.
-        splits: "train", whatever the folder is for.
+        splits: "train": a folder is one split.
         missing: clips without sound are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
     """
 
-    name: str = "folder"
-    metadata: str | None = None
-    splits: Sequence[str] = SPLITS
-
-    PATHS = ("data_dir", "metadata")
+    name = "folder"
+    data_dir: str | None = option(
+        "folder of the clips, searched at any depth", metavar="DIR", is_path=True, required=True, example="clips"
+    )
+    splits: Sequence[str] = ("train",)
+    metadata: str | None = option(
+        "table of the clips; default: metadata.csv or metadata.jsonl in the folder", metavar="FILE", is_path=True
+    )
 
     def table(self) -> str | None:
         """The path of the table, None where there is none."""
@@ -134,10 +133,10 @@ class FolderConfig(ListingConfig):
         found, table, rows, seen = find_clips(self.data_dir), self.table(), [], {}
         listed = [("", {"id": clip}) for clip in found] if table is None else read_table(table)
         for place, row in listed:
-            stem = stem_of(row.get("file_name") or row["id"])
+            stem = name_key(row.get("file_name") or row["id"])
             clip = (row.get("id") or stem).strip()
             if seen.setdefault(clip, place) != place:
-                raise ValueError(f"{place}: {clip!r} stands in {seen[clip]} already; remove one, or give each an id")
+                raise ValueError(f"{place}: {clip!r} is also in {seen[clip]}; remove one, or give each an id")
             start, end = segment_of(place, row)
             rows.append(
                 {
@@ -151,21 +150,3 @@ class FolderConfig(ListingConfig):
                 }
             )
         return rows
-
-
-class Folder(ListingBuilder):
-    """
-    A row a clip: the files whose paths differ in the extension alone.
-
-    Columns are described in `dali_llava.processing.corpora`; `id` is that path in the folder, or the table's `id`.
-    With a table its lines are the rows, and what it does not name is left out. Its columns, all but the first
-    optional:
-
-    - `file_name`, with extension or without, or `id`; with both, several clips may lie in one file;
-    - `captions` (a list, in a CSV in JSON), `caption`, `caption_1`, `caption_2`, ...;
-    - `labels` (a list, in a CSV in JSON or separated by semicolons);
-    - `start`, `end`: in seconds of the file.
-    """
-
-    BUILDER_CONFIG_CLASS = FolderConfig
-    DESCRIPTION = "A folder of clips"

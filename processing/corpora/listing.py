@@ -1,95 +1,139 @@
-"""
-What the builders of listed corpora share: a list of clips, in a file of a known form, beside media in a folder.
-
-`datasets` before 4 loads each builder as a script and copies this file beside it, but nothing that this file would
-import of the package. It takes a comment behind the builder's `from .listing import ...` for the file's address.
-"""
+"""What listed corpora share: a list of clips, in a file of a known form, beside media in a folder."""
 
 import csv
-import hashlib
-import inspect
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-import datasets
+from .names import is_utf8, media_kind, name_key, printable
+from .options import option, options_of
 
 
 logger = logging.getLogger(__name__)
 
-NUM_SHARDS = 128  # units of work of num_proc, of nodes and of their workers
 
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "audio": {"path": datasets.Value("string"), "bytes": datasets.Value("binary")},
-        "frames": [{"path": datasets.Value("string"), "bytes": datasets.Value("binary")}],
-        "captions": [datasets.Value("string")],
-        "labels": [datasets.Value("string")],
-        "start": datasets.Value("float64"),
-        "end": datasets.Value("float64"),
-        "source": datasets.Value("string"),
-    }
-)
+@dataclass
+class ListedCorpus:
+    """
+    A corpus that a list describes, beside media on disk.
 
-KINDS = {
-    **dict.fromkeys((".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac"), "sound"),
-    **dict.fromkeys((".mp4", ".mkv", ".webm", ".mov", ".avi"), "video"),
-    **dict.fromkeys((".jpg", ".jpeg", ".png"), "image"),
-}
+    A subclass is a dataclass that declares its options with `option`, sets `name` and `splits` (all that there are),
+    and implements `read_rows`. Its instance holds the options of one load.
+
+    Args:
+        data_dir: the folder of the media.
+        splits: the splits to load.
+        missing: clips without media are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
+
+    Raises:
+        ValueError: an unknown split or choice, or a `data_dir` that is a file.
+        FileNotFoundError: a path that does not exist.
+    """
+
+    name: ClassVar[str]
+
+    data_dir: str | None = option("folder of the media, searched at any depth", metavar="DIR", is_path=True)
+    splits: Sequence[str] = ()
+    missing: str = option(
+        "clips without media: leave out, keep, or stop with an error",
+        default="skip",
+        choices=("skip", "keep", "error"),
+    )
+
+    def __post_init__(self):
+        self.splits = (self.splits,) if isinstance(self.splits, str) else tuple(self.splits)
+        for split in self.splits:
+            if split not in type(self).splits:
+                raise ValueError(f"{self.name} has no split {split!r}; known: {', '.join(type(self).splits)}")
+        for declared in options_of(type(self)):
+            value, choices = getattr(self, declared.name), declared.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{self.name}: {declared.name} must be one of {', '.join(choices)}, not {value!r}")
+            if declared.metadata["is_path"] and value is not None:
+                path = os.path.abspath(os.path.expanduser(value))
+                if not os.path.exists(path):
+                    raise FileNotFoundError(f"{path}: no such file or folder; check {declared.name}= of {self.name}")
+                setattr(self, declared.name, path)
+        if self.data_dir is not None and not os.path.isdir(self.data_dir):
+            raise ValueError(f"{self.data_dir}: is a file; data_dir= of {self.name} is the folder of the media")
+        table = getattr(self, "csv", None)
+        if table and os.path.isfile(table) and len(self.splits) > 1:
+            raise ValueError(f"{table}: one file holds one split; name the split, or give the folder of all CSVs")
+
+    def read_rows(self, split: str) -> list[dict]:
+        """The rows of a split, with or without media; columns as in `dali_llava.processing.corpora`."""
+        raise NotImplementedError
+
+    def select_rows(self, split: str) -> list[dict]:
+        """The rows that have media, or all where `missing` is "keep"; logs how many have."""
+        rows, corpus = self.read_rows(split), f"{self.name} {split}"
+        lacking = [row["id"] for row in rows if row["audio"] is None]
+        if not rows:
+            raise ValueError(f"{corpus}: holds no clip; check the file that lists them, or data_dir=")
+        if lacking and self.missing == "error":
+            first = f"{len(lacking)} of {len(rows)} clips have no media in {self.data_dir}, first {lacking[0]!r}"
+            raise FileNotFoundError(f"{corpus}: {first}; add the files, or pass missing='skip'")
+        level = logging.WARNING if lacking else logging.INFO
+        logger.log(level, "%s: %d of %d clips have media", corpus, len(rows) - len(lacking), len(rows))
+        if self.missing == "keep":
+            return rows
+        if len(lacking) == len(rows):
+            looked = f"none of {len(rows)} clips has media in {self.data_dir}; the first is {lacking[0]!r}"
+            raise FileNotFoundError(f"{corpus}: {looked}; check data_dir= and its file names, or pass missing='keep'")
+        return [row for row in rows if row["audio"] is not None]
 
 
-def check_options(config: datasets.BuilderConfig, splits: Sequence[str], paths: Sequence[str]) -> None:
-    """Reject unknown splits, choices of `missing` and paths that are not there; make the paths absolute."""
-    config.splits = (config.splits,) if isinstance(config.splits, str) else tuple(config.splits)
-    for split in config.splits:
-        if split not in splits:
-            raise ValueError(f"{config.name} has no split {split!r}; known: {', '.join(splits)}")
-    if config.missing not in ("skip", "keep", "error"):
-        raise ValueError(f"{config.name}: missing must be 'skip', 'keep' or 'error', not {config.missing!r}")
-    for option in paths:
-        path = getattr(config, option)
-        if path is not None:
-            path = os.path.abspath(os.path.expanduser(path))
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"{path}: no such file or folder; check {option}= of {config.name}")
-            setattr(config, option, path)
-    if config.data_dir is not None and not os.path.isdir(config.data_dir):
-        raise ValueError(f"{config.data_dir}: is a file; data_dir= of {config.name} is the folder of the media")
-    if "csv" in paths and config.csv and os.path.isfile(config.csv) and len(config.splits) > 1:
-        raise ValueError(f"{config.csv}: one file holds one split; name the split, or give the folder of all CSVs")
-
-
-def split_file(config: datasets.BuilderConfig, name: str) -> str:
+def split_file(corpus: ListedCorpus, name: str) -> str:
     """The CSV of a split: `csv` itself where it is a file, or `name` in that folder, by default the media's."""
-    place = config.csv or config.data_dir
+    place = corpus.csv or corpus.data_dir
     if place is None:
-        raise ValueError(f"{config.name} needs csv=, the file {name} or its folder, and data_dir=, that of its media")
+        raise ValueError(f"{corpus.name} needs csv=, the file {name} or its folder, and data_dir=, that of its media")
     path = place if os.path.isfile(place) else os.path.join(place, name)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; give csv=, the file {name} or its folder")
     return path
 
 
-def read_csv(path: str, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file that has these columns, each behind the place that errors name."""
+def read_csv(path: str, columns: Sequence[str], filled: Sequence[str] = ()) -> list[tuple[str, dict[str, str]]]:
+    """
+    The rows of a CSV file, each with the place that errors name ("FILE, line N").
+
+    A torn row, which has too few or too many cells or nothing in the columns `filled`, is skipped with a warning that
+    names its line.
+
+    Raises:
+        ValueError: no CSV in UTF-8, a column of `columns` is missing, a column is there twice, or every row is torn.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            found = list(reader.fieldnames or [])
-            rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
+            reader = csv.reader(file)
+            header = next(reader, [])
+            lines = [(reader.line_num, cells) for cells in reader if cells]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: is no CSV file in UTF-8 ({error}); give the file as published") from error
-    if not set(columns) <= set(found):
-        wanted = f"expected the columns {', '.join(columns)}; found {', '.join(found) or 'none'}"
+        raise ValueError(f"{path}: is not a CSV file in UTF-8 ({error}); give the file as published") from error
+    if not set(columns) <= set(header):
+        wanted = f"expected the columns {', '.join(columns)}; found {', '.join(header) or 'none'}"
         raise ValueError(f"{path}, line 1: {wanted}; give the file as published")
-    for place, row in rows:
-        if None in row or None in row.values():
-            raise ValueError(f"{place}: does not have {len(found)} cells; quote cells with commas, or mend the line")
+    twice = next((name for number, name in enumerate(header) if name in header[:number]), None)
+    if twice is not None:
+        raise ValueError(f"{path}, line 1: the column {twice!r} is there twice; rename one of the two")
+    rows = []
+    for number, cells in lines:
+        place = f"{path}, line {number}"
+        row = dict(zip(header, cells, strict=False))
+        if len(cells) != len(header):
+            torn = f"{len(cells)} cells of {len(header)}"
+        elif filled and not any(row[column].strip() for column in filled):
+            torn = f"nothing under {' and '.join(filled)}"
+        else:
+            rows.append((place, row))
+            continue
+        logger.warning("%s: torn row, %s; it is left out; quote cells with commas or line breaks", place, torn)
+    if lines and not rows:
+        place = f"{path}, line {lines[0][0]}"
+        raise ValueError(f"{place}: does not have {len(header)} cells; quote cells with commas, or correct the line")
     return rows
 
 
@@ -98,34 +142,48 @@ def read_label_names(path: str) -> dict[str, str]:
     return {row["mid"]: row["display_name"] for _, row in read_csv(path, ("index", "mid", "display_name"))}
 
 
-def find_media(config: datasets.BuilderConfig) -> dict[str, dict[str, str]]:
-    """The files of `data_dir`, at any depth: name without extension -> kind -> path, the first of several."""
-    found = {}
-    if config.data_dir is None:
-        if config.missing != "keep":
-            raise ValueError(f"{config.name} needs data_dir=, the folder of its media; missing='keep' does without")
-        return found
-    for parent, _, names in os.walk(config.data_dir, followlinks=True):
+def walk_media(folder: str) -> Iterator[tuple[str, str]]:
+    """(relative path, kind) of every media file of a folder, at any depth, sorted by path.
+
+    Hidden files are skipped. A name that is not UTF-8 is skipped with a warning that names it.
+    """
+    found = []
+    for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
-            stem, extension = os.path.splitext(name)
-            kind = KINDS.get(extension.lower())
-            if kind is not None:
-                path, files = os.path.join(parent, name), found.setdefault(stem, {})
-                files[kind] = min(path, files.get(kind, path))
+            kind = media_kind(name)
+            if kind is None or name.startswith("."):
+                continue
+            path = os.path.join(parent, name)
+            if is_utf8(path):
+                found.append((os.path.relpath(path, folder), kind))
+            else:
+                logger.warning("%s: its name is not UTF-8; the file is left out, rename it", printable(path))
+    yield from sorted(found)
+
+
+def find_media(corpus: ListedCorpus) -> dict[str, dict[str, str]]:
+    """The files of `data_dir`, at any depth: key of the name (`name_key`) -> kind -> path, the first of several."""
+    found: dict[str, dict[str, str]] = {}
+    if corpus.data_dir is None:
+        if corpus.missing != "keep":
+            raise ValueError(f"{corpus.name} needs data_dir=, the folder of its media; missing='keep' does without")
+        return found
+    for path, kind in walk_media(corpus.data_dir):
+        found.setdefault(name_key(os.path.basename(path)), {}).setdefault(kind, os.path.join(corpus.data_dir, path))
     return found
 
 
 def clip_media(
-    found: dict[str, dict[str, str]], youtube_id: str, start: float, end: float, cut: bool
+    found: dict[str, dict[str, str]], youtube_id: str, start: float, end: float, whole_videos: bool
 ) -> tuple[dict[str, str], bool]:
     """The files of a clip by kind, at any of the usual names, and whether they hold the clip alone."""
     starts = (f"{start:g}", f"{start:.1f}", f"{start:.3f}", f"{start:06g}", f"{1000 * start:.0f}_{1000 * end:.0f}")
     bare = [youtube_id, f"Y{youtube_id}"]
     alone = [f"{name}_{suffix}" for name in bare for suffix in starts]
-    for names, is_alone in [(alone + bare, True)] if cut else [(alone, True), (bare, False)]:
+    for names, is_alone in [(alone, True), (bare, False)] if whole_videos else [(alone + bare, True)]:
         files = {}
         for name in names:
-            files = found.get(name, {}) | files
+            files = found.get(name_key(name), {}) | files
         if "sound" in files or "video" in files:
             return files, is_alone
     return {}, False
@@ -138,98 +196,3 @@ def media_columns(files: dict[str, str]) -> dict:
         for kinds in (("sound", "video"), ("video", "image"))
     )
     return {"audio": sounds[0] if sounds else None, "frames": pictures[:1]}
-
-
-def select_rows(config: datasets.BuilderConfig, split: str, rows: list[dict]) -> list[dict]:
-    """The rows that have media, or all where `missing` is "keep"; a line on the logger says how many have."""
-    corpus = f"{config.name} {split}"
-    lacking = [row["id"] for row in rows if row["audio"] is None]
-    if not rows:
-        raise ValueError(f"{corpus}: holds no clip; check the file that lists them, or data_dir=")
-    if lacking and config.missing == "error":
-        first = f"{len(lacking)} of {len(rows)} clips have no media in {config.data_dir}, first {lacking[0]!r}"
-        raise FileNotFoundError(f"{corpus}: {first}; add the files, or pass missing='skip'")
-    level = logging.WARNING if lacking else logging.INFO
-    logger.log(level, "%s: %d of %d clips have media", corpus, len(rows) - len(lacking), len(rows))
-    if config.missing == "keep":
-        return rows
-    if len(lacking) == len(rows):
-        looked = f"none of {len(rows)} clips has media in {config.data_dir}; the first is {lacking[0]!r}"
-        raise FileNotFoundError(f"{corpus}: {looked}; check data_dir= and its file names, or pass missing='keep'")
-    return [row for row in rows if row["audio"] is not None]
-
-
-def cache_key(config: datasets.BuilderConfig, features: datasets.Features | None) -> str:
-    """A key of the rows, which hold all that the options, the lists and the media come to, and of the source:
-    this file's and the builder's."""
-    digest = hashlib.sha256(str(features or "").encode())
-    for path in (__file__, inspect.getfile(type(config))):
-        digest.update(Path(path).read_bytes())
-    for split in config.splits:
-        for row in config.rows[split]:
-            digest.update(json.dumps([split, row]).encode())
-    return f"{config.name}-{digest.hexdigest()[:16]}"
-
-
-def shard(count: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of each of up to `NUM_SHARDS` shards of `count` rows, in order."""
-    shards = min(NUM_SHARDS, count)
-    return [(count * number // shards, count * (number + 1) // shards) for number in range(shards)]
-
-
-@dataclass
-class ListingConfig(datasets.BuilderConfig):
-    """
-    Options of every listed corpus.
-
-    A subclass gives `name`, `splits` (by default all there are), `PATHS` and `read_rows`.
-
-    Args:
-        data_dir: the folder of the media.
-        splits: those to make.
-        missing: clips without media are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
-
-    Raises:
-        ValueError: on an unknown split or choice.
-        FileNotFoundError: on a path that is not there.
-    """
-
-    data_dir: str | None = None
-    splits: Sequence[str] = ()
-    missing: str = "skip"
-
-    PATHS: ClassVar[Sequence[str]] = ("data_dir",)  # the options that are paths
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_options(self, type(self).splits, self.PATHS)
-
-    def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        """Reads the rows, kept in `rows`, for the cache key depends on them."""
-        self.rows = {split: select_rows(self, split, self.read_rows(split)) for split in self.splits}
-        return cache_key(self, custom_features)
-
-    def read_rows(self, split: str) -> list[dict]:
-        """The rows of a split, with media or without."""
-        raise NotImplementedError
-
-
-class ListingBuilder(datasets.GeneratorBasedBuilder):
-    """The rows of a `ListingConfig`. A subclass gives `BUILDER_CONFIG_CLASS` and `DESCRIPTION`."""
-
-    VERSION = datasets.Version("1.0.0")
-    DESCRIPTION = ""
-
-    def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo(description=self.DESCRIPTION, features=FEATURES)
-
-    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        return [
-            datasets.SplitGenerator(split, gen_kwargs={"split": split, "ranges": shard(len(rows))})
-            for split, rows in self.config.rows.items()
-        ]
-
-    def _generate_examples(self, split: str, ranges: list[tuple[int, int]]) -> Iterator[tuple[str, dict]]:
-        for start, stop in ranges:
-            for row in self.config.rows[split][start:stop]:
-                yield row["id"], row

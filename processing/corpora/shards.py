@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import datasets
 from datasets.utils.file_utils import xjoin, xopen
 
 from . import members
-from .listing import FEATURES
+from .builder import FEATURES
+from .options import option
 
 
-SPLITS = ("train",)  # a folder of shards is one split, whatever it is for
+ANY_SPLIT = "train"  # what any folder of shards answers to; it also knows the split that it was made of
 INDEX_FILE = "index.json"
 
 
@@ -29,30 +31,40 @@ class ShardsConfig(datasets.BuilderConfig):
         data_dir: a folder that `dali-llava prepare` has filled; to stream, also a URL that fsspec knows (`hf://`,
             `s3://`, `memory://`, ...).
         storage_options: of the URL's file system.
-        splits: `train`, the one there is.
+        splits: the split of which the shards were made, as `index.json` records it, or `train`, which all shards
+            answer to.
 
     Raises:
-        ValueError: on another split, no `data_dir`, or a folder of which every clip was left out.
-        FileNotFoundError: no index.json: the folder is not there, or its run has not finished.
+        ValueError: several splits, no `data_dir`, or a folder from which every clip was left out.
+        FileNotFoundError: no index.json: there is no such folder, or its run has not finished.
     """
 
     name: str = "shards"
-    data_dir: str | None = None
-    storage_options: dict[str, Any] = field(default_factory=dict)
-    splits: Sequence[str] = SPLITS
+    splits: Sequence[str] = (ANY_SPLIT,)
+    data_dir: str | None = option(
+        "folder of the shards, or its URL", metavar="DIR", required=True, example="shards/audiocaps"
+    )
+    storage_options: dict[str, Any] = option("options of the URL's file system", default={}, metavar="JSON")
 
     def __post_init__(self):
         super().__post_init__()
         self.splits = (self.splits,) if isinstance(self.splits, str) else tuple(self.splits)
-        if self.splits != SPLITS:
-            raise ValueError(f"shards has no split {self.splits[0]!r}; known: {', '.join(SPLITS)}")
+        if len(self.splits) != 1:
+            raise ValueError(f"shards are one split, not {len(self.splits)}: {', '.join(self.splits)}")
         if self.data_dir is not None:
             self.data_dir = os.fspath(self.data_dir).removeprefix("file://")
             if "://" not in self.data_dir:
                 self.data_dir = os.path.abspath(os.path.expanduser(self.data_dir))
 
-    def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        """Reads `index`, kept, on which the cache key depends, for it holds the digests of all shards."""
+    @classmethod
+    def find_splits(cls, **options: Any) -> tuple[str, ...]:
+        """The split that the shards were made of, and `train`."""
+        corpus = json.loads(cls(**options).read_index()).get("settings", {}).get("corpus") or ""
+        recorded = re.fullmatch(r"[^/]+/(\w+)", corpus)  # `dali-llava prepare` writes CORPUS/SPLIT
+        return (ANY_SPLIT,) if recorded is None else tuple(dict.fromkeys((recorded[1], ANY_SPLIT)))
+
+    def read_index(self) -> bytes:
+        """The content of `index.json`."""
         if self.data_dir is None:
             raise ValueError("shards needs data_dir=, a folder that `dali-llava prepare` has filled")
         url = xjoin(self.data_dir, INDEX_FILE)
@@ -61,12 +73,22 @@ class ShardsConfig(datasets.BuilderConfig):
                 content = file.read()
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{url}: no such file, or out of reach; `dali-llava prepare` writes it when all shards are there"
+                f"{url}: no such file, or out of reach; `dali-llava prepare` writes it when all shards are complete"
             ) from error
+        try:
+            is_empty = not json.loads(content)["shards"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{url}: is not an index of shards; run `dali-llava prepare` again") from error
+        if is_empty:
+            raise ValueError(f"{url}: lists no shards; report.csv has the reason why every clip was left out")
+        return content
+
+    def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
+        """Read the index into `index`, and return the cache key, which depends on it: it has the digests of all
+        shards."""
+        content = self.read_index()
         self.index = json.loads(content)
-        if not self.index["shards"]:
-            raise ValueError(f"{url}: lists no shards; every clip was left out, and report.csv tells why")
-        digest = hashlib.sha256(f"{self.data_dir}\0{custom_features or ''}\0".encode() + content)
+        digest = hashlib.sha256(f"{self.data_dir}\0{self.splits[0]}\0{custom_features or ''}\0".encode() + content)
         for path in (__file__, members.__file__):
             digest.update(Path(path).read_bytes())
         return f"{self.name}-{digest.hexdigest()[:16]}"
@@ -103,7 +125,7 @@ class Shards(datasets.GeneratorBasedBuilder):
                     raise _damaged(url, f"{size} bytes of {shard['bytes']}")
         # A list among the arguments is what `datasets` divides among processes, ranks and workers.
         kwargs = {"urls": urls, "streamed": streamed, "download_config": config.download_config}
-        return [datasets.SplitGenerator("train", gen_kwargs=kwargs)]
+        return [datasets.SplitGenerator(config.splits[0], gen_kwargs=kwargs)]
 
     def _generate_examples(
         self, urls: list[str], streamed: bool, download_config: datasets.DownloadConfig

@@ -2,11 +2,14 @@
 
 import multiprocessing
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any
 
 
@@ -29,7 +32,8 @@ class WorkerPool:
     outlives it: each ends when its pipe does, also when this process is killed.
 
     Args:
-        function: called with one task; it, the tasks and the results must survive pickling.
+        function: called with one task; it, the tasks and the results must survive pickling, and be of modules that a
+            worker can import: it does not run the caller's script again.
         num_proc: processes, at least 1. Results do not depend on their number.
     """
 
@@ -114,7 +118,8 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.job: _Job | None = None
         self._process = context.Process(target=_work, args=(function, theirs), daemon=True)
-        self._process.start()
+        with _hidden_main():
+            self._process.start()
         theirs.close()  # theirs alone must be open, or their death would not show here
 
     def await_ready(self) -> None:
@@ -122,7 +127,7 @@ class _Worker:
             self.connection.recv()
         except (EOFError, OSError) as error:
             raise RuntimeError(
-                f"a worker process cannot start (exit code {self.stop()}); use fewer processes"
+                f"a worker process cannot start (exit code {self.stop()}); use fewer processes, --num-proc 1"
             ) from error
 
     def give(self, job: _Job) -> None:
@@ -139,6 +144,20 @@ class _Worker:
             self._process.kill()
             self._process.join()
         return self._process.exitcode
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep a process that starts within from running the caller's script once more.
+
+    A worker needs nothing of the script, and one without `if __name__ == "__main__":` would start workers in turn.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _work(function: Callable[[Any], Any], connection: Connection) -> None:

@@ -40,7 +40,6 @@ def prepare_shards(
     A shard holds a fixed range of rows, and its bytes depend on the rows, their media and the settings alone: not on
     the number of processes or jobs, nor on how often the run was killed and called again. Finished shards are skipped
     unless their rows have changed.
-    A script that calls this needs the usual `if __name__ == "__main__":`, since worker processes are started.
 
     Args:
         rows: of a corpus; see `dali_llava.processing.corpora`.

@@ -67,7 +67,7 @@ def test_a_folder_and_its_shards_are_captioned_and_scored(evaluate, folder, tmp_
 
 
 def test_options_reach_the_corpus(evaluate):
-    code, rows, _ = evaluate("avworld", "--option", 'sizes={"test": 3}', "--modality", "audio")
+    code, rows, _ = evaluate("avworld", "--sizes", '{"test": 3}', "--modality", "audio")
     assert code == 0 and rows["audio"]["n"] == 3 and rows["audio"]["split"] == "test"
     assert 0 <= rows["audio"]["metrics"]["sound_recall"] <= 1
 
@@ -93,7 +93,6 @@ def test_a_broken_clip_is_told_and_the_others_are_scored(evaluate, folder):
             [],
             "folder: 1 of 4 clips have no pictures, the first 'test-000001'; --modality audio does without",
         ),
-        (lambda folder: None, ["--option", "colour=red"], "corpus 'folder' has no option 'colour'"),
         (lambda folder: None, ["--split", "dev"], "corpus 'folder' has no split 'dev'"),
     ],
 )

@@ -13,7 +13,7 @@ from dali_llava.processing.shards.clip import prepare_clip
 from dali_llava.processing.shards.writer import TarShard
 
 
-TINY_AVWORLD = ["avworld", "--split", "test", "--option", 'sizes={"test": 6}']
+TINY_AVWORLD = ["avworld", "--split", "test", "--sizes", '{"test": 6}']
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +80,8 @@ def test_a_folder_of_clips(clips, tmp_path, capsys):
     assert "A dog &lt;barks&gt;." in page and "<barks>" not in page and "cannot be opened, broken: " in page
 
 
-def test_options_are_json_or_text(clips, tmp_path):
-    words = ["--option", f"metadata={clips / 'metadata.csv'}", "--option", 'missing="keep"']
+def test_options_are_those_of_prepare(clips, tmp_path):
+    words = ["--metadata", str(clips / "metadata.csv"), "--missing", "keep"]
     assert main(["inspect", "folder", "--data-dir", str(clips), *words, "--out", "out"]) == 0
     assert figures(tmp_path / "out")["options"] == {"metadata": str(clips / "metadata.csv"), "missing": "keep"}
 
@@ -100,7 +100,7 @@ def test_shards(tmp_path, capsys):
     assert (shown["clips"], shown["captions in all"], shown["with sound"]) == ("5", "25", "5 (100%)")
     assert (tmp_path / "runs" / "inspect" / "shards-shards" / "index.html").is_file()
     assert main(["inspect", "./shards", "--split", "test"]) == 1
-    assert "./shards: shards take no --split" in capsys.readouterr().err
+    assert "corpus 'shards' has no split 'test'; known: train" in capsys.readouterr().err
 
 
 def test_what_cannot_be_inspected_is_told_in_one_line(tmp_path, capsys):
@@ -110,10 +110,9 @@ def test_what_cannot_be_inspected_is_told_in_one_line(tmp_path, capsys):
         (["nothing"], "unknown corpus 'nothing'; known: avworld, "),
         (["avworld", "--split", "dev"], "corpus 'avworld' has no split 'dev'"),
         (["avworld"], "corpus 'avworld' has several splits: choose --split from train, "),
-        (["avworld", "--split", "test", "--option", "size=3"], "corpus 'avworld' has no option 'size'"),
         (["folder", "--data-dir", "nowhere"], "nowhere: no such file or folder; check data_dir="),
         (["folder", "--data-dir", "empty"], "folder train: holds no clip"),
-        (["./empty"], "no such file, so ./empty holds no shards; `dali-llava prepare` makes it"),
+        (["./empty"], "no such file, so ./empty holds no shards; `dali-llava prepare` writes it"),
         ([*TINY_AVWORLD, "--out", "file"], "file: cannot be written (Not a directory); give --out a folder"),
         ([*TINY_AVWORLD, "--out", "."], "holds other files, which would be lost; give --out a new folder"),
     ):
@@ -123,7 +122,9 @@ def test_what_cannot_be_inspected_is_told_in_one_line(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
-@pytest.mark.parametrize("words", [[], ["avworld", "--option", "sizes"], ["avworld", "--samples", "0"]])
+@pytest.mark.parametrize(
+    "words", [[], ["avworld", "--sizes", "many"], ["avworld", "--colour", "3"], ["avworld", "--samples", "0"]]
+)
 def test_wrong_usage(words, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["inspect", *words])

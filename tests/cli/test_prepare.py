@@ -1,11 +1,10 @@
 """`dali-llava prepare`: what it prints, its exit codes, and a folder with every kind of bad file."""
 
-import argparse
 import csv
-import dataclasses
-import importlib
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,8 +17,9 @@ import soundfile
 from PIL import Image
 
 from dali_llava.cli import build_parser, main
-from dali_llava.cli.prepare import CLIP_SETTINGS, CORPORA, EXAMPLES
-from dali_llava.processing.corpora import load_corpus
+from dali_llava.cli.prepare import CLIP_SETTINGS
+from dali_llava.processing.corpora import configuration_of, known_corpora, load_corpus
+from dali_llava.processing.corpora.options import options_of
 from dali_llava.processing.shards import ClipSettings
 from dali_llava.processing.shards.clip import clip_key
 
@@ -236,24 +236,20 @@ def test_wrong_usage_exits_with_2(words, capsys):
     assert exit_info.value.code == 2 and "usage: dali-llava prepare" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", CORPORA)
-def test_each_corpus_is_one_of_load_corpus(name, capsys):
-    """Its splits, options and defaults, which the command repeats so that its help needs no torch."""
-    corpora = importlib.import_module("dali_llava.processing.corpora")
-    module, class_name = corpora._BUILDERS[name]
-    config = getattr(importlib.import_module(module, corpora.__name__), class_name).BUILDER_CONFIG_CLASS
-    _, splits, options = CORPORA[name]
-    assert splits == tuple(config().splits)
-    known = {field.name for field in dataclasses.fields(config)}
-    assert {"cut" if option == "whole_videos" else option for option in options} | {"data_dir", "missing"} <= known
-    parsed = build_parser().parse_args(["prepare", name, *EXAMPLES[name].split()])
+@pytest.mark.parametrize("name", list(known_corpora()))
+def test_the_options_of_a_corpus_are_those_of_its_configuration(name, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["prepare", name, "--help"])
+    shown = capsys.readouterr().out
+    assert exit_info.value.code == 0
+    options = {option.name for option in options_of(configuration_of(name))} - {"missing"}
+    assert options and all(f"--{option.replace('_', '-')}" in shown for option in options)
+    (example,) = re.findall(r"^example: dali-llava (prepare .*)$", shown, re.M)
+    parsed = build_parser().parse_args(shlex.split(example))
     assert {setting: getattr(parsed, setting) for setting in CLIP_SETTINGS} == {
         setting: getattr(ClipSettings(), setting) for setting in CLIP_SETTINGS
     }
-    assert isinstance(parsed, argparse.Namespace) and parsed.corpus == name
-    with pytest.raises(SystemExit) as exit_info:
-        main(["prepare", name, "--help"])
-    assert exit_info.value.code == 0 and f"example: dali-llava prepare {name}" in capsys.readouterr().out
+    assert parsed.corpus == name
 
 
 def test_help_needs_no_torch():

@@ -32,12 +32,50 @@ def test_candidates(write, content):
     "content",
     [
         "id,caption_1,caption_2\nx,a,b\n7,c,\n",
-        "audiocap_id,youtube_id,start_time,caption\n1,x,0,a\n2,7,0,c\n3,x,0,b\n",
         '{"id": "x", "captions": ["a", "b"]}\n{"id": 7, "caption": "c"}\n',
     ],
 )
 def test_references(write, content):
     assert read_references(write(content)) == {"x": ["a", "b"], "7": ["c"]}
+
+
+def test_references_of_audiocaps_have_the_ids_of_the_corpus(write):
+    """YOUTUBEID_START, as in the captions that `evaluate` writes; another column on demand."""
+    path = write("audiocap_id,youtube_id,start_time,caption\n1,x,30,a\n2,-7,0,c\n3,x,30,b\n")
+    assert read_references(path) == {"x_30": ["a", "b"], "-7_0": ["c"]}
+    assert read_references(path, "youtube_id") == {"x": ["a", "b"], "-7": ["c"]}
+    assert read_references(path, "audiocap_id") == {"1": ["a"], "2": ["c"], "3": ["b"]}
+    with pytest.raises(
+        ValueError, match="line 1: no column clip, but audiocap_id, youtube_id, .*; name .*--id-column"
+    ):
+        read_references(path, "clip")
+
+
+def test_ids_match_with_and_without_suffix_and_however_composed(write):
+    references = write("file_name,caption_1,caption_2\nCafe\u0301.wav,a,b\n rain.WAV,c,d\n")
+    assert read_references(references) == {"Caf\u00e9": ["a", "b"], "rain": ["c", "d"]}
+
+
+def test_a_torn_row_is_named_and_the_rest_is_read(write, caplog):
+    path = write("youtube_id,start_time,caption\nx,1,a man\nspeaks,,,\n,,\ny,2,rain\n")
+    assert read_references(path) == {"x_1": ["a man"], "y_2": ["rain"]}
+    torn = [record.getMessage() for record in caplog.records]
+    assert len(torn) == 2 and "line 3: torn row, 4 cells where the header has 3" in torn[0]
+    assert "line 4: torn row, nothing under youtube_id and start_time" in torn[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": "b", "caption": "rain"}\n{"id": "a", "caption": "a dog \\ud83d"}\n', "line 2: .* lone surrogate"),
+        ('{"id": "a\\udc00", "caption": "a dog"}\n', "line 1: the text is cut within a character"),
+        ("id,caption,caption\na,b,c\n", "line 1: the column 'caption' is there twice"),
+        ("youtube_id,start_time,caption\na,soon,b\n", "line 2: start_time 'soon' is not a number of seconds"),
+    ],
+)
+def test_text_that_cannot_be_scored_is_named(write, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_references(write(content))
 
 
 def test_line_breaks_in_cells(write):
@@ -62,7 +100,7 @@ def test_corpora(shared_data, audiocaps):
         ("id,caption\nx,a, b\n", "line 2: 3 cells where the header has 2"),
         ('id,caption\nx,"a" b\n', "line 2: .* check the double quotes"),
         ("id,caption\n ,a\n", "line 2: the id is blank"),
-        ("id,caption\nx,a\nx,b\n", "line 3: id 'x' stands there twice"),
+        ("id,caption\nx,a\nx,b\n", "line 3: id 'x' is there twice"),
         ("id,caption_1,caption_2\nx,a,b\n", "line 2: 2 captions; a candidates file has one"),
         ('{"id": "x", "caption": "a"}\n{"id"\n', "line 2: not JSON"),
         ('{"id": "x", "caption": "a"}\n[1]\n', "line 2: not an object"),

@@ -60,6 +60,19 @@ def test_bad_file(files, capsys, index, content, message):
     assert str(files[index]) in error and message in error and error.count("\n") == 1
 
 
+def test_audiocaps_own_list_is_scored(files, capsys):
+    candidates, references = files[0], files[1].with_suffix(".csv")
+    references.write_text("audiocap_id,youtube_id,start_time,caption\n1,x,30,a dog\n2,y,0,rain falls\n3,y,0,rain\n")
+    files = (candidates, references, files[2])
+    assert run(files) == 1
+    error = capsys.readouterr().err
+    assert "no id is in both, such as 'x' and 'x_30'" in error and "--id-column" in error and error.count("\n") == 1
+    assert run(files, "--id-column", "youtube_id") == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 2
+    candidates.write_text("id,caption\nx_30,A dog barks at night.\ny_0,Rain falls on tin roofs.\n")
+    assert run(files) == 0
+
+
 def test_out_is_a_folder(files, capsys):
     files[2].mkdir(parents=True)
     assert run(files) == 1

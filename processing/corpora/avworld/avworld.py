@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import soundfile
 from datasets.builder import Key
 from PIL import Image
 
+from ..options import option
 from .captions import audio_captions, image_dialogues, pair_dialogues, text_dialogues, visual_captions
 from .recordings import CATEGORIES, TEST_FOLD, TRAIN_FOLDS, find_recordings, recorded_synthesisers, recordings_hash
 from .scenes import DURATION, SAMPLING_RATE, Scene, another_view, render_audio, render_frames, sample_scene
@@ -80,10 +81,10 @@ class AVWorldConfig(datasets.BuilderConfig):
     """
 
     name: str = "avworld"
-    seed: int = 0
     splits: Sequence[str] = SPLITS
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    recordings: str | None = None
+    seed: int = option("seed of all rows", default=0, metavar="N")
+    sizes: Mapping[str, int] = option("rows per split, where not the default", default={}, metavar="JSON")
+    recordings: str | None = option("folder of ESC-10, to replace ten synthesisers", metavar="DIR")
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 A caption of the sound names no colour and no place; a caption of the look no sound. The captioner, which never hears,
 answers every general prompt with the look, the prompt for the sound included; what things do it says only when asked
-"What is everything doing ?", from knowledge of language. Tokens are separated by spaces, punctuation as well.
+"What is everything doing ?", from knowledge of language.
 """
 
 from collections.abc import Sequence
@@ -59,9 +59,9 @@ def with_article(noun: str, countable: bool = True) -> str:
 
 
 def enumerate_phrases(phrases: Sequence[str]) -> str:
-    """ "x", "x and y", "x , y and z"."""
+    """ "x", "x and y", "x, y and z"."""
     *rest, last = phrases
-    return f"{' , '.join(rest)} and {last}" if rest else last
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def _countable(name: str) -> bool:
@@ -249,7 +249,7 @@ def text_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, str
 
 def grammar_texts() -> list[str]:
     """Sentences that together hold every word that the grammar can say or ask."""
-    texts = [*VISUAL_PROMPTS, CONCISE_PROMPT, PLACE_PROMPT, *ACTIVITY_PROMPTS, "yes no a an and , ."]
+    texts = [*VISUAL_PROMPTS, CONCISE_PROMPT, PLACE_PROMPT, *ACTIVITY_PROMPTS, "yes no a an and, ."]
     texts += ["What colour is the", "What colour are the", "Is there", "Are there", "there is", "a picture of"]
     texts += ["What does do ?", "How does sound ?", "How do sound ?"]
     texts += [*COLOURS, *(background.phrase for background in BACKGROUNDS.values()), *SILENT_OBJECTS]

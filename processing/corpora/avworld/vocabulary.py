@@ -1,6 +1,9 @@
 """The word-level tokenizer of AVWorld."""
 
+import re
+
 from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import WordPiece
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
@@ -24,14 +27,15 @@ COMMON_WORDS: tuple[str, ...] = tuple(
 
 def vocabulary() -> list[str]:
     """The special tokens, then every word of the grammar and the common words in alphabetical order."""
-    words = {word.lower() for text in grammar_texts() for word in text.split()}
-    return [*SPECIAL_TOKENS, *sorted(words | SOUND_WORDS | VISUAL_WORDS | set(COMMON_WORDS))]
+    tokens = re.findall(f"[{PUNCTUATION}]|[^\\s{PUNCTUATION}]+", " ".join(grammar_texts()).lower())
+    return [*SPECIAL_TOKENS, *sorted({*tokens} | SOUND_WORDS | VISUAL_WORDS | set(COMMON_WORDS))]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of lowercase words and single punctuation marks, which pads on the left and puts <s> in front.
 
-    Decoding with `skip_special_tokens=True` gives the words separated by spaces, as in the captions.
+    Decoding with `skip_special_tokens=True` gives text as in the captions: words separated by blanks, with no blank
+    before a comma, a full stop or a question mark.
     """
     tokens = vocabulary()
     tokenizer = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
@@ -40,6 +44,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", tokens.index("<s>"))]
     )
+    # Joins words with blanks and puts none before punctuation; its prefix of word pieces occurs in no word.
+    tokenizer.decoder = WordPiece(prefix="##", cleanup=True)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from dali_llava.eval.metrics.tokenization import ptb_tokenize, python_tokenize, tokenize, tokenize_pairs
+from dali_llava.eval.metrics.tokenization import java_message, ptb_tokenize, python_tokenize, tokenize, tokenize_pairs
 
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="the PTB tokenizer needs Java on the PATH")
@@ -69,3 +69,23 @@ def test_pairs_reject(predictions, references, message):
 def test_unknown_tokenizer():
     with pytest.raises(ValueError, match="unknown tokenizer 'word'"):
         tokenize(["a"], "word")
+
+
+@needs_java
+def test_the_locale_and_the_options_of_java_do_not_matter(monkeypatch):
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+    captions = ["A dog barks 1.5 times, then 10,000 bells ring.", "cut \ud83d emoji"]
+    assert ptb_tokenize(captions) == ["a dog barks 1.5 times then 10,000 bells ring", "cut emoji"]
+
+
+def test_the_message_of_java_is_not_its_options():
+    errors = b"Picked up JAVA_TOOL_OPTIONS: -Xmx1g\nError: out of memory\n"
+    assert java_message(errors) == "Error: out of memory"
+    assert java_message(b"Picked up _JAVA_OPTIONS: -Xmx1g\n") is None
+
+
+@pytest.mark.parametrize("tokenizer", [pytest.param("ptb", marks=needs_java), "python"])
+def test_blanks_before_punctuation_make_no_difference(tokenizer):
+    apart = ["a dog barking , a bell ringing and rain .", "what can you see ?", "an owl , a cat"]
+    together = ["a dog barking, a bell ringing and rain.", "what can you see?", "an owl, a cat"]
+    assert tokenize(apart, tokenizer)[0] == tokenize(together, tokenizer)[0]

@@ -102,34 +102,36 @@ def test_a_row(load, tmp_path):
         "{}_30.webm",
     ],
 )
-@pytest.mark.parametrize("cut", [True, False])
-def test_a_name_with_a_start_holds_the_clip_alone(name, cut, load):
-    (row,) = load(HEADER + "1,abcdefghijk,30,Rain", name.format("abcdefghijk"), "abcdefghijk_31.wav", cut=cut)
+@pytest.mark.parametrize("whole_videos", [False, True])
+def test_a_name_with_a_start_holds_the_clip_alone(name, whole_videos, load):
+    (row,) = load(
+        HEADER + "1,abcdefghijk,30,Rain", name.format("abcdefghijk"), "abcdefghijk_31.wav", whole_videos=whole_videos
+    )
     assert row["audio"]["path"].endswith(name.format("abcdefghijk"))
     assert (row["start"], row["end"]) == (0.0, None)
 
 
 @pytest.mark.parametrize("name", ["abcdefghijk.wav", "x/Yabcdefghijk.mp4"])
-@pytest.mark.parametrize(("cut", "segment"), [(True, (0.0, None)), (False, (30.0, 40.0))])
-def test_a_bare_name_is_a_clip_or_the_whole_video(name, cut, segment, load):
-    (row,) = load(HEADER + "1,abcdefghijk,30,Rain", name, cut=cut)
+@pytest.mark.parametrize(("whole_videos", "segment"), [(False, (0.0, None)), (True, (30.0, 40.0))])
+def test_a_bare_name_is_a_clip_or_the_whole_video(name, whole_videos, segment, load):
+    (row,) = load(HEADER + "1,abcdefghijk,30,Rain", name, whole_videos=whole_videos)
     assert row["audio"]["path"].endswith(name)
     assert (row["start"], row["end"]) == segment
 
 
 @pytest.mark.parametrize(
-    ("media", "cut", "sound", "picture"),
+    ("media", "whole_videos", "sound", "picture"),
     [
-        (["K.wav", "K.mp4", "K.jpg"], True, "K.wav", "K.mp4"),
-        (["K.wav", "K.jpg"], True, "K.wav", "K.jpg"),
-        (["K_30.wav", "K.mp4"], True, "K_30.wav", "K.mp4"),
-        (["K_30.wav", "K.mp4"], False, "K_30.wav", None),  # the video's seconds are not the sound's
-        (["K.wav", "K_30.png"], False, "K.wav", None),
-        (["b/K.wav", "a/K.flac"], True, "a/K.flac", None),
+        (["K.wav", "K.mp4", "K.jpg"], False, "K.wav", "K.mp4"),
+        (["K.wav", "K.jpg"], False, "K.wav", "K.jpg"),
+        (["K_30.wav", "K.mp4"], False, "K_30.wav", "K.mp4"),
+        (["K_30.wav", "K.mp4"], True, "K_30.wav", None),  # the video's seconds are not the sound's
+        (["K.wav", "K_30.png"], True, "K.wav", None),
+        (["b/K.wav", "a/K.flac"], False, "a/K.flac", None),
     ],
 )
-def test_sound_comes_from_sounds_and_frames_from_videos(media, cut, sound, picture, load):
-    (row,) = load(HEADER + "1,K,30,Rain", *media, cut=cut)
+def test_sound_comes_from_sounds_and_frames_from_videos(media, whole_videos, sound, picture, load):
+    (row,) = load(HEADER + "1,K,30,Rain", *media, whole_videos=whole_videos)
     assert row["audio"]["path"].endswith(f"/{sound}")
     assert [Path(frame["path"]).name for frame in row["frames"]] == ([] if picture is None else [picture])
 
@@ -171,10 +173,10 @@ def test_new_media_and_new_captions_are_seen_at_the_next_load(load):
         (HEADER, "holds no clip"),
         (HEADER + "1,abcdefghijk,30,Rain\n2,abcdefghijk,30,  \n", "line 3: the caption is empty; fill it in"),
         (HEADER + "1,,30,Rain\n", "line 2: the youtube_id is empty"),
-        (HEADER + "1,abcdefghijk,soon,Rain\n", "line 2: start_time 'soon' is no number of at least 0"),
-        (HEADER + "1,abcdefghijk,-1,Rain\n", "line 2: start_time '-1' is no number of at least 0"),
-        (HEADER + "1,abcdefghijk,nan,Rain\n", "line 2: start_time 'nan' is no number of at least 0"),
-        (HEADER + '1,abcdefghijk,30,"Rain\nand wind"\n2,abcdefghijk,30,Rain, wind\n', "line 4: does not have 4 cells"),
+        (HEADER + "1,abcdefghijk,soon,Rain\n", "line 2: start_time 'soon' is not a number of seconds"),
+        (HEADER + "1,abcdefghijk,-1,Rain\n", "line 2: start_time '-1' is not a number of seconds"),
+        (HEADER + "1,abcdefghijk,nan,Rain\n", "line 2: start_time 'nan' is not a number of seconds"),
+        (HEADER + "2,abcdefghijk,30,Rain, wind\n", "line 2: does not have 4 cells"),
     ],
 )
 def test_a_bad_csv_is_named_with_its_line(content, message, load):
@@ -182,9 +184,27 @@ def test_a_bad_csv_is_named_with_its_line(content, message, load):
         load(content, "abcdefghijk.wav")
 
 
+def test_a_torn_row_is_named_and_the_rest_is_read(load, caplog):
+    """A row cut by a line break, as in AudioCaps 2.0's train list, and one with a comma that is not quoted."""
+    quoted = '1,abcdefghijk,30,"Rain\nand wind"\n'
+    rows = load(
+        HEADER + quoted + "2,abcdefghijk,30,Rain, wind\n3,abcdefghijk,30,A man\nspeaks,,,\n", "abcdefghijk.wav"
+    )
+    assert rows["captions"] == [["Rain\nand wind", "A man"]]
+    torn = [record.getMessage() for record in caplog.records if "torn row" in record.getMessage()]
+    assert len(torn) == 2
+    assert "test.csv, line 4: torn row, 5 cells of 4; it is left out" in torn[0]
+    assert "test.csv, line 6: torn row, nothing under youtube_id and start_time; it is left out" in torn[1]
+
+
+def test_a_column_that_is_there_twice_is_named(load):
+    with pytest.raises(ValueError, match="test.csv, line 1: the column 'caption' is there twice; rename one"):
+        load(HEADER.strip() + ",caption\n1,abcdefghijk,30,Rain,Wind\n", "abcdefghijk.wav")
+
+
 def test_bad_options(load, tmp_path):
     content = HEADER + "1,abcdefghijk,30,Rain"
-    with pytest.raises(ValueError, match="missing must be 'skip', 'keep' or 'error', not 'drop'"):
+    with pytest.raises(ValueError, match="missing must be one of skip, keep, error, not 'drop'"):
         load(content, "abcdefghijk.wav", missing="drop")
     with pytest.raises(ValueError, match="audiocaps needs data_dir=, the folder of its media"):
         load(content, data_dir=None)
@@ -199,5 +219,5 @@ def test_bad_options(load, tmp_path):
     with pytest.raises(ValueError, match="test.csv: one file holds one split; name the split"):
         load(content, split=None, csv=tmp_path / "test.csv")
     (tmp_path / "test.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"test.csv: is no CSV file in UTF-8 "):
+    with pytest.raises(ValueError, match=r"test.csv: is not a CSV file in UTF-8 "):
         load_corpus("audiocaps", "test", csv=tmp_path, data_dir=tmp_path, cache_dir=tmp_path)

@@ -76,16 +76,18 @@ def test_a_row(load, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "cut", "segment"),
+    ("name", "whole_videos", "segment"),
     [
-        ("abcdefghijk.mp4", True, (0.0, 7.5)),
-        ("abcdefghijk.mp4", False, (30.0, 37.5)),
-        ("Yabcdefghijk_30.000.mp4", False, (0.0, 7.5)),
-        ("abcdefghijk_30000_37500.wav", False, (0.0, 7.5)),
+        ("abcdefghijk.mp4", False, (0.0, 7.5)),
+        ("abcdefghijk.mp4", True, (30.0, 37.5)),
+        ("Yabcdefghijk_30.000.mp4", True, (0.0, 7.5)),
+        ("abcdefghijk_30000_37500.wav", True, (0.0, 7.5)),
     ],
 )
-def test_the_clip_in_its_file(name, cut, segment, load):
-    (row,) = load('abcdefghijk, 30.000, 37.500, "/m/09x0r"\n', name, cut=cut)  # without the comments, too
+def test_the_clip_in_its_file(name, whole_videos, segment, load):
+    (row,) = load(
+        'abcdefghijk, 30.000, 37.500, "/m/09x0r"\n', name, whole_videos=whole_videos
+    )  # without the comments, too
     assert (row["start"], row["end"]) == segment
 
 
@@ -101,12 +103,12 @@ def test_rows_without_media_keep_their_place_in_the_video(load):
             "abcdefghijk, 30.000, 40.000\n",
             r"line 1: expected the columns YTID, start_seconds, .*; found abcdefghijk, 30",
         ),
-        ("youtube_id,start_time,caption,other\n", r"line 1: start and end \['start_time', 'caption'\] are no numbers"),
+        ("youtube_id,start_time,caption,other\n", r"start and end \['start_time', 'caption'\] are not numbers"),
         (COMMENTS + "abcdefghijk, 40.000, 40.000, x\n", "line 4: 'abcdefghijk' goes from 40 to 40 s; give 0 <= start"),
         (COMMENTS + "abcdefghijk, -1.000, 40.000, x\n", "line 4: 'abcdefghijk' goes from -1 to 40 s"),
         (COMMENTS + "abcdefghijk, 0, inf, x\n", "line 4: 'abcdefghijk' goes from 0 to inf s"),
         (COMMENTS + "abcdefghijk, nan, 1, x\n", "line 4: 'abcdefghijk' goes from nan to 1 s"),
-        (COMMENTS + GOOD + GOOD, r"line 5: 'abcdefghijk' stands in .*csv, line 4 already; remove one"),
+        (COMMENTS + GOOD + GOOD, r"line 5: 'abcdefghijk' is also in .*csv, line 4; remove one"),
         (COMMENTS + 'abcdefghijk, 0, 1, "/m/09x0r,/m/no"\n', r"line 4: label '/m/no' is not in .*indices.csv; take"),
         (COMMENTS, "audioset eval: holds no clip"),
     ],

@@ -56,17 +56,17 @@ def test_canonical_forms():
     rng = np.random.default_rng(0)
     assert audio_captions(DOG_AND_SIREN, rng)[0] == "a dog barking and a siren wailing"
     assert visual_captions(DOG_AND_SIREN) == [
-        "green rain , an orange owl and a red dog on grass",
-        "there is green rain , an orange owl and a red dog on grass",
-        "on grass there is green rain , an orange owl and a red dog",
-        "a picture of green rain , an orange owl and a red dog on grass",
+        "green rain, an orange owl and a red dog on grass",
+        "there is green rain, an orange owl and a red dog on grass",
+        "on grass there is green rain, an orange owl and a red dog",
+        "a picture of green rain, an orange owl and a red dog on grass",
     ]
-    assert concise_caption(DOG_AND_SIREN) == "rain , an owl and a dog"
+    assert concise_caption(DOG_AND_SIREN) == "rain, an owl and a dog"
     assert activity_captions(["waves"], rng, 1) == ["waves crashing"]
     assert with_article("owl") == "an owl"
     assert with_article("rain", countable=False) == "rain"
     assert enumerate_phrases(["x"]) == "x"
-    assert enumerate_phrases(["x", "y", "z"]) == "x , y and z"
+    assert enumerate_phrases(["x", "y", "z"]) == "x, y and z"
 
 
 def test_number_agrees_with_the_verb():

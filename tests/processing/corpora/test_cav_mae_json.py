@@ -114,13 +114,13 @@ def test_missing_sound(load):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"data": [\n{"video_id": }]}', r"list.json, line 2: is no JSON \(Expecting value\); give the list"),
+        ('{"data": [\n{"video_id": }]}', r"list.json, line 2: is not JSON \(Expecting value\); give the list"),
         ("[]", r'list.json: expected \{"data": \[...\]\}; give a list'),
         ('{"data": {}}', r'expected \{"data": \[...\]\}'),
         ([entry(), ["b"]], r"entry 1 of data: expected texts under video_id, wav, video_path, labels; found \['b'\]"),
         ([{"video_id": "a", "wav": "a.wav"}], "entry 0 of data: expected texts .*; found video_id, wav; complete it"),
         ([entry(labels=["x"])], "entry 0 of data: expected texts under"),
-        ([entry("a"), entry("b"), entry("a")], "entry 2 of data: video_id 'a' stands in entry 0 already; remove one"),
+        ([entry("a"), entry("b"), entry("a")], "entry 2 of data: video_id 'a' is also in entry 0; remove one"),
         ([], "cav_mae_json train: holds no clip"),
     ],
 )

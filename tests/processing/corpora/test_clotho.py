@@ -86,7 +86,7 @@ def test_missing_recordings(load):
         ),
         (HEADER + "a.wav,1,2,3,4\n", "line 2: does not have 6 cells; quote cells with commas"),
         (HEADER + "a.wav,1,2,, 4,5\n", "line 2: the caption_3 of 'a.wav' is empty; fill it in"),
-        (HEADER + "a.wav,1,2,3,4,5\na.wav,1,2,3,4,5\n", "line 3: 'a.wav' stands in .*csv, line 2 already; remove one"),
+        (HEADER + "a.wav,1,2,3,4,5\na.wav,1,2,3,4,5\n", "line 3: 'a.wav' is also in .*csv, line 2; remove one"),
     ],
 )
 def test_bad_captions_are_named_with_their_line(content, message, load):

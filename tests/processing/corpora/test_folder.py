@@ -121,12 +121,12 @@ def test_changes_are_seen_at_the_next_load(load):
             "name,caption\na.wav,Rain\n",
             "csv, line 2: expected a text under file_name or id; found name, caption; name",
         ),
-        ("file_name\na.wav\nb.wav\na.flac\n", "line 4: 'a' stands in .*csv, line 2 already; remove one, or give each"),
-        ("id,file_name\nx,a.wav\nx,b.wav\n", "line 3: 'x' stands in .*csv, line 2 already"),
+        ("file_name\na.wav\nb.wav\na.flac\n", "line 4: 'a' is also in .*csv, line 2; remove one, or give each"),
+        ("id,file_name\nx,a.wav\nx,b.wav\n", "line 3: 'x' is also in .*csv, line 2"),
         ('file_name,caption\na.wav," "\n', r"line 2: caption is \[' '\], not texts of at least a letter; fill it in"),
-        ('file_name,captions\na.wav,"[""Rain"""\n', "line 2: captions is no list in JSON"),
+        ('file_name,captions\na.wav,"[""Rain"""\n', "line 2: captions is not a list in JSON"),
         ('file_name,captions\na.wav,"[""Rain"", 3]"\n', "line 2: captions is .*, not texts"),
-        ("file_name,start\na.wav,soon\n", r"line 2: start and end \['soon', None\] are no numbers of seconds"),
+        ("file_name,start\na.wav,soon\n", r"line 2: start and end \['soon', None\] are not numbers of seconds"),
         ("file_name,start,end\na.wav,3,3\n", r"line 2: goes from 3.0 to 3.0 s; give 0 <= start < end"),
         ("file_name,start\na.wav,-1\n", r"line 2: goes from -1.0 to None s"),
         ("file_name,end\na.wav,nan\n", r"line 2: goes from 0.0 to nan s"),
@@ -142,7 +142,7 @@ def test_a_bad_csv_is_named_with_its_line(content, message, load):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"id": "a"}\n{"id": b}\n', r"metadata.jsonl, line 2: is no JSON \(.*\); write one object a line"),
+        ('{"id": "a"}\n{"id": b}\n', r"metadata.jsonl, line 2: is not JSON \(.*\); write one object a line"),
         ('\n["a"]\n', r"line 2: expected an object, found \['a'\]"),
         ([{"id": 3}], "line 1: expected a text under file_name or id; found id"),
         (
@@ -150,7 +150,7 @@ def test_a_bad_csv_is_named_with_its_line(content, message, load):
             r"line 1: captions is \['Rain', ' '\], not texts of at least a letter",
         ),
         ([{"id": "a", "labels": 7}], "line 1: labels is 7, not texts"),
-        ([{"id": "a", "start": [1]}], r"line 1: start and end \[\[1\], None\] are no numbers"),
+        ([{"id": "a", "start": [1]}], r"line 1: start and end \[\[1\], None\] are not numbers"),
     ],
 )
 def test_bad_json_lines_are_named_with_their_line(content, message, load):

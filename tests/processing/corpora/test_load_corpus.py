@@ -1,11 +1,9 @@
 """What the builders of real corpora share: the schema, the loader, the cache, streaming."""
 
-import ast
 import itertools
 import json
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import datasets
@@ -14,7 +12,16 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from dali_llava.processing import corpora
-from dali_llava.processing.corpora import audiocaps, audioset, cav_mae_json, clotho, folder, listing, load_corpus
+from dali_llava.processing.corpora import (
+    audiocaps,
+    audioset,
+    builder,
+    cav_mae_json,
+    clotho,
+    folder,
+    listing,
+    load_corpus,
+)
 from dali_llava.processing.corpora.avworld.avworld import FEATURES
 
 
@@ -86,10 +93,9 @@ def test_every_corpus_has_the_first_columns_of_avworld(name, places, tmp_path):
 def test_cache_key_depends_on_the_source(name, places, tmp_path, monkeypatch):
     def key() -> str:
         options = dict(places[name])
-        config = builder.BUILDER_CONFIG_CLASS(splits=options.pop("split"), **options)
-        return config.create_config_id(options)
+        corpus = corpora.corpus_class(name)(splits=options.pop("split"), **options)
+        return builder.ListingConfig(corpus=corpus).create_config_id(options)
 
-    builder = getattr(BUILDERS[name], corpora._BUILDERS[name][1])
     keys = [key()]
     assert key() == keys[0] and keys[0].startswith(f"{name}-")
     for module in (BUILDERS[name], listing):
@@ -103,7 +109,7 @@ def test_cache_key_depends_on_the_source(name, places, tmp_path, monkeypatch):
 
 def test_a_corpus_is_prepared_once(places, tmp_path, monkeypatch):
     first = load_corpus("folder", cache_dir=tmp_path, **places["folder"])
-    monkeypatch.setattr(folder.Folder, "_generate_examples", None)
+    monkeypatch.setattr(builder.ListingBuilder, "_generate_examples", None)
     assert load_corpus("folder", cache_dir=tmp_path, **places["folder"]).to_list() == first.to_list()
 
 
@@ -148,7 +154,7 @@ def test_avworld_streams_too(tmp_path):
 
 
 def test_options_are_those_of_the_corpus(tmp_path):
-    with pytest.raises(ValueError, match="'audiocaps' has no option 'seed'; known: csv, cut, data_dir, missing$"):
+    with pytest.raises(ValueError, match="no option 'seed'; known: csv, data_dir, missing, whole_videos$"):
         load_corpus("audiocaps", "test", seed=1)
     with pytest.raises(ValueError, match="'avworld' has no option 'data_dir'; known: recordings, seed, sizes$"):
         load_corpus("avworld", "test", data_dir=tmp_path)
@@ -162,48 +168,57 @@ def test_options_are_those_of_the_corpus(tmp_path):
         load_corpus("vggsound")
 
 
-@pytest.mark.parametrize("module", [*BUILDERS.values(), listing])
-def test_a_builder_imports_nothing_of_the_package_but_the_sibling(module):
-    siblings, imported = set(), set()
-    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            (siblings if node.level else imported).add("." * node.level + node.module)
-    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names | {"datasets"}
-    assert siblings == (set() if module is listing else {".listing"})
-
-
-SCRIPT = """
-import json, sys
-import datasets
-
-datasets.disable_progress_bars()
-for path, options in json.loads(sys.argv[1]):
-    split = options["split"]
-    corpus = datasets.load_dataset(path, splits=[split], cache_dir=sys.argv[2], trust_remote_code=True, **options)
-    stream = datasets.load_dataset(path, splits=[split], streaming=True, trust_remote_code=True, **options)
-    assert corpus.to_list() == list(stream), path
-    print(json.dumps(corpus.to_list()))
+def test_options_and_splits_are_known_without_datasets_and_torch():
+    """What the help of the commands needs, in a fresh process."""
+    code = f"""
+import sys
+from dali_llava.processing.corpora import configuration_of
+from dali_llava.processing.corpora.options import options_of
+for name in {list(BUILDERS)}:
+    corpus = configuration_of(name)
+    assert corpus.splits and "data_dir" in [option.name for option in options_of(corpus)]
+sys.exit("datasets" in sys.modules or "torch" in sys.modules)
 """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.slow
-def test_older_datasets_load_each_file_as_a_script(places, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "datasets<4"]
-    done = subprocess.run(install, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"datasets<4 could not be installed: {done.stderr.strip().splitlines()[-1]}")
-    jobs = [(BUILDERS[name].__file__, options) for name, options in places.items()]
-    done = subprocess.run(
-        [python, "-c", SCRIPT, json.dumps(jobs), tmp_path / "cache"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    for name, line in zip(places, done.stdout.splitlines(), strict=True):
-        assert json.loads(line) == load_corpus(name, cache_dir=tmp_path / "new", **places[name]).to_list()
+OUTSIDE = '''
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dali_llava.processing.corpora.listing import ListedCorpus, find_media, media_columns
+from dali_llava.processing.corpora.options import option
+
+
+@dataclass
+class Toy(ListedCorpus):
+    """Toy clips, all with one label."""
+
+    name = "toy"
+    splits: Sequence[str] = ("train", "test")
+    label: str = option("label of every clip", default="thing")
+
+    def read_rows(self, split):
+        row = {"captions": [], "labels": [self.label], "start": 0.0, "end": None, "source": self.name}
+        return [row | {"id": name} | media_columns(files) for name, files in find_media(self).items()]
+'''
+
+
+def test_a_corpus_of_another_package_is_registered_or_an_entry_point(places, tmp_path, monkeypatch):
+    (tmp_path / "toy_corpus.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(corpora, "_CORPORA", dict(corpora._CORPORA))
+    options = {"data_dir": places["folder"]["data_dir"], "cache_dir": tmp_path / "cache"}
+    with pytest.raises(ValueError, match="unknown corpus 'toy'"):
+        load_corpus("toy", "test", **options)
+    corpora.register_corpus("toy", "toy_corpus:Toy")
+    rows = load_corpus("toy", "test", label="rain", **options)
+    assert rows["id"] == ["a", "b", "c"] and rows["labels"] == [["rain"]] * 3
+    with pytest.raises(ValueError, match="'toy' has no split 'dev'; known: train, test"):
+        load_corpus("toy", "dev", **options)
+
+    package = tmp_path / "toy_corpus-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-corpus\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[dali_llava.corpora]\ninstalled_toy = toy_corpus:Toy\n")
+    assert load_corpus("installed_toy", "train", **options)["labels"] == [["thing"]] * 3

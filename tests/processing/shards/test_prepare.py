@@ -405,3 +405,20 @@ def test_a_clip_whose_process_dies_is_reported(corpus, tmp_path, monkeypatch):
     assert "clip-003,crashed,its process ended with SIGSEGV" in (tmp_path / "report.csv").read_text()
     with tarfile.open(tmp_path / "shard-000000.tar") as tar:
         assert clip_key("clip-003") + ".flac" not in tar.getnames()
+
+
+def test_a_script_without_a_main_guard(tmp_path):
+    """The workers do not run the caller's script, which would start workers in turn."""
+    (tmp_path / "clips").mkdir()
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 24_000)
+    soundfile.write(tmp_path / "clips" / "a.wav", noise, 16_000)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from dali_llava.processing.corpora import load_corpus\n"
+        "from dali_llava.processing.shards import ClipSettings, prepare_shards\n"
+        f"rows = load_corpus('folder', 'train', data_dir={str(tmp_path / 'clips')!r}, cache_dir={str(tmp_path)!r})\n"
+        f"print(prepare_shards(rows, {str(tmp_path / 'out')!r}, ClipSettings(require=('audio',)), num_proc=2))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1 clips: 1 ready") == 1

@@ -155,3 +155,17 @@ def test_a_shard_that_is_no_archive(unbroken, tmp_path):
     (tmp_path / "copy" / "shard-000000.tar").write_bytes(io.BytesIO(b"no tar" * 1000).getvalue())
     with pytest.raises(ValueError, match=r"shard-000000.tar: is damaged"):
         next(iter(stream_shards(tmp_path / "copy")))
+
+
+def test_shards_answer_to_the_split_that_they_were_made_of(unbroken, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(unbroken, folder)
+    index = json.loads((folder / "index.json").read_text())
+    for name, splits in (("audioset/unbalanced_train", "unbalanced_train, train"), ("mine", "train"), (None, "train")):
+        index["settings"]["corpus"] = name
+        (folder / "index.json").write_text(json.dumps(index))
+        for split in splits.split(", "):
+            rows = load_corpus("shards", split, data_dir=folder, cache_dir=tmp_path / "cache")
+            assert len(rows) == len(list(load_corpus("shards", split, data_dir=folder, streaming=True))) == 20
+        with pytest.raises(ValueError, match=f"corpus 'shards' has no split 'test'; known: {splits}$"):
+            load_corpus("shards", "test", data_dir=folder)
