@@ -50,12 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate, print and write; a claim that fails is a result, not an error."""
-    from dali_llava.train.losses import LOSSES
+    from dali_llava.train.losses import LOSSES, PUBLISHED
 
     wanted = args.methods
     if wanted is None:
         wanted = DEFAULT_METHODS if args.esc10 is None else RECORDINGS_METHODS
-    methods = list(LOSSES) if wanted == "all" else wanted.split(",")
+    methods = list(PUBLISHED) if wanted == "all" else wanted.split(",")
     for method in methods:
         if method not in LOSSES:
             raise ValueError(f"--methods: unknown method '{method}'; choose from all, {', '.join(LOSSES)}.")
