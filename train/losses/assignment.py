@@ -88,13 +88,17 @@ class TokenAssignmentLoss(AlignmentLoss):
         by_image = scale * assignment.mT @ similarity
         if self.variant == "reference":
             by_audio, by_image = by_audio.mT, by_image.mT
-        loss = (_token_infonce(by_audio, audio_mask) + _token_infonce(by_image, image_mask)).mean()
+        loss = (_token_infonce(by_audio, audio_mask) + _token_infonce(by_image, image_mask)).mean().to(audio.dtype)
         logs = torch.stack((loss, scale)).detach().tolist()
         return LossOutput(loss, dict(zip(("assignment", "scale"), logs, strict=True)))
 
 
 def _token_infonce(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(B,) mean over tokens of the cross-entropy of logits (B, N, N) against the diagonal."""
+    """(B,) mean over tokens of the cross-entropy of logits (B, N, N) against the diagonal, in float64.
+
+    The gradient holds `softmax - 1` at the diagonal; where the softmax is nearly 1, float32 would round it away.
+    """
+    logits = logits.double()
     target = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
     if mask is None:
         return F.cross_entropy(logits.mT, target, reduction="none").mean(dim=1)

@@ -123,7 +123,7 @@ class AlignmentTrainer(StageTrainer):
         found, options = self.get_optimizer_cls_and_kwargs(args, self.model)
         if is_optimizer_factory(found) or options.keys() & {"params", "model", "optimizer_dict"}:
             raise ValueError(
-                f"optim: {args.optim} makes its own parameter groups, so the objective cannot have one; use "
+                f"optim: {args.optim.value} makes its own parameter groups, so the objective cannot have one; use "
                 f"{COUPLED_ADAM}, adamw_torch or another optimizer without layer-wise groups."
             )
         return found, options

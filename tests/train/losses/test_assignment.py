@@ -55,18 +55,18 @@ def test_equals_the_definition(variant, dtype, tolerance):
     assert output.logs["scale"] == pytest.approx(start, rel=1e-6)
 
 
-@pytest.mark.parametrize(("variant", "tolerance"), [("paper", 1e-5), ("reference", 2e-3)])
-def test_float32_gradient_at_full_size(variant, tolerance):
-    """512 audio and 576 image tokens; in "reference", log Q makes large logits, whose softmax is nearly one-hot."""
+@pytest.mark.parametrize("variant", ["paper", "reference"])
+def test_float32_gradient_at_full_size(variant):
+    """512 audio and 576 image tokens; the softmax of "reference" is nearly one-hot."""
     generator = torch.Generator().manual_seed(0)
-    audio, image = (torch.randn(1, n, 16, generator=generator, dtype=torch.float64) for n in (512, 576))
+    audio, image = (torch.randn(1, n, 1024, generator=generator, dtype=torch.float64) for n in (512, 576))
     gradients = []
     for dtype in (torch.float32, torch.float64):
-        tokens = audio.to(dtype).requires_grad_()
+        tokens = audio.to(dtype, copy=True).requires_grad_()
         TokenAssignmentLoss(variant).to(dtype)(tokens, image.to(dtype)).loss.backward()
         gradients.append(tokens.grad.double())
     single, double = gradients
-    assert double.norm() > 0 and (single - double).norm() < tolerance * double.norm()
+    assert double.norm() > 1e-6 and (single - double).norm() < 1e-4 * double.norm()
 
 
 def test_length_of_tokens_does_not_matter():

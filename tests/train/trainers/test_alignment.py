@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import TrainerState
+from transformers import Adafactor, TrainerState
 
 from dali_llava.train import align
 from dali_llava.train.arguments import AlignmentArguments
@@ -48,6 +48,55 @@ def test_objectives_own_parameters_are_a_group_at_a_constant_rate(make_trainer):
     assert own["constant_rate"] and "constant_rate" not in tower
     assert own["lr"] == tower["lr"] == 1e-4 and own["weight_decay"] == 0.0
     assert make_trainer(AttentiveTransportLoss(width=32, num_heads=4)).args.objective_learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("adamw_torch_fused", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
+        ("rmsprop", torch.optim.RMSprop),
+        ("adafactor", Adafactor),
+    ],
+)
+def test_named_optimizer_has_the_same_groups(make_trainer, name, expected):
+    objective = AttentiveTransportLoss(width=32, num_heads=4)
+    options = {"learning_rate": 2e-3, "weight_decay": 0.1, "objective_learning_rate": 3e-4}
+    trainer = make_trainer(objective, optim=name, **options)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is expected
+    tower, own = optimizer.param_groups
+    assert [id(p) for p in tower["params"]] == [id(p) for p in trainer.pretrained.audio_tower.parameters()]
+    assert [id(p) for p in own["params"]] == [id(p) for p in objective.parameters()]
+    assert (tower["lr"], tower["weight_decay"]) == (2e-3, 0.1)
+    assert (own["lr"], own["weight_decay"], own["constant_rate"]) == (3e-4, 0.0, True)
+
+
+def test_decoupled_decay_shrinks_the_weight(make_trainer):
+    """One step of AdamW: the weight times 1 - rate * decay, less rate * sign(gradient)."""
+    trainer = make_trainer(MMDLoss(), optim="adamw_torch", weight_decay=0.1, learning_rate=1e-3)
+    optimizer = trainer.create_optimizer()
+    weight = trainer.pretrained.audio_tower.proj.weight
+    before = weight.detach().double().clone()
+    weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    expected = before * (1 - 1e-3 * 0.1) - 1e-3 * weight.grad.double().sign()
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_optimizers_that_cannot_serve_are_errors(make_trainer):
+    with pytest.raises(ValueError, match="optim: unknown optimizer 'adma'; known: adam, adamw_torch, "):
+        make_trainer(MMDLoss(), optim="adma")
+    trainer = make_trainer(MMDLoss(), optim="galore_adamw", optim_target_modules=["attention"])
+    trainer.get_optimizer_cls_and_kwargs = lambda *_: (torch.optim.AdamW, {"lr": 1e-3, "params": []})  # as with GaLore
+    with pytest.raises(ValueError, match="optim: .*galore_adamw.* makes its own parameter groups"):
+        trainer.create_optimizer()
+
+
+def test_arguments_keep_the_optimizers_name(make_trainer):
+    assert make_trainer(MMDLoss()).args.optim == "adam"
+    assert make_trainer(MMDLoss()).args.to_dict()["optim"] == "adam"
 
 
 def test_attention_waits_unchanged_through_the_first_epoch(make_trainer, towers, avworld_processor, rows):
