@@ -1,6 +1,5 @@
 """A package outside the tree adds an audio tower, an objective and a corpus: one file and one registration each."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dali_llava.processing.corpora import load_corpus, register_corpus
+from dali_llava.processing.corpora import load_corpus
 from dali_llava.train import align
 from dali_llava.train.command_line import CONFIGS
 from dali_llava.train.losses import LOSSES, AlignmentLoss, MMDLoss, register_objective
@@ -31,7 +30,7 @@ def outside(monkeypatch):
         monkeypatch.syspath_prepend(folder)
     yield
     LOSSES.pop("offset", None)
-    sys.modules.pop("toy_objective", None)
+    sys.modules.pop("offset_objective", None)
 
 
 def words(run_dir, output, *others: str) -> list[str]:
@@ -40,7 +39,7 @@ def words(run_dir, output, *others: str) -> list[str]:
 
 
 def test_objective_of_a_plugin_trains_its_parameter(run_dir, tmp_path, outside):
-    options = ["--plugins", "toy_objective", "--objective", "offset", "--objective_options", '{"start": 0.25}']
+    options = ["--plugins", "offset_objective", "--objective", "offset", "--objective_options", '{"start": 0.25}']
     small = ["--dataset_options", '{"sizes": {"train": 16}}']
     trainer = align.main(words(run_dir, tmp_path / "out", *options, *small))
     offset = trainer.model.objective.offset
@@ -52,7 +51,7 @@ def test_objective_of_a_plugin_trains_its_parameter(run_dir, tmp_path, outside):
 
 
 def test_corpus_of_a_plugin_is_aligned(run_dir, tmp_path, outside):
-    options = ["--plugins", "toy_corpus", "--dataset", "tones", "--dataset_options", '{"size": 6}']
+    options = ["--plugins", "tones_corpus", "--dataset", "tones", "--dataset_options", '{"size": 6}']
     trainer = align.main(words(run_dir, tmp_path / "out", *options))
     assert len(trainer.train_dataset) == 6 and trainer.state.global_step == 2
     with pytest.raises(ValueError, match="corpus 'tones' has no option 'sizes'; known: size"):
@@ -89,7 +88,7 @@ def environment() -> dict[str, str]:
 def test_tower_of_a_plugin_is_aligned_from_the_shell(run_dir, other_tower, tmp_path, datasets_cache):
     """With the objective and the corpus beside it, as a user starts it."""
     config = tmp_path / "align.yaml"
-    config.write_text("plugins: [mel_mean_tower, toy_objective, toy_corpus]\nobjective: offset\ndataset: tones\n")
+    config.write_text("plugins: [mel_mean_tower, offset_objective, tones_corpus]\nobjective: offset\ndataset: tones\n")
     script = TESTS.parent / "train" / "align.py"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", script, config]
     command = [*launch, "--base_model", other_tower, "--output_dir", tmp_path / "out", *OPTIONS]
@@ -114,5 +113,3 @@ def test_names_that_are_taken_or_unfit_are_refused(outside):
     register_objective("mmd", MMDLoss)  # again: a module may be imported twice
     with pytest.raises(TypeError, match="objective linear: .*Linear.* is not a subclass of AlignmentLoss"):
         register_objective("linear", torch.nn.Linear)
-    with pytest.raises(ValueError, match=r"corpus avworld: \.avworld\.avworld\.AVWorld has this name"):
-        register_corpus("avworld", importlib.import_module("toy_corpus").Tones)

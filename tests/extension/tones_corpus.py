@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image
 
 from dali_llava.processing.corpora import register_corpus
-from dali_llava.processing.corpora.listing import FEATURES
+from dali_llava.processing.corpora.builder import FEATURES
+from dali_llava.processing.corpora.options import option
 
 
 @dataclass
 class TonesConfig(datasets.BuilderConfig):
     splits: tuple[str, ...] = ("train",)
-    size: int = 8
+    size: int = option("number of clips", default=8)
 
 
 class Tones(datasets.GeneratorBasedBuilder):
