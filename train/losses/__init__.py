@@ -8,9 +8,6 @@ from dali_llava.train.losses.mmd import MMDLoss
 from dali_llava.train.losses.transport import TransportLoss
 
 
-# The objectives that the paper compares.
-PUBLISHED = ("contrastive", "mmd", "ot", "ot_att")
-
 # The names that `--objective` accepts.
 LOSSES: dict[str, type[AlignmentLoss]] = {
     "contrastive": ContrastiveLoss,
@@ -57,7 +54,6 @@ def register_objective(name: str, objective: type[AlignmentLoss]) -> None:
 
 __all__ = [
     "LOSSES",
-    "PUBLISHED",
     "AlignmentAttention",
     "AlignmentLoss",
     "AttentiveTransportLoss",
