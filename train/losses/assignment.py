@@ -56,7 +56,7 @@ class TokenAssignmentLoss(AlignmentLoss):
         self.variant = variant
         self.eps = eps
         self.num_iterations = num_iterations
-        self.log_scale = nn.Parameter(torch.tensor(math.log(_INITIAL_SCALE)))
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(_INITIAL_SCALE)))  # FSDP2 refuses scalars
 
     def compute(
         self,
@@ -68,7 +68,7 @@ class TokenAssignmentLoss(AlignmentLoss):
         # Clamps the parameter itself: a clamped copy would have no gradient outside the range.
         with torch.no_grad():
             self.log_scale.clamp_(0.0, math.log(_LARGEST_SCALE))
-        log_scale = self.log_scale.to(audio.dtype)
+        log_scale = self.log_scale[0].to(audio.dtype)
         scale = log_scale.exp() if self.variant == "paper" else log_scale
 
         similarity = F.normalize(audio, dim=2) @ F.normalize(image, dim=2).mT

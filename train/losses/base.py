@@ -32,7 +32,8 @@ class AlignmentLoss(nn.Module):
     trainer calls before each step with the epoch, counted from 1.
 
     The parameters of a loss are trained with the audio tower. Each must receive a gradient in every step, zero if
-    need be: `DistributedDataParallel` waits for all of them.
+    need be, because `DistributedDataParallel` waits for all of them. FSDP2 does not accept scalar parameters; use one
+    of shape (1,).
     """
 
     @classmethod

@@ -40,6 +40,12 @@ def test_optimiser_is_one_adam_over_the_tower(make_trainer):
     assert not group["decoupled_weight_decay"]
 
 
+def test_wrapped_module_is_the_towers_and_the_objective(make_trainer):
+    trainer = make_trainer(AttentiveTransportLoss(width=32, num_heads=4))
+    names = {".".join(name.split(".")[:2]) for name, _ in trainer.model.named_parameters()}
+    assert names == {"towers.vision_tower", "towers.audio_tower", "objective.attention"}
+
+
 def test_objectives_own_parameters_are_a_group_at_a_constant_rate(make_trainer):
     trainer = make_trainer(AttentiveTransportLoss(width=32, num_heads=4), halve_every=5)
     tower, own = trainer.create_optimizer().param_groups
