@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from .configuration_cav_mae import CavMaeAudioConfig
 from .configuration_llava_audio import LlavaAudioConfig
 from .modeling_cav_mae import CavMaeAudioModel
-from .modeling_llava_audio import LlavaAudioForConditionalGeneration, LlavaAudioModel
+from .modeling_llava_audio import LlavaAudioForConditionalGeneration, LlavaAudioModel, LlavaAudioTowers
 
 
 # With the package imported, the Auto classes need no trust_remote_code; audio_towers.py registers the towers.
@@ -20,4 +20,5 @@ __all__ = [
     "LlavaAudioConfig",
     "LlavaAudioForConditionalGeneration",
     "LlavaAudioModel",
+    "LlavaAudioTowers",
 ]

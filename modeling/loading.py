@@ -10,15 +10,15 @@ weights like any other.
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
@@ -203,7 +203,9 @@ def check_device_map(model_class: type[nn.Module], checkpoint: Checkpoint, optio
             raise ValueError(f"device_map: {one} and {other} are the same weight; put both in the same place.")
 
 
-def assembled_options(checkpoint: Checkpoint, captioner: type[nn.Module], options: dict) -> dict:
+def assembled_options(
+    checkpoint: Checkpoint, captioner: type[nn.Module], options: dict, unread: Sequence[str] = ()
+) -> dict:
     """
     Keyword arguments of `from_pretrained(None, ...)` that load a chain of stages as one whole checkpoint.
 
@@ -211,6 +213,7 @@ def assembled_options(checkpoint: Checkpoint, captioner: type[nn.Module], option
         checkpoint: with at least one stage.
         captioner: the class whose weights' names the stages use.
         options: the caller's own keyword arguments of `from_pretrained`.
+        unread: patterns of the captioner's weights that the model to load does not have; they are not read.
 
     Raises:
         ValueError: the weights do not fit together, with the first name that differs.
@@ -225,7 +228,7 @@ def assembled_options(checkpoint: Checkpoint, captioner: type[nn.Module], option
     device_map = options.get("device_map")
     if isinstance(device_map, Mapping) and "disk" in device_map.values() and not options.get("offload_folder"):
         raise ValueError(f"{checkpoint.source}: a stage that is offloaded to disk needs a folder, offload_folder=DIR.")
-    weights, reference = merge_weights(checkpoint, captioner, config, options.get("key_mapping"), variant)
+    weights, reference = merge_weights(checkpoint, captioner, config, options.get("key_mapping"), variant, unread)
     if device_map is not None:
         # Offloading to disk looks each weight up by its own name, also a weight that is tied to another.
         for target, tied in reference.all_tied_weights_keys.items():
@@ -248,13 +251,14 @@ def merge_weights(
     config: LlavaAudioConfig,
     key_mapping: dict[str, str] | None = None,
     variant: str | None = None,
+    unread: Sequence[str] = (),
 ) -> tuple[dict[str, torch.Tensor], nn.Module]:
     """
     The weights of the base, each stage's in place of those that it trained, and the captioner without weights.
 
     The tensors are memory-mapped; the captioner is on the meta device.
 
-    Args and errors as of `assembled_options`; `key_mapping` and `variant` as of transformers' `from_pretrained`,
+    Arguments and errors as in `assembled_options`; `key_mapping` and `variant` as in transformers' `from_pretrained`,
     for the base.
     """
     with torch.device("meta"), init.no_init_weights():
@@ -272,23 +276,32 @@ def merge_weights(
                     f"{have}; use the base and the configuration that the stage was trained on."
                 )
         trained |= tensors
+    files = _weight_files(source, hub_kwargs, variant)
+    stored = {name: path for path in files for name in _names_in(path)}
+    names = _model_names(stored, reference, expected, key_mapping)
+    skipped = {name for name in names if any(re.search(pattern, names[name]) for pattern in unread)}
     weights: dict[str, torch.Tensor] = {}
-    for path in _weight_files(source, hub_kwargs, variant):
-        try:
-            weights |= load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); copy or save the model again.") from error
-    names = _model_names(weights, reference, expected, key_mapping)
-    stored = {names[name]: tensor for name, tensor in weights.items()}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            weights |= {name: file.get_tensor(name) for name in file.keys() if name not in skipped}
+    in_model = {names[name]: tensor for name, tensor in weights.items()}
     for name in trained:
         # A packed weight is of another type, or lies under several names.
-        packed = name in stored and not stored[name].is_floating_point()
-        if packed or any(key != name and key.startswith((f"{name}.", f"{name}:", f"{name}_")) for key in stored):
+        packed = name in in_model and not in_model[name].is_floating_point()
+        if packed or any(key != name and key.startswith((f"{name}.", f"{name}:", f"{name}_")) for key in in_model):
             raise ValueError(
                 f"{source}: {name} is stored quantised, so the stage {checkpoint.source} cannot replace it; lay the "
                 "stage over the unquantised base model, and quantise when loading (quantization_config=...)."
             )
     return {name: tensor for name, tensor in weights.items() if names[name] not in trained} | trained, reference
+
+
+def _names_in(path: str) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or save the model again.") from error
 
 
 def _model_names(

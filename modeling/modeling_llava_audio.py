@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import custom_object_save
@@ -90,15 +91,77 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         check_device_map(cls, checkpoint, kwargs)
         source = pretrained_model_name_or_path
         if checkpoint.stages:
-            source, kwargs = None, assembled_options(checkpoint, LlavaAudioForConditionalGeneration, kwargs)
+            source, unread = None, cls._keys_to_ignore_on_load_unexpected or ()
+            kwargs = assembled_options(checkpoint, LlavaAudioForConditionalGeneration, kwargs, unread)
         loaded = super().from_pretrained(source, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple under output_loading_info=True
         model.name_or_path = model.config.name_or_path = checkpoint.source
         use_general_kernels(model)
         return loaded
 
+    def save_stage(self, directory, base: str, stage: str) -> None:
+        """
+        Save the weights that are being trained (`requires_grad`), and the name of the model that they belong to.
 
-class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
+        Args:
+            directory: folder to write; `from_pretrained` on it loads the assembled model.
+            base: folder or Hub id of the model that the stage started from.
+            stage: the stage's name, such as `align:mmd`.
+
+        Raises:
+            ValueError: when no weight is being trained.
+        """
+        # A stage's names are those of the captioner, whichever part of it was trained.
+        prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
+        trained = {prefix + name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+        config = copy.deepcopy(self.config)
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.pre_quantized:
+            del config.quantization_config  # of this process; the base's files are not quantised
+        config.save_pretrained(directory)
+        custom_object_save(self, directory)  # a stage, too, loads where the package is absent
+        write_stage(directory, trained, base, stage)
+
+
+class TowerTokens:
+    """Tokens before the projectors, for a model with a `vision_tower` and an `audio_tower`."""
+
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, 3, H, W) -> the image tokens before the projector, (images, tokens, vision width)."""
+        layers = self.config.vision_feature_layer
+        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        if self.config.vision_feature_select_strategy == "default":
+            selected = [tokens[:, 1:] for tokens in selected]
+        return torch.cat(selected, dim=-1)
+
+    def encode_audio(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(clips, frames, mels) -> the audio tokens before the projector, (clips, tokens, vision width)."""
+        # The dtype of a module skips weights that are packed as integers.
+        input_features = input_features.to(self.audio_tower.dtype)
+        return self.audio_tower(input_features, input_features_mask, return_dict=True).last_hidden_state
+
+
+class LlavaAudioTowers(TowerTokens, LlavaAudioPreTrainedModel):
+    """
+    The vision tower and the audio tower alone, as the alignment compares them.
+
+    `from_pretrained` takes the same checkpoints as `LlavaAudioModel` and reads the towers' weights only; `save_stage`
+    writes a stage of the whole captioner.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?(vision_tower|audio_tower)\.)"]
+
+    def __init__(self, config: LlavaAudioConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.audio_tower = build_audio_tower(config.audio_config)
+        self.post_init()
+
+
+class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
     """
     Vision tower, audio tower, their projectors, learned prefix and language model, without a head.
 
@@ -121,23 +184,6 @@ class LlavaAudioModel(LlavaAudioPreTrainedModel, LlavaModel):
     def copy_image_projector(self) -> None:
         """Start the audio projector as a copy of the image projector, as DALI does before stage 2."""
         self.audio_projector.load_state_dict(self.multi_modal_projector.state_dict())
-
-    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(images, 3, H, W) -> the image tokens before the projector, (images, tokens, vision width)."""
-        layers = self.config.vision_feature_layer
-        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-        selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
-        if self.config.vision_feature_select_strategy == "default":
-            selected = [tokens[:, 1:] for tokens in selected]
-        return torch.cat(selected, dim=-1)
-
-    def encode_audio(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(clips, frames, mels) -> the audio tokens before the projector, (clips, tokens, vision width)."""
-        # The dtype of a module skips weights that are packed as integers.
-        input_features = input_features.to(self.audio_tower.dtype)
-        return self.audio_tower(input_features, input_features_mask, return_dict=True).last_hidden_state
 
     @can_return_tuple
     def get_audio_features(
@@ -294,27 +340,6 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
         """See `LlavaAudioModel.get_audio_features`."""
         return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
 
-    def save_stage(self, directory, base: str, stage: str) -> None:
-        """
-        Save the weights that are being trained (`requires_grad`), and the name of the model that they belong to.
-
-        Args:
-            directory: folder to write; `from_pretrained` on it loads the assembled model.
-            base: folder or Hub id of the model that the stage started from.
-            stage: the stage's name, such as `align:mmd`.
-
-        Raises:
-            ValueError: when no weight is being trained.
-        """
-        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        config = copy.deepcopy(self.config)
-        quantizer = getattr(self, "hf_quantizer", None)
-        if quantizer is not None and not quantizer.pre_quantized:
-            del config.quantization_config  # of this process; the base's files are not quantised
-        config.save_pretrained(directory)
-        custom_object_save(self, directory)  # a stage, too, loads where the package is absent
-        write_stage(directory, trained, base, stage)
-
     @can_return_tuple
     def forward(
         self,
@@ -370,4 +395,9 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
 LlavaAudioModel.register_for_auto_class("AutoModel")
 LlavaAudioForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-__all__ = ["LlavaAudioForConditionalGeneration", "LlavaAudioModel", "LlavaAudioPreTrainedModel"]
+__all__ = [
+    "LlavaAudioForConditionalGeneration",
+    "LlavaAudioModel",
+    "LlavaAudioPreTrainedModel",
+    "LlavaAudioTowers",
+]

@@ -1,7 +1,7 @@
 """
-Stage 1b of DALI: align the audio tower's tokens with the image tokens of the same clip. No text, no negatives.
+Stage 1b of DALI: align the audio tower's tokens with the image tokens of the same clip. Uses no text and no negatives.
 
-Only the audio tower trains (86M parameters at full size).
+Loads the two towers only, and trains the audio tower (86M parameters at full size).
 
     accelerate launch train/align.py train/configs/avworld/align.yaml \
         --base_model runs/prefix --output_dir runs/mmd --objective mmd
@@ -9,51 +9,64 @@ Only the audio tower trains (86M parameters at full size).
 
 import inspect
 
+import torch
 from transformers import set_seed
 
+from dali_llava.modeling import LlavaAudioConfig, LlavaAudioTowers
 from dali_llava.train.arguments import AlignmentArguments
 from dali_llava.train.base_model import check_base, load_base
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.collators import AlignmentCollator
 from dali_llava.train.data.corpus import open_rows, shuffled, with_features
-from dali_llava.train.losses import LOSSES
+from dali_llava.train.losses import LOSSES, AlignmentLoss
 from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
 
 
 def check_objective(arguments: AlignmentArguments) -> None:
-    """ValueError for an objective or an option that there is not, or a schedule without epochs."""
+    """
+    Check the objective and its options before any weight is loaded.
+
+    Raises:
+        ValueError: an unknown objective or option, a value that the objective cannot use, or a schedule without
+            epochs.
+    """
     if arguments.objective not in LOSSES:
-        raise ValueError(f"unknown objective '{arguments.objective}'; there are {', '.join(LOSSES)}.")
+        raise ValueError(f"unknown objective '{arguments.objective}'; known: {', '.join(LOSSES)}.")
     loss = LOSSES[arguments.objective]
     known = set(inspect.signature(loss).parameters)
     unknown = sorted(set(arguments.objective_options) - known)
     if unknown:
         raise ValueError(
-            f"objective {arguments.objective}: unknown option {', '.join(unknown)}; there are {sorted(known)}."
+            f"objective {arguments.objective}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}."
         )
     if arguments.streaming and hasattr(loss, "set_epoch") and arguments.schedule_epochs is None:
         raise ValueError("streaming: a stream has no epochs; name those of the objective's schedule, schedule_epochs.")
+    config = LlavaAudioConfig.from_pretrained(arguments.base_model)
+    with torch.device("meta"):
+        build_objective(arguments, LlavaAudioTowers(config))
 
 
-def build_objective(arguments: AlignmentArguments, width: int):
-    """The objective that the arguments name, for tokens `width` wide."""
-    loss, options = LOSSES[arguments.objective], arguments.objective_options
-    return loss(**({"width": width, **options} if "width" in inspect.signature(loss).parameters else options))
+def build_objective(arguments: AlignmentArguments, towers: LlavaAudioTowers) -> AlignmentLoss:
+    """The objective that the arguments name, for the tokens of the towers."""
+    try:
+        return LOSSES[arguments.objective].from_captioner(towers, **arguments.objective_options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"objective {arguments.objective}: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> AlignmentTrainer:
     arguments = parse_stage_arguments(AlignmentArguments, __doc__, argv)
     set_seed(arguments.seed)
-    check_objective(arguments)
     check_base(arguments, after=("prefix",))
+    check_objective(arguments)
     rows = open_rows(arguments, pictures=True)
-    captioner, processor = load_base(arguments)
-    objective = build_objective(arguments, captioner.config.audio_config.output_size)
+    towers, processor = load_base(arguments, LlavaAudioTowers)
+    objective = build_objective(arguments, towers)
     if arguments.cache_features:
-        rows = with_features(rows, captioner, processor)
+        rows = with_features(rows, towers, processor)
     trainer = AlignmentTrainer(
-        model=AlignmentModel(captioner, objective),
+        model=AlignmentModel(towers, objective),
         args=arguments,
         train_dataset=shuffled(rows, arguments),
         data_collator=AlignmentCollator(processor, arguments.augmentation(), arguments.frame, opener=ClipOpener(rows)),

@@ -1,17 +1,23 @@
-"""The arguments of every stage: one dataclass each, on top of those of `transformers.TrainingArguments`."""
+"""Arguments of the stages: one dataclass per stage, based on `transformers.TrainingArguments`."""
 
+import importlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 from dali_llava.train.data.augmentation import Augmentation
 
 
+COUPLED_ADAM = "adam"  # `torch.optim.Adam`: the weight decay is added to the gradient, unlike AdamW's
+
+
 def parse_options(name: str, value: dict | str | None) -> dict:
-    """The mapping that the argument `name` gives, in JSON on a command line; ValueError where it is none."""
+    """The mapping in the argument `name`, given as JSON on a command line. Raises ValueError for anything else."""
     try:
         options = json.loads(value) if isinstance(value, str) else dict(value or {})
     except (ValueError, TypeError) as error:
@@ -19,6 +25,22 @@ def parse_options(name: str, value: dict | str | None) -> dict:
     if not isinstance(options, dict):
         raise ValueError(f"{name}: expected JSON such as '{{\"seed\": 1}}', not {value!r}.")
     return options
+
+
+def import_plugins(names: Iterable[str]) -> None:
+    """
+    Import modules that register audio towers, objectives or corpora.
+
+    Raises:
+        ImportError: a module cannot be imported; the message names it.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(
+                f"plugins: cannot import {name} ({error}); install its package or add its folder to PYTHONPATH."
+            ) from error
 
 
 @dataclass
@@ -45,6 +67,12 @@ class StageArguments(TrainingArguments):
     )
     max_samples: int | None = field(default=None, metadata={"help": "Use the first so many rows; all by default."})
 
+    # Extensions
+    plugins: list[str] | None = field(
+        default=None,
+        metadata={"help": "Python modules to import first; they register audio towers, objectives or corpora."},
+    )
+
     # Other defaults than transformers': a stage keeps its own columns, and saves once, at its end.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})
     save_strategy: str = field(default="no", metadata={"help": "When to checkpoint: no, steps or epoch."})
@@ -53,6 +81,7 @@ class StageArguments(TrainingArguments):
 
     def __post_init__(self):
         self.dataset_options = parse_options("dataset_options", self.dataset_options)
+        import_plugins(self.plugins or ())
         super().__post_init__()
         # Pinned memory serves copies to an accelerator; without one torch would only warn.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
@@ -61,26 +90,26 @@ class StageArguments(TrainingArguments):
 @dataclass
 class SoundArguments(StageArguments):
     """
-    Arguments of a stage that trains the audio tower: how the corpus is read, and the augmentation of spectrograms.
+    Arguments of a stage that trains the audio tower: reading the corpus and augmenting the spectrograms.
     """
 
     # Input
     streaming: bool = field(
-        default=False, metadata={"help": "Read the corpus while training, again and again, for max_steps."}
+        default=False, metadata={"help": "Read the corpus while training and repeat it until max_steps."}
     )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream, of which one is drawn at a time."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream to shuffle at a time."})
     cache_features: bool = field(
         default=False,
-        metadata={"help": "Compute spectrograms and image tokens once, onto disk: a small corpus, many epochs."},
+        metadata={"help": "Compute spectrograms and image tokens once and keep them on disk, for a small corpus."},
     )
 
     # Augmentation of the spectrogram
-    augmentation_noise: float = field(default=0.1, metadata={"help": "Noise of amplitude U(0, this)."})
+    augmentation_noise: float = field(default=0.1, metadata={"help": "Largest amplitude of uniform noise."})
     augmentation_roll: int | None = field(
-        default=None, metadata={"help": "Roll by up to so many frames; default all."}
+        default=None, metadata={"help": "Largest roll in time, in frames; all by default."}
     )
     augmentation_equaliser: float = field(
-        default=0.0, metadata={"help": "Random gain at each mel bin: its deviation, of normalised log-mel."}
+        default=0.0, metadata={"help": "Standard deviation of a random gain per mel bin, in normalised log-mel."}
     )
 
     def __post_init__(self):
@@ -90,7 +119,7 @@ class SoundArguments(StageArguments):
             self.accelerator_config.dispatch_batches = False
 
     def augmentation(self, **others) -> Augmentation:
-        """What these arguments say of the augmentation, and `others` of `Augmentation`'s."""
+        """The `Augmentation` of these arguments, with its other fields from `others`."""
         options = {name: getattr(self, f"augmentation_{name}") for name in ("noise", "roll", "equaliser")}
         return Augmentation(**options, **others)
 
@@ -108,40 +137,59 @@ class PrefixArguments(StageArguments):
 @dataclass
 class AlignmentArguments(SoundArguments):
     """
-    Arguments of the alignment: the objective, its optimiser and schedule.
+    Arguments of the alignment: the objective, the optimiser and their schedules.
     """
 
     _VALID_DICT_FIELDS = [*SoundArguments._VALID_DICT_FIELDS, "objective_options"]
 
     # Objective
-    objective: str = field(default="mmd", metadata={"help": "What is minimised: a name in train.losses.LOSSES."})
-    objective_options: dict | str | None = field(default=None, metadata={"help": "Its options, as JSON."})
+    objective: str = field(
+        default="mmd", metadata={"help": "Loss to minimise, by its name in dali_llava.train.losses.LOSSES."}
+    )
+    objective_options: dict | str | None = field(
+        default=None, metadata={"help": "Its arguments, as JSON: '{\"num_heads\": 4}'."}
+    )
 
     schedule_epochs: int | None = field(
         default=None,
-        metadata={"help": "Epochs of the objective's schedule in a run of max_steps; default: the data's."},
+        metadata={"help": "Epochs of the objective's schedule in a run of max_steps; by default those of the data."},
     )
 
     # Input
     frame: int | None = field(
-        default=None, metadata={"help": "Frame to align with; a random one of the clip's each epoch by default."}
+        default=None, metadata={"help": "Frame to align with; by default a random frame of the clip in each epoch."}
     )
 
-    # Optimiser: Adam with coupled weight decay, the rate halved every few epochs (reference implementation)
-    learning_rate: float = field(default=1e-4, metadata={"help": "Rate of the audio tower."})
+    # Optimiser: by default as in the reference implementation
+    optim: str = field(
+        default=COUPLED_ADAM,
+        metadata={
+            "help": "Optimizer: adam (the weight decay is added to the gradient), or a name of transformers' optim."
+        },
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the audio tower."})
     objective_learning_rate: float = field(
-        default=1e-4, metadata={"help": "Constant rate of the objective's own parameters, without weight decay."}
+        default=1e-4,
+        metadata={"help": "Constant learning rate of the objective's parameters, without weight decay."},
     )
     adam_beta1: float = field(default=0.95, metadata={"help": "Adam's beta1."})
-    weight_decay: float = field(default=5e-7, metadata={"help": "Weight decay, coupled: added to the gradient."})
-    halve_from: float = field(default=10, metadata={"help": "Epoch at which the rate is halved for the first time."})
+    weight_decay: float = field(default=5e-7, metadata={"help": "Weight decay of all the audio tower's weights."})
+    halve_from: float = field(default=10, metadata={"help": "Epoch at which the learning rate is first halved."})
     halve_every: float = field(
-        default=0, metadata={"help": "Epochs between two halvings; 0 follows lr_scheduler_type instead."}
+        default=0, metadata={"help": "Epochs between two halvings; 0: use lr_scheduler_type instead."}
     )
 
     def __post_init__(self):
         self.objective_options = parse_options("objective_options", self.objective_options)
+        names = [COUPLED_ADAM, *(each.value for each in OptimizerNames)]
+        if self.optim not in names:
+            raise ValueError(f"optim: unknown optimizer '{self.optim}'; known: {', '.join(names)}.")
+        optim = self.optim
+        if optim == COUPLED_ADAM:
+            self.optim = OptimizerNames.ADAMW_TORCH  # `TrainingArguments` knows its own names only
         super().__post_init__()
+        if optim == COUPLED_ADAM:
+            self.optim = optim
 
 
 @dataclass

@@ -21,6 +21,7 @@ from pathlib import Path
 from .merge import merge_checkpoint
 
 
+ALL_METHODS = ("contrastive", "mmd", "ot", "ot_att")  # those that the paper compares
 DEFAULT_METHODS = "mmd"
 RECORDINGS_METHODS = "ot_att"
 RECORDINGS_CLIPS = 18000  # of the alignment: more crops of the few recordings
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = args.methods
     if wanted is None:
         wanted = DEFAULT_METHODS if args.esc10 is None else RECORDINGS_METHODS
-    methods = list(LOSSES) if wanted == "all" else wanted.split(",")
+    methods = list(ALL_METHODS) if wanted == "all" else wanted.split(",")
     for method in methods:
         if method not in LOSSES:
             raise ValueError(f"--methods: unknown method '{method}'; choose from all, {', '.join(LOSSES)}.")

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from dali_llava.cli import main
+from dali_llava.cli import main, quickstart
 from dali_llava.cli.quickstart import print_examples, train
 from dali_llava.eval.results import load_results
 from dali_llava.train import align, distill, prefix_tune
@@ -37,6 +37,21 @@ def test_bad_arguments_are_named_before_anything_trains(words, message, untraine
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_all_methods_are_the_papers(monkeypatch, tmp_path):
+    """An objective that is added, or registered, is not one of them."""
+
+    class Begun(Exception):
+        pass
+
+    def note(out, seed, methods, recordings):
+        raise Begun(methods)
+
+    monkeypatch.setattr(quickstart, "train", note)
+    with pytest.raises(Begun) as begun:
+        main(["quickstart", "--out", str(tmp_path / "run"), "--methods", "all", "--debug"])
+    assert begun.value.args == (["contrastive", "mmd", "ot", "ot_att"],)
 
 
 def test_missing_classes_of_esc10_are_all_named(untrained, tmp_path, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling import LlavaAudioForConditionalGeneration, LlavaAudioTowers
 from dali_llava.processing import SOUND_PROMPT, LlavaAudioProcessor
 from dali_llava.processing.corpora.avworld.avworld import make_row
 from dali_llava.train import align, distill, prefix_tune
@@ -89,6 +89,12 @@ def avworld_processor(run_dir) -> LlavaAudioProcessor:
 def captioner(run_dir) -> LlavaAudioForConditionalGeneration:
     """The run's captioner, freshly loaded: a test may change it."""
     return LlavaAudioForConditionalGeneration.from_pretrained(run_dir / "captioner")
+
+
+@pytest.fixture
+def towers(run_dir) -> LlavaAudioTowers:
+    """The two towers of the run's captioner, freshly loaded: a test may change them."""
+    return LlavaAudioTowers.from_pretrained(run_dir / "captioner")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling import LlavaAudioForConditionalGeneration, LlavaAudioTowers
+from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.processing import SEE_PROMPT, LlavaAudioProcessor
 from dali_llava.train.align import build_objective
 from dali_llava.train.data.clips import open_frame
@@ -40,7 +41,7 @@ def unloaded(monkeypatch) -> None:
     def fail(*args, **kwargs):
         pytest.fail("a model is loaded")
 
-    monkeypatch.setattr(LlavaAudioForConditionalGeneration, "from_pretrained", fail)
+    monkeypatch.setattr(LlavaAudioPreTrainedModel, "from_pretrained", fail)
 
 
 @pytest.mark.parametrize("stage", TRAINED)
@@ -148,16 +149,31 @@ def test_stage_before_the_one_before_it_is_an_error_with_its_remedy(run_stage, r
 
 
 def test_unknown_objective_lists_those_there_are(run_stage, run_dir, tmp_path, unloaded):
-    with pytest.raises(ValueError, match=f"unknown objective 'mdd'; there are {', '.join(LOSSES)}"):
+    with pytest.raises(ValueError, match=f"unknown objective 'mdd'; known: {', '.join(LOSSES)}"):
         run_stage("aligned", run_dir / "prefix", tmp_path / "out", "--objective", "mdd")
 
 
-def test_unknown_objective_option_is_named(run_stage, run_dir, tmp_path):
+def test_unknown_objective_option_is_named(run_stage, run_dir, tmp_path, unloaded):
     options = ["--objective", "contrastive", "--objective_options", '{"temprature": 0.1}']
-    with pytest.raises(
-        ValueError, match=r"objective contrastive: unknown option temprature; there are \[.*temperature"
-    ):
+    with pytest.raises(ValueError, match="objective contrastive: unknown option temprature; known: temperature"):
         run_stage("aligned", run_dir / "prefix", tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "message"),
+    [
+        ("contrastive", {"temperature": -1}, "objective contrastive: temperature must be positive, not -1"),
+        ("ot", {"solver": "exacct"}, "objective ot: .*exacct"),
+        ("ot_att", {"num_heads": 5}, "objective ot_att: width must be a multiple of num_heads, not 32 and 5"),
+        ("token_assignment", {"variant": "papr"}, "objective token_assignment: unknown variant 'papr'"),
+    ],
+)
+def test_bad_objective_option_is_an_error_before_a_model_is_loaded(
+    run_stage, run_dir, tmp_path, unloaded, objective, options, message
+):
+    words = ["--objective", objective, "--objective_options", json.dumps(options)]
+    with pytest.raises(ValueError, match=message):
+        run_stage("aligned", run_dir / "prefix", tmp_path / "out", *words)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +202,7 @@ def test_objectives_take_the_tokens_width_and_their_options(run_dir):
         objective = "ot_att"
         objective_options = {"num_heads": 4}
 
-    objective = build_objective(Arguments(), width=32)
+    objective = build_objective(Arguments(), LlavaAudioTowers.from_pretrained(run_dir / "captioner"))
     assert objective.attention.audio_query.in_features == 32
     assert objective.attention.audio_attention.num_heads == 4
 
@@ -196,7 +212,7 @@ def test_every_objective_aligns(run_stage, run_dir, tmp_path, objective):
     trainer = run_stage("aligned", run_dir / "prefix", tmp_path / objective, "--objective", objective)
     assert trainer.state.global_step == 2
     assert sorted(load_file(tmp_path / objective / "stage.safetensors")) == sorted(
-        name for name, _ in trainer.captioner.named_parameters() if name.startswith("model.audio_tower.")
+        f"model.{name}" for name, _ in trainer.pretrained.named_parameters() if name.startswith("audio_tower.")
     )
     assert (tmp_path / objective / ATTENTION_WEIGHTS).exists() == (objective == "ot_att")
 

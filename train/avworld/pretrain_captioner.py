@@ -130,7 +130,7 @@ def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArg
     train_only(captioner, model.vision_tower, model.multi_modal_projector, captioner.lm_head)
     WordTrainer(
         model=captioner,
-        captioner=captioner,
+        pretrained=captioner,
         stage="vision",
         args=replace(
             arguments,

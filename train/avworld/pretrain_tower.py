@@ -1,8 +1,8 @@
 """
-Before the alignment: an audio tower that starts from random weights hears sounds alone, without pictures or text.
+Before the alignment: pretrain an audio tower with random weights on sounds alone, without pictures or text.
 
-It learns to tell the statistics of what it is given (a regression, as in PASE). At full size a CAV-MAE checkpoint
-stands in this stage's place; where sounds are few, it lends the tower what they cannot teach. Only the tower trains.
+The tower learns to predict statistics of its spectrograms (a regression, as in PASE). At full size, a CAV-MAE
+checkpoint replaces this stage. Only the audio tower trains.
 
     accelerate launch train/avworld/pretrain_tower.py train/configs/avworld/pretrain_tower.yaml \
         --base_model runs/prefix --output_dir runs/tower
@@ -12,6 +12,7 @@ from itertools import islice
 
 from transformers import set_seed
 
+from dali_llava.modeling import LlavaAudioTowers
 from dali_llava.train.avworld.statistics import StatisticsLoss
 from dali_llava.train.avworld.tower import SoundCollator, TowerArguments, TowerModel
 from dali_llava.train.base_model import check_base, load_base
@@ -28,17 +29,17 @@ def main(argv: list[str] | None = None) -> StageTrainer:
     set_seed(arguments.seed)
     check_base(arguments)
     rows = open_rows(arguments, pictures=arguments.cache_features)
-    captioner, processor = load_base(arguments)
+    towers, processor = load_base(arguments, LlavaAudioTowers)
     if arguments.cache_features:
-        rows = with_features(rows, captioner, processor)
+        rows = with_features(rows, towers, processor)
     augmentation = arguments.augmentation(mix=arguments.augmentation_mix, unit=processor.feature_extractor.std)
     collator = SoundCollator(processor, augmentation, opener=ClipOpener(rows))
     train_dataset = shuffled(rows, arguments)
     examples = collator(list(islice(train_dataset, arguments.examples)))["input_features"]
-    objective = StatisticsLoss(captioner.config.audio_config.output_size, examples)
+    objective = StatisticsLoss(towers.config.audio_config.output_size, examples)
     trainer = StageTrainer(
-        model=TowerModel(captioner, objective),
-        captioner=captioner,
+        model=TowerModel(towers, objective),
+        pretrained=towers,
         args=arguments,
         train_dataset=train_dataset,
         data_collator=collator,

@@ -40,7 +40,7 @@ class TokenViewTrainer(CaptioningTrainer):
         view = inputs.pop("view", None)
         if view is not None:
             views = token_views(inputs.pop("image_tokens"), *view)
-            projected = self.captioner.model.multi_modal_projector(torch.cat(views))
+            projected = self.pretrained.model.multi_modal_projector(torch.cat(views))
             tokens = list(projected.split([len(view) for view in views]))
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
         if not self.unlikelihood:

@@ -1,4 +1,4 @@
-"""The audio tower before the alignment: sounds alone, as CAV-MAE stands before DALI."""
+"""Pretraining of the audio tower on sounds alone, in place of CAV-MAE's."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling import LlavaAudioTowers
 from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.train.arguments import SoundArguments
 from dali_llava.train.base_model import train_only
@@ -19,47 +19,45 @@ from .statistics import StatisticsLoss
 
 @dataclass
 class TowerArguments(SoundArguments):
-    """Arguments of the audio tower's pretraining."""
+    """Arguments of the pretraining of the audio tower."""
 
     augmentation_mix: float = field(
-        default=0.4, metadata={"help": "Probability with which another clip's sound is laid over a clip's."}
+        default=0.4, metadata={"help": "Probability of mixing another clip's sound into a clip."}
     )
     examples: int = field(
-        default=512, metadata={"help": "Rows from which the statistics' means and deviations are taken."}
+        default=512, metadata={"help": "Rows to estimate the means and deviations of the statistics from."}
     )
 
 
 class TowerModel(nn.Module):
     """
-    The audio tower of a captioner, and the loss that teaches it.
+    The audio tower and the loss that it is pretrained with.
 
     Args:
-        captioner: all of it is frozen but the audio tower.
-        objective: between audio tokens and the spectrograms that they were made from.
+        towers: all weights but the audio tower's are frozen.
+        objective: loss between audio tokens and the spectrograms that they come from.
     """
 
-    def __init__(self, captioner: LlavaAudioForConditionalGeneration, objective: StatisticsLoss):
+    def __init__(self, towers: LlavaAudioTowers, objective: StatisticsLoss):
         super().__init__()
-        self.captioner, self.objective = captioner, objective
-        train_only(captioner, captioner.model.audio_tower)
+        self.towers, self.objective = towers, objective
+        train_only(towers, towers.audio_tower)
 
     def forward(self, input_features: torch.Tensor) -> dict[str, torch.Tensor]:
         """`loss`, a scalar, of normalised spectrograms (B, frames, mels)."""
-        tokens = self.captioner.model.encode_audio(input_features)
+        tokens = self.towers.encode_audio(input_features)
         return {"loss": self.objective(tokens, input_features)}
 
 
 @dataclass
 class SoundCollator:
     """
-    Rows into sounds alone: `input_features` (B, frames, mels).
-
-    Rows of `train.corpus.with_features` hold them already.
+    Collates rows into `input_features` (B, frames, mels). Rows of `with_features` already hold them.
 
     Args:
-        processor: of the model to train.
-        augmentation: of the spectrograms.
-        opener: opens the media, and draws other rows for broken ones.
+        processor: processor of the model to train.
+        augmentation: augmentation of the spectrograms.
+        opener: opens the media and replaces broken rows.
     """
 
     processor: LlavaAudioProcessor

@@ -12,7 +12,7 @@ import torch
 from datasets import Array2D, Array3D, Dataset, Features, IterableDataset
 from datasets.fingerprint import Hasher
 
-from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling import LlavaAudioModel, LlavaAudioTowers
 from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.processing.corpora import load_corpus
 from dali_llava.processing.corpora.rows import open_audio, open_frames
@@ -132,7 +132,7 @@ def keep_rows(rows: Dataset, folder: str | Path) -> Dataset:
 
 
 def with_features(
-    rows: Dataset, captioner: LlavaAudioForConditionalGeneration, processor: LlavaAudioProcessor
+    rows: Dataset, towers: LlavaAudioTowers | LlavaAudioModel, processor: LlavaAudioProcessor
 ) -> Dataset:
     """
     What an alignment needs of the rows, computed once and kept on disk by `datasets`.
@@ -145,7 +145,8 @@ def with_features(
     Raises:
         ValueError: no clip can be opened.
     """
-    extractor, tower = processor.feature_extractor, captioner.model.eval()
+    extractor = processor.feature_extractor
+    towers.eval()
 
     def compute(batch: dict) -> dict:
         names, sounds, pictures = [], [], []
@@ -163,14 +164,14 @@ def with_features(
             return {"id": [], "input_features": [], "image_tokens": []}
         pixels = pixel_values([frame for frames in pictures for frame in frames], processor)
         with torch.no_grad():
-            tokens = tower.encode_image(pixels.to(captioner.device)).float().cpu()
+            tokens = towers.encode_image(pixels.to(towers.device)).float().cpu()
         return {
             "id": names,
             "input_features": input_features(sounds, processor).numpy(),
             "image_tokens": [part.numpy() for part in tokens.split([len(frames) for frames in pictures])],
         }
 
-    config = captioner.config
+    config = towers.config
     features = Features(
         {
             "id": rows.features["id"],
@@ -185,7 +186,7 @@ def with_features(
         batch_size=64,
         remove_columns=["audio", "frames", "start", "end"],
         features=features,
-        new_fingerprint=_features_fingerprint(rows, captioner, processor),
+        new_fingerprint=_features_fingerprint(rows, towers, processor),
         desc="Features",
     )
     if len(stored) == 0:
@@ -194,13 +195,13 @@ def with_features(
 
 
 def _features_fingerprint(
-    rows: Dataset, captioner: LlavaAudioForConditionalGeneration, processor: LlavaAudioProcessor
+    rows: Dataset, towers: LlavaAudioTowers | LlavaAudioModel, processor: LlavaAudioProcessor
 ) -> str:
-    """A key of all that `with_features` depends on, the same in every process (a pickled model's is not)."""
+    """A key of everything that `with_features` depends on, equal in all processes (that of a pickled model is not)."""
     weights = hashlib.sha256()
-    for name, tensor in captioner.model.vision_tower.state_dict().items():
+    for name, tensor in towers.vision_tower.state_dict().items():
         weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
     extractor, images = processor.feature_extractor, processor.image_processor
     parts = [extractor.to_json_string(), inspect.getsource(type(extractor)), images.to_json_string()]
-    layer = [captioner.config.vision_feature_layer, captioner.config.vision_feature_select_strategy]
+    layer = [towers.config.vision_feature_layer, towers.config.vision_feature_select_strategy]
     return Hasher.hash([rows._fingerprint, weights.hexdigest(), *parts, layer])

@@ -1,4 +1,4 @@
-"""Token-level contrast through an optimal assignment (LAVCap's OT loss)."""
+"""Token-level contrast with an optimal assignment (the OT loss of LAVCap)."""
 
 import math
 
@@ -12,25 +12,39 @@ from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weig
 
 _INITIAL_SCALE = 1 / 0.07
 _LARGEST_SCALE = 100.0
+_IGNORED = -100
 
 
 class TokenAssignmentLoss(AlignmentLoss):
-    """InfoNCE within a sample, between a token's assignment and its similarities (LAVCap, equation 4).
+    """InfoNCE within a sample, between the assignment of a token and its similarities [1, equation 4].
 
-    With tokens of unit length, `S = x y^T` and `Q = argmax <Q, S> + eps H(Q)` without gradient: the rows q_i and s_i
-    stand for audio token i, the columns for image tokens, and each modality's term is the mean over i of
-    `-log softmax_j(<q_i, s_j> / tau)` at j = i. The paper sums over tokens; a mean does not depend on their number.
-    The terms of both modalities are added, and samples averaged.
+    For tokens of unit length, `S = x y^T`, and `Q = argmax <Q, S> + eps H(Q)` [1, equation 2] without gradient. The
+    rows q_i and s_i belong to audio token i and the columns to image tokens. The term of a modality is the mean over i
+    of `-log softmax_j(<q_i, s_j> / tau)` at j = i; the paper sums over the tokens, but a mean does not depend on their
+    number. The loss adds the terms of both modalities and averages the samples. The temperature is learned.
+
+    A row of Q sums to 1/N, so the logits of "paper" are at most 1/(N tau) and their slope is small.
 
     Args:
-        variant: "paper", as above, with 1/tau learnt from 1/0.07 as an exponential and held in [1, 100]; or
-            "reference", what the authors' program does: log Q stands for Q, the softmax runs over q's index instead of
-            s's, and the logits are multiplied by a learnt number that starts at ln(1/0.07) and is held in [0, ln 100].
-        eps: entropy of the assignment.
-        num_iterations: Sinkhorn iterations.
+        variant: "paper", as above, with 1/tau = exp(`log_scale`), which starts at 1/0.07 and is clamped to [1, 100].
+            "reference" is what the authors' code computes: log Q in place of Q, a softmax over the index of q in place
+            of that of s, and logits multiplied by `log_scale` itself, clamped to [0, ln 100].
+        eps: weight of the entropy in the assignment.
+        num_iterations: number of Sinkhorn iterations.
 
     Logs:
-        assignment: the loss. scale: what multiplies the logits.
+        assignment: the loss. scale: the factor of the logits.
+
+    References:
+        [1] K. Rho, H. Lee, V. Iverson, J. S. Chung, "LAVCap: LLM-based Audio-Visual Captioning using Optimal
+        Transport", 2025.
+
+    Example:
+        >>> import torch
+        >>> tokens = torch.ones(1, 4, 3)  # equal tokens cannot be told apart: log(4) for each modality
+        >>> output = TokenAssignmentLoss()(tokens, tokens)
+        >>> round(output.loss.item(), 4), round(output.logs["scale"], 4)
+        (2.7726, 14.2857)
     """
 
     def __init__(self, variant: str = "paper", eps: float = 0.1, num_iterations: int = 50):
@@ -42,7 +56,7 @@ class TokenAssignmentLoss(AlignmentLoss):
         self.variant = variant
         self.eps = eps
         self.num_iterations = num_iterations
-        self.log_scale = nn.Parameter(torch.tensor(math.log(_INITIAL_SCALE)))
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(_INITIAL_SCALE)))  # FSDP2 refuses scalars
 
     def compute(
         self,
@@ -51,10 +65,10 @@ class TokenAssignmentLoss(AlignmentLoss):
         audio_mask: torch.Tensor | None,
         image_mask: torch.Tensor | None,
     ) -> LossOutput:
-        # The parameter itself is held: a clamped copy would have no gradient to come back with.
+        # Clamps the parameter itself: a clamped copy would have no gradient outside the range.
         with torch.no_grad():
             self.log_scale.clamp_(0.0, math.log(_LARGEST_SCALE))
-        log_scale = self.log_scale.to(audio.dtype)
+        log_scale = self.log_scale[0].to(audio.dtype)
         scale = log_scale.exp() if self.variant == "paper" else log_scale
 
         similarity = F.normalize(audio, dim=2) @ F.normalize(image, dim=2).mT
@@ -68,21 +82,27 @@ class TokenAssignmentLoss(AlignmentLoss):
         if self.variant == "paper":
             assignment = assignment.exp()
         else:
-            # Masked tokens: their similarity is 0, but 0 times -inf is not.
+            # The similarity of masked tokens is 0, but 0 times -inf is NaN.
             assignment = assignment.masked_fill(assignment == -torch.inf, 0.0)
         by_audio = scale * assignment @ similarity.mT
         by_image = scale * assignment.mT @ similarity
         if self.variant == "reference":
             by_audio, by_image = by_audio.mT, by_image.mT
-        loss = (_token_infonce(by_audio, audio_mask) + _token_infonce(by_image, image_mask)).mean()
+        loss = (_token_infonce(by_audio, audio_mask) + _token_infonce(by_image, image_mask)).mean().to(audio.dtype)
         logs = torch.stack((loss, scale)).detach().tolist()
         return LossOutput(loss, dict(zip(("assignment", "scale"), logs, strict=True)))
 
 
 def _token_infonce(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(B,) mean over tokens of the cross-entropy of logits (B, N, N) against the diagonal."""
+    """(B,) mean over tokens of the cross-entropy of logits (B, N, N) against the diagonal, in float64.
+
+    The gradient holds `softmax - 1` at the diagonal; where the softmax is nearly 1, float32 would round it away.
+    """
+    logits = logits.double()
+    target = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
     if mask is None:
-        return (logits.logsumexp(dim=2) - logits.diagonal(dim1=1, dim2=2)).mean(dim=1)
+        return F.cross_entropy(logits.mT, target, reduction="none").mean(dim=1)
     logits = logits.masked_fill(~mask[:, None], -torch.inf)
-    per_token = logits.logsumexp(dim=2) - logits.diagonal(dim1=1, dim2=2)
-    return per_token.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)
+    target = target.masked_fill(~mask, _IGNORED)
+    per_token = F.cross_entropy(logits.mT, target, reduction="none", ignore_index=_IGNORED)
+    return per_token.sum(dim=1) / mask.sum(dim=1)

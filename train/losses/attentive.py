@@ -1,4 +1,4 @@
-"""Optimal transport whose weights cross-attention learns (DALI_OT^Att)."""
+"""Optimal transport with weights from a learned cross-attention (DALI_OT^Att)."""
 
 import json
 import math
@@ -13,30 +13,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from dali_llava.train.losses.base import LossOutput, uniform_weights
 from dali_llava.train.losses.transport import TransportLoss, mean_distance
-from dali_llava.train.transport import TransportResult
 
 
 ATTENTION_WEIGHTS = "alignment_attention.safetensors"
 
 
 class AlignmentAttention(nn.Module):
-    """Weighs each cloud's tokens by what the other cloud holds.
+    """Cross-attention that weights the tokens of each set by the tokens of the other set.
 
     ```
     audio x -> audio_query -.                       image y -> image_query -.
     image y -> image_key ----> audio_attention      audio x -> audio_key ----> image_attention
-    image y -> image_value -'  -> mean over the     audio x -> audio_value -'  -> likewise -> b (B, Nv)
+    image y -> image_value -'  -> mean over the     audio x -> audio_value -'  -> the same -> b (B, Nv)
                                   width / temperature
                                   -> softmax over tokens -> a (B, Na)
     ```
 
     Args:
         width: D of the tokens.
-        num_heads: heads of the two attentions; they share the width out.
-        temperature: what the mean over the width is divided by.
+        num_heads: number of heads of each attention; divides the width.
+        temperature: divides the mean over the width.
     """
 
     def __init__(self, width: int, num_heads: int = 8, temperature: float = 20.0):
@@ -64,7 +64,7 @@ class AlignmentAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights a (B, Na) and b (B, Nv) for audio (B, Na, D) and image tokens (B, Nv, D), each row summing to 1.
 
-        Masks are (B, Na) and (B, Nv) bool, True for tokens that count; the others get weight 0 and are not looked at.
+        Masks are (B, Na) and (B, Nv) bool, True for tokens that count. Other tokens are ignored and get weight 0.
         """
         audio_hidden, _ = self.audio_attention(
             self.audio_query(audio),
@@ -90,19 +90,19 @@ class AlignmentAttention(nn.Module):
         audio_mask: torch.Tensor | None = None,
         grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """Where in a picture the sound looks (the paper's figure 7), before weights are mixed with uniform ones.
+        """Weights of the image tokens on the grid of their picture (figure 7 of the paper), before they are mixed.
 
         Args:
             audio: (B, Na, D) tokens.
-            image: (B, Nv, D) tokens, the picture's rows one after the other.
+            image: (B, Nv, D) tokens, row by row.
             audio_mask: (B, Na) bool, True for tokens that count.
-            grid: the picture's rows and columns of tokens; a square by default.
+            grid: rows and columns of tokens; a square by default.
 
         Returns:
             (B, rows, columns) weights; 1 is the uniform weight.
 
         Raises:
-            ValueError: tokens that do not fill the grid, or no square where none is given.
+            ValueError: the tokens do not fill the grid.
         """
         count = image.shape[1]
         if grid is None:
@@ -133,11 +133,11 @@ def save_alignment_attention(attention: AlignmentAttention, folder: str | os.Pat
 
 def load_alignment_attention(folder: str | os.PathLike) -> AlignmentAttention:
     """
-    The attention that an alignment with `ot_att` learnt, from the folder of its stage, on the CPU.
+    The attention that an alignment with `ot_att` trained, from the folder of its stage, on the CPU.
 
     Raises:
-        FileNotFoundError: when the folder holds none.
-        ValueError: when the file is damaged or holds other tensors than an attention's.
+        FileNotFoundError: the folder has no attention.
+        ValueError: the file is damaged or holds other tensors.
     """
     path = Path(folder) / ATTENTION_WEIGHTS
     if not path.is_file():
@@ -159,30 +159,46 @@ def load_alignment_attention(folder: str | os.PathLike) -> AlignmentAttention:
 
 
 class AttentiveTransportLoss(TransportLoss):
-    """Transport cost under learnt weights, and the learning of these weights, in one loss (DALI, stage 1b).
+    """Transport cost with weights from a cross-attention that the same loss trains [1, equation 5].
 
-    The attention's weights are averaged with uniform ones, so that none falls below half of uniform. The loss is the
-    mean over the batch of `OT(a, b) - lambda (H(a) + H(b))`, H being the entropy in nats. The attention reads detached
-    tokens: one backward pass gives them the gradient of `OT(a, b)` at fixed weights, and the attention's parameters
-    that of the whole.
+    The loss is the mean over the batch of `OT(a, b) - lambda (H(a) + H(b))`, where H is the entropy in nats. The
+    weights a and b are the mean of the attention's weights and uniform weights, so each is at least half of uniform.
+    The attention reads detached tokens: one backward pass gives the tokens the gradient of `OT(a, b)` at fixed
+    weights, and the attention's parameters the gradient of the loss.
 
-    lambda counts in mean distances of the batch, all `|x_i - y_j|^2` averaged. In epoch 1 the weights are uniform and
-    there is no entropy term; then lambda follows `entropy_schedule`. In eval mode the weights are uniform at any time,
-    so that one epoch's validation loss can be held against another's.
+    lambda is relative to the mean of all `|x_i - y_j|^2` of the batch. In epoch 1 the weights are uniform and there is
+    no entropy term; then lambda follows `entropy_schedule`. In evaluation mode the weights are always uniform, so the
+    validation losses of different epochs are comparable.
 
-    When `torch.distributed` runs, lambda's batch is that of all ranks, which are to hold equally many pairs: the
-    ranks' mean, with gradients averaged as DistributedDataParallel does, is then the loss of the whole batch.
+    With `torch.distributed`, lambda is relative to the mean over all ranks, which must hold the same number of pairs.
+    The mean of the ranks' losses, with gradients averaged by DistributedDataParallel, is then the loss of the whole
+    batch.
 
     Args:
         width: D of the tokens, a multiple of `num_heads`.
-        num_heads: heads of either attention.
-        temperature: divides the scores before their softmax.
-        entropy_schedule: relative lambda of epochs 2, 3, ...; the last one stays.
-        solver, solver_options, overlap: as in `TransportLoss`.
+        num_heads: number of heads of each attention.
+        temperature: divides the scores before the softmax.
+        entropy_schedule: relative lambda of epochs 2, 3, ...; the last value applies to all later epochs.
+        solver, solver_options: as in `TransportLoss`.
 
     Logs:
-        transport_cost: mean `OT(a, b)`. mean_distance, max_gap: as in `TransportLoss`. lambda: in the cost's unit.
-        entropy_audio, entropy_image: mean H in nats. All but lambda are this rank's.
+        transport_cost: mean `OT(a, b)`. mean_distance, max_gap: as in `TransportLoss`. lambda: in the unit of the
+        cost. entropy_audio, entropy_image: mean H in nats. All but lambda are of this rank.
+
+    References:
+        [1] H. Malard et al., "An Eye for an Ear: Zero-shot Audio Description Leveraging an Image Captioner using
+        Audiovisual Distribution Alignment", 2024.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> loss = AttentiveTransportLoss(width=4, num_heads=2)
+        >>> audio, image = torch.randn(1, 3, 4), torch.randn(1, 5, 4)
+        >>> first = loss(audio, image).logs
+        >>> loss.set_epoch(2)
+        >>> second = loss(audio, image).logs
+        >>> first["lambda"], round(second["lambda"] / second["mean_distance"], 6)
+        (0.0, 0.25)
     """
 
     def __init__(
@@ -193,24 +209,28 @@ class AttentiveTransportLoss(TransportLoss):
         entropy_schedule: Sequence[float] = (0.25, 0.2, 0.15, 0.1, 0.05),
         solver: str = "exact",
         solver_options: dict[str, Any] | None = None,
-        overlap: bool = False,
     ):
-        super().__init__(solver, solver_options, overlap)
+        super().__init__(solver, solver_options)
         if not entropy_schedule or not all(value >= 0 for value in entropy_schedule):
             raise ValueError(f"entropy_schedule must hold numbers of at least 0, not {entropy_schedule!r}")
         self.attention = AlignmentAttention(width, num_heads, temperature)
         self.entropy_schedule = tuple(entropy_schedule)
         self.epoch = 1
 
+    @classmethod
+    def from_captioner(cls, captioner: PreTrainedModel, **options: Any) -> "AttentiveTransportLoss":
+        """Builds the loss with an attention as wide as the captioner's tokens; see `AlignmentLoss.from_captioner`."""
+        return cls(**{"width": captioner.config.audio_config.output_size, **options})
+
     def set_epoch(self, epoch: int) -> None:
-        """Tells which epoch runs, counted from 1."""
+        """Sets the epoch, counted from 1."""
         if epoch < 1:
-            raise ValueError(f"epochs count from 1; there is no epoch {epoch}")
+            raise ValueError(f"epochs are counted from 1; there is no epoch {epoch}")
         self.epoch = epoch
 
     @property
     def relative_lambda(self) -> float:
-        """lambda of this epoch in mean distances; 0 in epoch 1."""
+        """lambda of this epoch relative to the mean distance; 0 in epoch 1."""
         if self.epoch == 1:
             return 0.0
         return self.entropy_schedule[min(self.epoch - 2, len(self.entropy_schedule) - 1)]
@@ -222,16 +242,16 @@ class AttentiveTransportLoss(TransportLoss):
         audio_mask: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attention's own weights (B, Na) and (B, Nv), before they meet the uniform ones (the paper's figure 7).
+        """The attention's weights (B, Na) and (B, Nv), before they are averaged with uniform weights.
 
-        No gradient runs to the tokens. Computed in float32 or better.
+        The tokens get no gradient. Computed in float32 or better.
         """
         dtype = torch.promote_types(torch.promote_types(audio.dtype, image.dtype), torch.float32)
         tokens = (audio.detach().to(dtype), image.detach().to(dtype))
         with torch.autocast(audio.device.type, enabled=False):
             if all(parameter.dtype == dtype for parameter in self.attention.parameters()):
                 return self.attention(*tokens, audio_mask, image_mask)
-            # A trainer that casts whole modules has cast this one too.
+            # A trainer that casts whole modules also casts the attention.
             parameters = {name: parameter.to(dtype) for name, parameter in self.attention.named_parameters()}
             return functional_call(self.attention, parameters, (*tokens, audio_mask, image_mask))
 
@@ -253,24 +273,22 @@ class AttentiveTransportLoss(TransportLoss):
         entropy_a, entropy_b = _mean_entropy(a, audio_mask), _mean_entropy(b, image_mask)
         strength = self.relative_lambda * _mean_over_ranks(distance) if learns else torch.zeros_like(distance)
 
-        def finish(result: TransportResult) -> LossOutput:
-            cost = result.cost.mean()
-            loss = cost - strength * (entropy_a + entropy_b)
-            if trains and not learns:
-                # Zeros rather than no gradients: DistributedDataParallel waits for one from every parameter.
-                loss = cost + sum(0.0 * parameter.sum() for parameter in self.attention.parameters())
-            logs = {
-                "transport_cost": cost,
-                "mean_distance": distance,
-                "max_gap": result.gap.max(),
-                "lambda": strength,
-                "entropy_audio": entropy_a,
-                "entropy_image": entropy_b,
-            }
-            values = torch.stack([value.detach().double() for value in logs.values()])
-            return LossOutput(loss, dict(zip(logs, values.tolist(), strict=True)))
-
-        return self.transport(audio, image, a, b, finish)
+        result = self.transport(audio, image, a, b)
+        cost = result.cost.mean()
+        loss = cost - strength * (entropy_a + entropy_b)
+        if trains and not learns:
+            # Zeros rather than no gradients: DistributedDataParallel waits for one from every parameter.
+            loss = cost + sum(0.0 * parameter.sum() for parameter in self.attention.parameters())
+        logs = {
+            "transport_cost": cost,
+            "mean_distance": distance,
+            "max_gap": result.gap.max(),
+            "lambda": strength,
+            "entropy_audio": entropy_a,
+            "entropy_image": entropy_b,
+        }
+        values = torch.stack([value.detach().double() for value in logs.values()])
+        return LossOutput(loss, dict(zip(logs, values.tolist(), strict=True)))
 
 
 def _mean_entropy(weights: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,57 +1,56 @@
-"""What the losses between audio and image tokens have in common."""
+"""The base of the losses between audio and image tokens."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dali_llava.train.transport.checks import check_point_sets
 
 
 @dataclass
 class LossOutput:
-    """A loss and what to write down about it.
+    """A loss and its logs.
 
     Attributes:
         loss: scalar tensor, float32 or float64.
-        logs: plain numbers by name, detached.
+        logs: numbers by name.
     """
 
     loss: torch.Tensor
     logs: dict[str, float] = field(default_factory=dict)
 
 
-class PendingLossOutput(LossOutput):
-    """A loss that is still being computed: who first reads `loss` or `logs` waits for it.
-
-    Args:
-        finish: waits, and gives the output.
-    """
-
-    def __init__(self, finish: Callable[[], LossOutput]):
-        self._finish = finish
-
-    @cached_property
-    def _output(self) -> LossOutput:
-        return self._finish()
-
-    @property
-    def loss(self) -> torch.Tensor:
-        return self._output.loss
-
-    @property
-    def logs(self) -> dict[str, float]:
-        return self._output.logs
-
-
 class AlignmentLoss(nn.Module):
     """Base of the losses that compare each sample's audio tokens with its image tokens.
 
-    A subclass writes `compute`; it gets checked tensors of one dtype, float32 or float64, with autocast off, and
-    masked tokens set to zero.
+    A subclass implements `compute`. It receives checked tensors of one dtype, float32 or float64, with autocast off
+    and masked tokens set to zero. A subclass whose constructor needs something of the captioner, such as the width of
+    its tokens, overrides `from_captioner`. A subclass with a schedule has a method `set_epoch(epoch)`, which the
+    trainer calls before each step with the epoch, counted from 1.
+
+    The parameters of a loss are trained with the audio tower. Each must receive a gradient in every step, zero if
+    need be, because `DistributedDataParallel` waits for all of them. FSDP2 does not accept scalar parameters; use one
+    of shape (1,).
     """
+
+    @classmethod
+    def from_captioner(cls, captioner: PreTrainedModel, **options: Any) -> "AlignmentLoss":
+        """Builds the loss for a captioner.
+
+        The alignment calls this twice: once with towers on the meta device, to check the options before weights are
+        loaded, and once with the loaded towers.
+
+        Args:
+            captioner: a model with `config`, `vision_tower` and `audio_tower`, such as `LlavaAudioTowers`.
+            options: arguments of the constructor.
+
+        Raises:
+            ValueError: an option has a value that the loss cannot use.
+        """
+        return cls(**options)
 
     def forward(
         self,
@@ -65,14 +64,13 @@ class AlignmentLoss(nn.Module):
         Args:
             audio_tokens: (B, Na, D), any floating-point dtype; half precision is computed in float32.
             image_tokens: (B, Nv, D).
-            audio_mask: (B, Na) bool, True for tokens that count; all of them by default. A masked token is as good as
-                removed.
+            audio_mask: (B, Na) bool, True for tokens that count; all by default. Other tokens are ignored.
             image_mask: (B, Nv) bool, likewise.
 
         Raises:
             ValueError: shapes that do not match, a NaN or infinity, a sample without tokens; the message names the
                 argument and the sample.
-            TypeError: an argument that is no tensor of the right kind.
+            TypeError: an argument is not a tensor of the right kind.
         """
         check_point_sets(
             audio_tokens,
@@ -95,7 +93,7 @@ class AlignmentLoss(nn.Module):
         audio_mask: torch.Tensor | None,
         image_mask: torch.Tensor | None,
     ) -> LossOutput:
-        """The loss itself. Arguments as in `forward`, checked."""
+        """The loss of checked arguments; see `forward`."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Contrastive learning on mean tokens, the baseline that DALI is held against."""
+"""Contrastive learning on mean tokens, DALI's baseline."""
 
 import torch
 import torch.distributed as dist
@@ -9,20 +9,33 @@ from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weig
 
 
 class ContrastiveLoss(AlignmentLoss):
-    """Symmetric InfoNCE between mean tokens, by cosine similarity (DALI's contrastive baseline).
+    """Symmetric InfoNCE between mean tokens, on cosine similarities (the baseline of [1]).
 
-    Each pair's audio is to find its image among the batch's, and the other way about; the two cross-entropies are
-    averaged. When `torch.distributed` runs, the batch is that of all ranks: each rank's loss covers its own pairs, so
-    that the ranks' mean, with gradients averaged as DistributedDataParallel does, is the loss of the whole batch.
+    The cross-entropy [2, equation 4] of finding the image of an audio clip in the batch, averaged with that of finding
+    the audio clip of an image. With `torch.distributed`, the negatives come from all ranks. Each rank's loss covers
+    its own pairs, so the mean of the ranks' losses, with gradients averaged by DistributedDataParallel, is the loss of
+    the whole batch.
 
     Args:
-        temperature: divides the cosines.
+        temperature: divides the cosine similarities.
 
     Logs:
-        contrastive: the loss of this rank. accuracy: share of its audios whose nearest image is their own.
+        contrastive: the loss of this rank. accuracy: share of its audio clips whose nearest image is their own.
 
     Raises:
-        ValueError: when called, if there is one pair in all, or if ranks hold different numbers of pairs.
+        ValueError: when called with one pair in all, or with different numbers of pairs on the ranks.
+
+    References:
+        [1] H. Malard et al., "An Eye for an Ear: Zero-shot Audio Description Leveraging an Image Captioner using
+        Audiovisual Distribution Alignment", 2024.
+        [2] A. van den Oord, Y. Li, O. Vinyals, "Representation Learning with Contrastive Predictive Coding", 2018.
+
+    Example:
+        >>> import torch
+        >>> image = torch.eye(2)[:, None]
+        >>> output = ContrastiveLoss(temperature=1.0)(image.flip(0), image)  # each audio clip has the other image
+        >>> round(output.loss.item(), 4), output.logs["accuracy"]  # log(1 + e)
+        (1.3133, 0.0)
     """
 
     def __init__(self, temperature: float = 0.05):

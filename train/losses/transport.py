@@ -1,39 +1,48 @@
-"""Optimal transport between two token clouds (DALI_OT)."""
+"""Optimal transport between two sets of tokens (DALI_OT)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dali_llava.train.losses.base import AlignmentLoss, LossOutput, PendingLossOutput, uniform_weights
-from dali_llava.train.transport import TransportResult, check_solver, solve_transport, start_transport
+from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weights
+from dali_llava.train.transport import TransportResult, check_solver, solve_transport
 from dali_llava.train.transport.parts import in_parts
 
 
 class TransportLoss(AlignmentLoss):
-    """Cost of moving each pair's audio tokens onto its image tokens, averaged over the batch (DALI, stage 1b).
+    """Cost of moving the audio tokens of each pair onto its image tokens, averaged over the batch [1, equation 4].
 
-    `min <P, C>` over plans P with uniform marginals, `C_ij = |x_i - y_j|^2`; with the solvers "partial" and
-    "unbalanced", their cost, and no marginals that must be met.
+    The cost is `min <P, C>` over plans P with uniform marginals, where `C_ij = |x_i - y_j|^2`. The solvers "partial"
+    and "unbalanced" relax the marginals; see `solve_transport`.
 
     Args:
-        solver: one of `solve_transport`'s.
-        solver_options: passed on to it.
-        overlap: whether the solver works in the background until `.loss` or `.logs` is read. Read it last, and other
-            losses' forward and, where they take it first, backward passes hide the solver's time. The loss and its
-            gradients are the same bit for bit.
+        solver: solver of `solve_transport`.
+        solver_options: options of the solver.
 
     Logs:
-        transport_cost: the loss. mean_distance: the mean of all C. max_gap: how far the worst pair's cost may lie
-        above its optimum.
+        transport_cost: the loss. mean_distance: the mean of C. max_gap: the largest gap of `solve_transport`, which
+        bounds how far a cost lies above its optimum.
+
+    References:
+        [1] H. Malard et al., "An Eye for an Ear: Zero-shot Audio Description Leveraging an Image Captioner using
+        Audiovisual Distribution Alignment", 2024.
+
+    Example:
+        >>> import torch
+        >>> audio = torch.tensor([[[0.0], [1.0]]], requires_grad=True)
+        >>> output = TransportLoss()(audio, torch.tensor([[[2.0], [3.0]]]))
+        >>> output.loss.item(), output.logs["mean_distance"]
+        (4.0, 4.5)
+        >>> output.loss.backward()
+        >>> audio.grad[0, :, 0]
+        tensor([-2., -2.])
     """
 
-    def __init__(self, solver: str = "exact", solver_options: dict[str, Any] | None = None, overlap: bool = False):
+    def __init__(self, solver: str = "exact", solver_options: dict[str, Any] | None = None):
         super().__init__()
         check_solver(solver)
         self.solver = solver
         self.solver_options = solver_options or {}
-        self.overlap = overlap
 
     def compute(
         self,
@@ -44,34 +53,16 @@ class TransportLoss(AlignmentLoss):
     ) -> LossOutput:
         a, b = uniform_weights(audio, audio_mask), uniform_weights(image, image_mask)
 
-        def finish(result: TransportResult) -> LossOutput:
-            loss = result.cost.mean()
-            distance = mean_distance(audio, image, a, b)
-            names = ("transport_cost", "mean_distance", "max_gap")
-            values = torch.stack([value.double() for value in (loss.detach(), distance, result.gap.max())])
-            return LossOutput(loss, dict(zip(names, values.tolist(), strict=True)))
+        result = self.transport(audio, image, a, b)
+        loss = result.cost.mean()
+        distance = mean_distance(audio, image, a, b)
+        names = ("transport_cost", "mean_distance", "max_gap")
+        values = torch.stack([value.double() for value in (loss.detach(), distance, result.gap.max())])
+        return LossOutput(loss, dict(zip(names, values.tolist(), strict=True)))
 
-        return self.transport(audio, image, a, b, finish)
-
-    def transport(
-        self,
-        audio: torch.Tensor,
-        image: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        finish: Callable[[TransportResult], LossOutput],
-    ) -> LossOutput:
-        """What `finish` makes of the transport from audio (B, Na, D) with weights a to image (B, Nv, D) with b."""
-        arguments = (audio, image, a, b, self.solver)
-        if not self.overlap:
-            return finish(solve_transport(*arguments, **self.solver_options))
-        wait = start_transport(*arguments, **self.solver_options)
-
-        def finish_later() -> LossOutput:
-            with torch.autocast(audio.device.type, enabled=False):
-                return finish(wait())
-
-        return PendingLossOutput(finish_later)
+    def transport(self, audio: torch.Tensor, image: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> TransportResult:
+        """The transport from audio (B, Na, D) with weights a (B, Na) to image (B, Nv, D) with weights b (B, Nv)."""
+        return solve_transport(audio, image, a, b, self.solver, **self.solver_options)
 
 
 @torch.no_grad()

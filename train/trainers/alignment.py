@@ -1,4 +1,4 @@
-"""Stage 1b: move the distribution of a clip's audio tokens onto that of its image tokens."""
+"""Stage 1b: match the distribution of a clip's audio tokens to that of its image tokens."""
 
 import math
 from collections.abc import Callable
@@ -10,8 +10,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.modeling_outputs import ModelOutput
+from transformers.trainer_optimizer import is_optimizer_factory
 
-from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling import LlavaAudioTowers
+from dali_llava.train.arguments import COUPLED_ADAM
 from dali_llava.train.base_model import train_only
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS, save_alignment_attention
 
@@ -20,7 +22,7 @@ from .stage import StageTrainer
 
 @dataclass
 class AlignmentOutput(ModelOutput):
-    """`loss` to minimise; `logs`, what the objective reports."""
+    """`loss` to minimise, and the objective's `logs`."""
 
     loss: torch.Tensor | None = None
     logs: dict | None = None
@@ -28,42 +30,42 @@ class AlignmentOutput(ModelOutput):
 
 class AlignmentModel(nn.Module):
     """
-    The captioner's two towers and an objective between their tokens.
+    The two towers and an objective between their tokens.
 
-    The objective is a submodule, so that what it trains (an attention, a temperature) is wrapped, gathered and saved
-    with the rest. The vision tower runs without a graph.
+    The objective is a submodule, so its parameters (an attention, a temperature) are wrapped and gathered with the
+    audio tower's. The vision tower runs without a graph.
     """
 
-    def __init__(self, captioner: LlavaAudioForConditionalGeneration, objective: nn.Module):
+    def __init__(self, towers: LlavaAudioTowers, objective: nn.Module):
         super().__init__()
-        self.captioner, self.objective = captioner, objective
-        train_only(captioner, captioner.model.audio_tower)
+        self.towers, self.objective = towers, objective
+        train_only(towers, towers.audio_tower)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.captioner.model.vision_tower.eval()  # frozen: no dropout
+        self.towers.vision_tower.eval()  # frozen: no dropout
         return self
 
     def forward(
         self, pixel_values=None, input_features=None, input_features_mask=None, image_tokens=None
     ) -> AlignmentOutput:
-        """The objective between the sounds and the pictures, given as pixels or as the vision tower's tokens."""
-        model = self.captioner.model
+        """The objective of a batch; pictures are given as pixels or as the vision tower's tokens."""
+        towers = self.towers
         if image_tokens is None:
             with torch.no_grad():
-                image_tokens = model.encode_image(pixel_values)
-        audio_tokens = model.encode_audio(input_features, input_features_mask)
-        audio_mask = None if input_features_mask is None else model.audio_tower.token_mask(input_features_mask)
+                image_tokens = towers.encode_image(pixel_values)
+        audio_tokens = towers.encode_audio(input_features, input_features_mask)
+        audio_mask = None if input_features_mask is None else towers.audio_tower.token_mask(input_features_mask)
         output = self.objective(audio_tokens, image_tokens, audio_mask=audio_mask)
         return AlignmentOutput(loss=output.loss, logs=output.logs)
 
 
 class ScheduleEpochs(TrainerCallback):
     """
-    Tells the objective its epoch, from 1, where it has a schedule (the entropy weight of `AttentiveTransportLoss`).
+    Calls the objective's `set_epoch`, from 1, before each step (for the entropy weight of `AttentiveTransportLoss`).
 
     Args:
-        epochs: into how many epochs to divide a run that counts steps (`max_steps`); those of the data by default.
+        epochs: number of epochs to divide a run of `max_steps` into; by default the epochs of the data.
     """
 
     def __init__(self, objective: nn.Module, epochs: int | None = None):
@@ -78,35 +80,53 @@ class ScheduleEpochs(TrainerCallback):
 
 class AlignmentTrainer(StageTrainer):
     """
-    Trainer of an `AlignmentModel`; the objective's own parameters, if any, are a group of the one optimiser.
+    Trainer of an `AlignmentModel`. The objective's own parameters, if any, are a group of the one optimiser.
 
-    An objective's `attention` is saved beside the stage, for `load_alignment_attention`.
+    If the objective has an `attention`, it is saved beside the stage for `load_alignment_attention`.
     """
 
     def __init__(self, model: AlignmentModel, **kwargs):
-        super().__init__(model=model, captioner=model.captioner, **kwargs)
+        super().__init__(model=model, pretrained=model.towers, **kwargs)
         if hasattr(model.objective, "set_epoch"):
             self.add_callback(ScheduleEpochs(model.objective, self.args.schedule_epochs))
         self.loss_is_scaled_for_ga = False  # a mean over the pairs of a batch, not a sum over tokens
 
     def create_optimizer(self, model=None):
+        """
+        The optimiser of `args.optim` over the audio tower, and over the objective's parameters if it has any.
+
+        Raises:
+            ValueError: for an optimiser of transformers that makes its own parameter groups.
+        """
         if self.optimizer is None:
             args, module = self.args, self.model
-            groups = [{"params": [p for p in module.captioner.parameters() if p.requires_grad]}]
+            groups = [
+                {
+                    "params": [p for p in module.towers.parameters() if p.requires_grad],
+                    "weight_decay": args.weight_decay,
+                }
+            ]
             own = list(module.objective.parameters())
             if own:
                 # No decay: Adam would walk weights to zero on the decay alone, as long as they get no other gradient.
                 rate = args.objective_learning_rate
                 groups.append({"params": own, "lr": rate, "weight_decay": 0.0, "constant_rate": True})
-            self.optimizer = torch.optim.Adam(
-                groups,
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                fused=True,
-                weight_decay=args.weight_decay,
-            )
+            optimizer_class, options = self._optimizer_class()
+            self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def _optimizer_class(self) -> tuple[type[torch.optim.Optimizer], dict]:
+        args = self.args
+        if args.optim == COUPLED_ADAM:
+            options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "fused": True}
+            return torch.optim.Adam, {"lr": args.learning_rate, **options}
+        found, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+        if is_optimizer_factory(found) or options.keys() & {"params", "model", "optimizer_dict"}:
+            raise ValueError(
+                f"optim: {args.optim.value} makes its own parameter groups, so the objective cannot have one; use "
+                f"{COUPLED_ADAM}, adamw_torch or another optimizer without layer-wise groups."
+            )
+        return found, options
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
@@ -120,9 +140,9 @@ class AlignmentTrainer(StageTrainer):
         return self.lr_scheduler
 
     def _halved(self, num_training_steps: int) -> Callable[[int], float]:
-        """The factor of the rate at a step: halved at epoch `halve_from` and every `halve_every` epochs from there."""
+        """The rate's factor by step: halved at epoch `halve_from` and then every `halve_every` epochs."""
         args = self.args
-        if args.max_steps > 0:  # then num_train_epochs says nothing
+        if args.max_steps > 0:  # num_train_epochs is then unused
             batches = max(1, len(self.get_train_dataloader()))
             steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
         else:

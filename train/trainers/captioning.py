@@ -4,7 +4,7 @@ from .stage import StageTrainer
 
 
 class CaptioningTrainer(StageTrainer):
-    """Negative log-likelihood of the answers, with what the collator gives (DALI, stages 1a and 2)."""
+    """Negative log-likelihood of the answers, on the batches of a caption collator (DALI, stages 1a and 2)."""
 
     def __init__(self, model, **kwargs):
-        super().__init__(model=model, captioner=model, **kwargs)
+        super().__init__(model=model, pretrained=model, **kwargs)

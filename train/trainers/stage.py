@@ -1,10 +1,10 @@
-"""The trainer that every stage shares: its checkpoint holds what the stage trained."""
+"""The trainer that all stages share; its checkpoint holds the weights that the stage trained."""
 
 import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
 
 
 class StageProgress(ProgressCallback):
@@ -18,22 +18,23 @@ class StageProgress(ProgressCallback):
 
 class StageTrainer(Trainer):
     """
-    Trainer whose checkpoint is the stage's: the trained weights, the base model's name, and the processor.
+    Trainer that saves a stage: the trained weights, the name of the base model, and the processor.
 
     Args:
-        captioner: the `LlavaAudioForConditionalGeneration` whose trained weights are saved.
+        pretrained: the captioner or the part of it that is loaded; its trained weights are saved.
+        stage: the stage's name, such as `align:mmd`.
     """
 
-    def __init__(self, *args, captioner: LlavaAudioForConditionalGeneration, stage: str, **kwargs):
+    def __init__(self, *args, pretrained: LlavaAudioPreTrainedModel, stage: str, **kwargs):
         super().__init__(*args, **kwargs)
-        self.captioner, self.stage = captioner, stage
+        self.pretrained, self.stage = pretrained, stage
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageProgress)
         self.remove_callback(PrinterCallback)
 
     @property
     def broken_clips(self) -> int:
-        """How many clips of this rank could not be opened and gave way to others; see `ClipOpener`."""
+        """Number of clips of this rank that could not be opened and were replaced; see `ClipOpener`."""
         return self.data_collator.opener.broken if hasattr(self.data_collator, "opener") else 0
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -41,7 +42,7 @@ class StageTrainer(Trainer):
         super().log(logs | {"broken_clips": self.broken_clips} if self.broken_clips else logs, *args, **kwargs)
 
     def summary(self) -> str:
-        """A finished stage in a line; every rank is to ask for it."""
+        """One line about a finished stage. All ranks must call it."""
         broken = self.accelerator.reduce(torch.tensor(self.broken_clips, device=self.accelerator.device)).item()
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         line = f"{self.args.output_dir}: {self.stage}, {self.state.global_step} steps"
@@ -49,12 +50,12 @@ class StageTrainer(Trainer):
         return line + (f"; {broken} times a clip could not be opened, and another took its place" if broken else "")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        if not self.args.should_save:  # every rank is asked
+        if not self.args.should_save:  # called on every rank
             return
         output_dir = output_dir or self.args.output_dir
         if self.args.base_model is None:  # the first stage trains a whole captioner
-            self.captioner.save_pretrained(output_dir)
+            self.pretrained.save_pretrained(output_dir)
         else:
-            self.captioner.save_stage(output_dir, base=self.args.base_model, stage=self.stage)
+            self.pretrained.save_stage(output_dir, base=self.args.base_model, stage=self.stage)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)

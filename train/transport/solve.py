@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from dali_llava.train.transport.background import in_background
 from dali_llava.train.transport.certified import solve_certified
 from dali_llava.train.transport.checks import check_point_sets, check_weights
 from dali_llava.train.transport.costs import expanded_costs
@@ -120,35 +119,6 @@ def solve_transport(
     """
     prepared, solver = _prepare(x, y, a, b, solver)
     return _differentiable(_solve(*(tensor.detach() for tensor in prepared), solver, options), solver, *prepared)
-
-
-def start_transport(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    a: torch.Tensor | None = None,
-    b: torch.Tensor | None = None,
-    solver: str = "exact",
-    **options: Any,
-) -> Callable[[], TransportResult]:
-    """Starts `solve_transport` in a separate thread and returns at once.
-
-    The solvers spend most of their time outside Python, so the caller can continue with other work. On a GPU the
-    solver uses a separate stream.
-
-    Returns:
-        A function that waits for the solution and returns the same result, bit for bit, as `solve_transport`. It
-        raises the errors of the solver; errors about bad input are raised here.
-
-    Example:
-        >>> import torch
-        >>> x = torch.tensor([[[0.0], [1.0]]])
-        >>> wait = start_transport(x, x + 2)
-        >>> wait().cost
-        tensor([4.])
-    """
-    prepared, solver = _prepare(x, y, a, b, solver)
-    finish = in_background(x.device, partial(_solve, *(tensor.detach() for tensor in prepared), solver, options))
-    return lambda: _differentiable(finish(), solver, *prepared)
 
 
 def _prepare(x, y, a, b, solver) -> tuple[tuple[torch.Tensor, ...], str]:

@@ -8,15 +8,15 @@ from dali_llava.train.avworld.tower import SoundCollator, TowerModel
 from dali_llava.train.data.augmentation import UNCHANGED
 
 
-def test_the_gradient_is_the_towers_and_the_workers(captioner, avworld_processor, rows):
+def test_the_gradient_is_the_towers_and_the_workers(towers, avworld_processor, rows):
     batch = SoundCollator(avworld_processor, UNCHANGED)(rows)
-    model = TowerModel(captioner, StatisticsLoss(32, batch["input_features"]))
+    model = TowerModel(towers, StatisticsLoss(32, batch["input_features"]))
     loss = model(**batch)["loss"]
-    tokens = captioner.model.audio_tower(batch["input_features"]).last_hidden_state
+    tokens = towers.audio_tower(batch["input_features"]).last_hidden_state
     torch.testing.assert_close(loss, model.objective(tokens, batch["input_features"]))
     loss.backward()
     moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    tower = {name for name, _ in model.named_parameters() if name.startswith("captioner.model.audio_tower.")}
+    tower = {name for name, _ in model.named_parameters() if name.startswith("towers.audio_tower.")}
     assert moved == tower | {"objective.worker.weight", "objective.worker.bias"}
 
 

@@ -59,8 +59,8 @@ def test_shards_train_what_their_features_train(shards, run_dir, run_stage, tmp_
     plain = [*of_shards(shards), "--augmentation_noise", "0", "--augmentation_roll", "0", "--frame", "0"]
     opened = run_stage("aligned", run_dir / "prefix", tmp_path / "opened", *plain, "--dataloader_num_workers", "2")
     stored = run_stage("aligned", run_dir / "prefix", tmp_path / "stored", *plain, "--cache_features", "true")
-    expected = dict(stored.captioner.model.audio_tower.named_parameters())
-    for name, parameter in opened.captioner.model.audio_tower.named_parameters():
+    expected = dict(stored.pretrained.audio_tower.named_parameters())
+    for name, parameter in opened.pretrained.audio_tower.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=0, atol=1e-4)
     assert opened.state.global_step == 2 and "broken_clips" not in opened.state.log_history[-1]
 
@@ -71,7 +71,7 @@ def test_a_stream_trains(shards, run_dir, run_stage, tmp_path):
         *("--max_steps", "5", "--dataloader_num_workers", "2", "--shuffle_buffer", "4"),
     )
     assert trainer.state.global_step == 5  # 20 clips of 12
-    assert all(torch.isfinite(parameter).all() for parameter in trainer.captioner.model.audio_tower.parameters())
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.pretrained.audio_tower.parameters())
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -17,7 +17,7 @@ from dali_llava.train.data.corpus import load_rows, with_features
 def stored(captioner, avworld_processor, rows) -> Dataset:
     """The last row has one frame only, the others four."""
     rows = [*rows[:-1], rows[-1] | {"frames": rows[-1]["frames"][:1]}]
-    return with_features(Dataset.from_list(rows), captioner.train(), avworld_processor)
+    return with_features(Dataset.from_list(rows), captioner.model.train(), avworld_processor)
 
 
 def test_stored_spectrograms_are_the_extractors(stored, avworld_processor, rows):

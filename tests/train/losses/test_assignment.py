@@ -47,12 +47,27 @@ def test_equals_the_definition(variant, dtype, tolerance):
 
     wide = [batch.detach().double().requires_grad_() for batch in narrow]
     log_scale = loss.log_scale.detach().double().requires_grad_()
-    expected = naive_loss(*wide, log_scale.exp() if variant == "paper" else log_scale, variant == "reference")
+    scale = (log_scale.exp() if variant == "paper" else log_scale)[0]
+    expected = naive_loss(*wide, scale, variant == "reference")
     torch.testing.assert_close(output.loss.double(), expected, rtol=tolerance, atol=0)
     for got, wanted in zip(gradients, torch.autograd.grad(expected, (*wide, log_scale)), strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
     start = 1 / 0.07 if variant == "paper" else math.log(1 / 0.07)
     assert output.logs["scale"] == pytest.approx(start, rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["paper", "reference"])
+def test_float32_gradient_at_full_size(variant):
+    """512 audio and 576 image tokens; the softmax of "reference" is nearly one-hot."""
+    generator = torch.Generator().manual_seed(0)
+    audio, image = (torch.randn(1, n, 1024, generator=generator, dtype=torch.float64) for n in (512, 576))
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        tokens = audio.to(dtype, copy=True).requires_grad_()
+        TokenAssignmentLoss(variant).to(dtype)(tokens, image.to(dtype)).loss.backward()
+        gradients.append(tokens.grad.double())
+    single, double = gradients
+    assert double.norm() > 1e-7 and (single - double).norm() < 1e-4 * double.norm()
 
 
 def test_length_of_tokens_does_not_matter():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import TrainerState
+from transformers import Adafactor, TrainerState
 
 from dali_llava.train import align
 from dali_llava.train.arguments import AlignmentArguments
@@ -14,12 +14,12 @@ from dali_llava.train.trainers.alignment import ScheduleEpochs
 
 
 @pytest.fixture
-def make_trainer(captioner, avworld_processor, tmp_path):
+def make_trainer(towers, avworld_processor, tmp_path):
     """`make_trainer(objective, rows, **arguments)`: an alignment of the run's captioner, on so many rows."""
 
     def make_trainer(objective, rows: int = 0, **arguments) -> AlignmentTrainer:
         return AlignmentTrainer(
-            model=AlignmentModel(captioner, objective),
+            model=AlignmentModel(towers, objective),
             args=AlignmentArguments(output_dir=str(tmp_path), use_cpu=True, **arguments),
             data_collator=AlignmentCollator(avworld_processor, UNCHANGED, frame=0),
             train_dataset=list(range(rows)) or None,
@@ -34,10 +34,16 @@ def test_optimiser_is_one_adam_over_the_tower(make_trainer):
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is torch.optim.Adam and trainer.create_optimizer() is optimizer
     (group,) = optimizer.param_groups
-    tower = list(trainer.captioner.model.audio_tower.parameters())
+    tower = list(trainer.pretrained.audio_tower.parameters())
     assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in tower]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.95, 0.999), 5e-7)
     assert not group["decoupled_weight_decay"]
+
+
+def test_wrapped_module_is_the_towers_and_the_objective(make_trainer):
+    trainer = make_trainer(AttentiveTransportLoss(width=32, num_heads=4))
+    names = {".".join(name.split(".")[:2]) for name, _ in trainer.model.named_parameters()}
+    assert names == {"towers.vision_tower", "towers.audio_tower", "objective.attention"}
 
 
 def test_objectives_own_parameters_are_a_group_at_a_constant_rate(make_trainer):
@@ -50,14 +56,63 @@ def test_objectives_own_parameters_are_a_group_at_a_constant_rate(make_trainer):
     assert make_trainer(AttentiveTransportLoss(width=32, num_heads=4)).args.objective_learning_rate == 1e-4
 
 
-def test_attention_waits_unchanged_through_the_first_epoch(make_trainer, captioner, avworld_processor, rows):
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("adamw_torch_fused", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
+        ("rmsprop", torch.optim.RMSprop),
+        ("adafactor", Adafactor),
+    ],
+)
+def test_named_optimizer_has_the_same_groups(make_trainer, name, expected):
+    objective = AttentiveTransportLoss(width=32, num_heads=4)
+    options = {"learning_rate": 2e-3, "weight_decay": 0.1, "objective_learning_rate": 3e-4}
+    trainer = make_trainer(objective, optim=name, **options)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is expected
+    tower, own = optimizer.param_groups
+    assert [id(p) for p in tower["params"]] == [id(p) for p in trainer.pretrained.audio_tower.parameters()]
+    assert [id(p) for p in own["params"]] == [id(p) for p in objective.parameters()]
+    assert (tower["lr"], tower["weight_decay"]) == (2e-3, 0.1)
+    assert (own["lr"], own["weight_decay"], own["constant_rate"]) == (3e-4, 0.0, True)
+
+
+def test_decoupled_decay_shrinks_the_weight(make_trainer):
+    """One step of AdamW: the weight times 1 - rate * decay, less rate * sign(gradient)."""
+    trainer = make_trainer(MMDLoss(), optim="adamw_torch", weight_decay=0.1, learning_rate=1e-3)
+    optimizer = trainer.create_optimizer()
+    weight = trainer.pretrained.audio_tower.proj.weight
+    before = weight.detach().double().clone()
+    weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    expected = before * (1 - 1e-3 * 0.1) - 1e-3 * weight.grad.double().sign()
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_optimizers_that_cannot_serve_are_errors(make_trainer):
+    with pytest.raises(ValueError, match="optim: unknown optimizer 'adma'; known: adam, adamw_torch, "):
+        make_trainer(MMDLoss(), optim="adma")
+    trainer = make_trainer(MMDLoss(), optim="galore_adamw", optim_target_modules=["attention"])
+    trainer.get_optimizer_cls_and_kwargs = lambda *_: (torch.optim.AdamW, {"lr": 1e-3, "params": []})  # as with GaLore
+    with pytest.raises(ValueError, match="optim: .*galore_adamw.* makes its own parameter groups"):
+        trainer.create_optimizer()
+
+
+def test_arguments_keep_the_optimizers_name(make_trainer):
+    assert make_trainer(MMDLoss()).args.optim == "adam"
+    assert make_trainer(MMDLoss()).args.to_dict()["optim"] == "adam"
+
+
+def test_attention_waits_unchanged_through_the_first_epoch(make_trainer, towers, avworld_processor, rows):
     """Its gradient is zero there, and no decay walks it to zero; the tower learns."""
     objective = AttentiveTransportLoss(width=32, num_heads=4)
     trainer = make_trainer(objective, weight_decay=5e-7, learning_rate=1e-2, objective_learning_rate=1e-2)
     optimizer = trainer.create_optimizer()
     batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
     before = [parameter.detach().clone() for parameter in objective.parameters()]
-    tower = captioner.model.audio_tower.proj.weight.detach().clone()
+    tower = towers.audio_tower.proj.weight.detach().clone()
     for epoch in (1, 1, 2):
         objective.set_epoch(epoch)
         optimizer.zero_grad()
@@ -65,7 +120,7 @@ def test_attention_waits_unchanged_through_the_first_epoch(make_trainer, caption
         optimizer.step()
         unchanged = [torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True)]
         assert all(unchanged) if epoch == 1 else not any(unchanged[:4])
-    assert not torch.equal(tower, captioner.model.audio_tower.proj.weight)
+    assert not torch.equal(tower, towers.audio_tower.proj.weight)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
@@ -81,7 +136,7 @@ def test_weight_decay_is_added_to_the_gradient(make_trainer):
     """One step moves every weight by rate * g / (|g| + eps), with g = gradient + decay * weight."""
     trainer = make_trainer(MMDLoss(), weight_decay=0.1, learning_rate=1e-3)
     optimizer = trainer.create_optimizer()
-    weight = trainer.captioner.model.audio_tower.proj.weight
+    weight = trainer.pretrained.audio_tower.proj.weight
     before = weight.detach().double().clone()
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.01
     weight.grad = gradient.clone()
@@ -134,29 +189,29 @@ def test_without_halving_the_rate_follows_the_named_schedule(make_trainer):
     assert found == pytest.approx([2e-4 * (1 - step / 8) for step in range(8)])
 
 
-def test_image_tokens_stand_for_their_pictures(captioner, avworld_processor, rows):
-    model = AlignmentModel(captioner, MMDLoss()).eval()
+def test_image_tokens_stand_for_their_pictures(towers, avworld_processor, rows):
+    model = AlignmentModel(towers, MMDLoss()).eval()
     batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
     expected = model(**batch).loss
     with torch.no_grad():
-        tokens = captioner.model.encode_image(batch.pop("pixel_values"))
+        tokens = towers.encode_image(batch.pop("pixel_values"))
     assert torch.equal(model(**batch, image_tokens=tokens).loss, expected)
 
 
-def test_model_compares_the_tokens_of_both_towers(captioner, avworld_processor, rows):
+def test_model_compares_the_tokens_of_both_towers(towers, avworld_processor, rows):
     batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
     objective = MMDLoss()
-    output = AlignmentModel(captioner, objective).eval()(**batch)
-    image = captioner.model.encode_image(batch["pixel_values"])
-    audio = captioner.model.encode_audio(batch["input_features"])
+    output = AlignmentModel(towers, objective).eval()(**batch)
+    image = towers.encode_image(batch["pixel_values"])
+    audio = towers.encode_audio(batch["input_features"])
     assert (audio.shape, image.shape) == ((4, 64, 32), (4, 36, 32))
     expected = objective(audio, image)
     assert torch.equal(output.loss, expected.loss) and output.logs == expected.logs
 
 
-def test_padded_clips_align_as_they_would_alone(captioner, avworld_processor, rows):
+def test_padded_clips_align_as_they_would_alone(towers, avworld_processor, rows):
     batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows[:2])
-    model = AlignmentModel(captioner, MMDLoss()).eval()
+    model = AlignmentModel(towers, MMDLoss()).eval()
     mask = torch.arange(256)[None] < torch.tensor([[256], [96]])
     pixels, features = batch["pixel_values"], batch["input_features"]
     with torch.no_grad():
@@ -165,12 +220,12 @@ def test_padded_clips_align_as_they_would_alone(captioner, avworld_processor, ro
     torch.testing.assert_close(together, torch.stack(alone).mean(), rtol=1e-4, atol=1e-6)
 
 
-def test_frozen_vision_tower_stays_in_eval_mode(captioner):
-    model = AlignmentModel(captioner, MMDLoss())
+def test_frozen_vision_tower_stays_in_eval_mode(towers):
+    model = AlignmentModel(towers, MMDLoss())
     model.train()
-    assert captioner.model.audio_tower.training and not captioner.model.vision_tower.training
+    assert towers.audio_tower.training and not towers.vision_tower.training
     model.eval()
-    assert not captioner.model.audio_tower.training
+    assert not towers.audio_tower.training
 
 
 def test_evaluation_gives_the_loss_and_no_gradient(make_trainer, avworld_processor, rows):

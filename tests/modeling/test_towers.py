@@ -1,0 +1,128 @@
+"""The two towers alone: what they hold, what is read for them, and the stages that they write."""
+
+import pytest
+import safetensors
+import torch
+from safetensors import safe_open
+
+from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration, LlavaAudioModel, LlavaAudioTowers
+from dali_llava.modeling import loading as model_loading
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_full_size_towers_hold_no_language_model():
+    """CLIP ViT-L/14@336 and CAV-MAE; the language model, projectors and prefix of the captioner are 6.8e9 more."""
+    with torch.device("meta"):
+        towers = LlavaAudioTowers(LlavaAudioConfig())
+        captioner = LlavaAudioForConditionalGeneration(LlavaAudioConfig())
+    parts = {name: count(module) for name, module in towers.named_children()}
+    assert parts == {"vision_tower": 303_507_456, "audio_tower": 86_434_816}
+    assert count(towers) == sum(parts.values())
+    rest = {name: count(module) for name, module in captioner.model.named_children() if name not in parts}
+    projector = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    language_model = 2 * 32_064 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096) + 4096
+    assert rest["multi_modal_projector"] == rest["audio_projector"] == projector
+    assert rest["prefix"] == 16 * 4096
+    assert rest["language_model"] + count(captioner.lm_head) == language_model
+    assert count(captioner) - count(towers) == language_model + 2 * projector + 16 * 4096
+
+
+@pytest.fixture
+def captioner(tiny_config, tmp_path):
+    """A captioner, its checkpoint `captioner`, and on it a stage `prefix`."""
+    torch.manual_seed(0)
+    model = LlavaAudioForConditionalGeneration(tiny_config)
+    model.save_pretrained(tmp_path / "captioner")
+    model.requires_grad_(False)
+    model.model.prefix.requires_grad_(True)
+    model.save_stage(tmp_path / "prefix", base=str(tmp_path / "captioner"), stage="prefix")
+    return model
+
+
+@pytest.fixture
+def read(monkeypatch) -> set[str]:
+    """The names of the tensors that are read from any file."""
+    names = set()
+
+    class Counted:
+        def __init__(self, *args, **kwargs):
+            self.file = safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self.file.__exit__(*args)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            names.add(name)
+            return self.file.get_tensor(name)
+
+        def get_slice(self, name):
+            outer = self.file.get_slice(name)
+
+            class Slice:
+                def __getitem__(self, index):
+                    names.add(name)
+                    return outer[index]
+
+                def __getattr__(self, attribute):
+                    return getattr(outer, attribute)
+
+            return Slice()
+
+    monkeypatch.setattr(safetensors, "safe_open", Counted)
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", Counted)
+    monkeypatch.setattr(model_loading, "safe_open", Counted)
+    return names
+
+
+@pytest.mark.parametrize("source", ["captioner", "prefix"])
+def test_only_the_towers_weights_are_read(captioner, tmp_path, read, source):
+    towers, report = LlavaAudioTowers.from_pretrained(tmp_path / source, output_loading_info=True)
+    expected = captioner.model.state_dict()
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in towers.state_dict().items())
+    assert read == {f"model.{name}" for name in towers.state_dict()}
+    read.clear()
+    LlavaAudioModel.from_pretrained(tmp_path / source)
+    assert read > {"model.language_model.embed_tokens.weight"}  # the counter sees what other models read
+
+
+def test_tokens_are_the_captioners(captioner, tmp_path, tiny_config):
+    towers = LlavaAudioTowers.from_pretrained(tmp_path / "captioner").eval()
+    model = captioner.eval().model
+    generator = torch.Generator().manual_seed(1)
+    side, audio = tiny_config.vision_config.image_size, tiny_config.audio_config
+    pixels = torch.rand(2, 3, side, side, generator=generator)
+    features = torch.randn(2, audio.max_length, audio.num_mel_bins, generator=generator)
+    assert torch.equal(towers.encode_image(pixels), model.encode_image(pixels))
+    assert torch.equal(towers.encode_audio(features), model.encode_audio(features))
+
+
+def test_stage_of_the_towers_is_the_captioners(captioner, tmp_path):
+    """Whether the towers or the whole captioner trained, the files hold the same."""
+    folders = tmp_path / "by_towers", tmp_path / "by_captioner"
+    towers = LlavaAudioTowers.from_pretrained(tmp_path / "prefix")
+    whole = LlavaAudioForConditionalGeneration.from_pretrained(tmp_path / "prefix")
+    for model, tower, folder in (
+        (towers, towers.audio_tower, folders[0]),
+        (whole, whole.model.audio_tower, folders[1]),
+    ):
+        model.requires_grad_(False)
+        tower.requires_grad_(True)
+        with torch.no_grad():
+            for parameter in tower.parameters():
+                parameter += 1
+        model.save_stage(folder, base=str(tmp_path / "prefix"), stage="align:mmd")
+    for name in sorted(path.name for path in folders[1].iterdir()):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+    loaded = LlavaAudioForConditionalGeneration.from_pretrained(folders[0]).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in whole.state_dict().items())
