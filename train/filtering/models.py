@@ -36,6 +36,7 @@ def load_captioner(name: str, device: torch.device, dtype: torch.dtype = torch.f
     Raises:
         ValueError: if the folder does not exist, or its processor has no image processor or no tokenizer.
         OSError: if transformers cannot find the model.
+        OSError, ValueError: for our own models, as in `dali_llava.eval.captioner.load_captioner`.
     """
     _check_folder("captioner", name)
     if AutoConfig.from_pretrained(name, trust_remote_code=False).model_type == LlavaAudioConfig.model_type:

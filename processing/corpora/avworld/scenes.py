@@ -27,7 +27,7 @@ OFF_SCREEN = 0.15  # share of audible sources that are not visible
 SILENT_SOURCE = 0.10  # share of visible objects of sounding classes that are silent
 TYPICAL = 0.8  # share of objects in the colour of their class, and of scenes at the place of their first source
 
-# Soloists: the classes with recordings. There are few recordings, so most are heard without other sources.
+# Soloists: the classes with recordings. There are few recordings, so most of their scenes have no other source.
 SOLO = 0.8  # share of the scenes with a soloist in which it sounds alone
 SOLOIST_WEIGHT = 2.0  # weight of all soloists together, relative to the same classes without recordings
 
