@@ -1,13 +1,13 @@
-# One environment, .venv, serves every target; `make` alone lists them.
+# All targets use the environment in .venv. Running `make` without a target lists the targets.
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The first interpreter that really is 3.11 or 3.12; `make install PYTHON=...` overrides.
+# The first available interpreter of version 3.11 or 3.12; override it with `make install PYTHON=...`.
 PYTHON ?= $(shell for name in python3 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$name && break; \
 	done)
-# Two workers of one thread each: torch's own threads would fight over the same two cores.
+# Two workers with one thread each, because the threads of torch would compete for the two cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -17,10 +17,10 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-install: $(STAMP)  ## make .venv and install the package with its pinned dependencies
+install: $(STAMP)  ## create .venv and install the package with its pinned dependencies
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is required: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -28,17 +28,17 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install  ## run the whole pipeline on AVWorld and write runs/quickstart
 	$(BIN)/dali-llava quickstart --out runs/quickstart
 
-test: install  ## run every test not marked slow
+test: install  ## run the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
 test-slow: install  ## run the tests marked slow
 	$(PYTEST) -m slow
 
-lint: install  ## check style and format
+lint: install  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: install  ## bring style and format in order
+format: install  ## fix style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,21 +1,22 @@
-"""What do the alignment objectives cost on a GPU at full size, and what share of an alignment step is OT^Att?
+"""Measure the alignment objectives on a GPU at full size, and the share of an alignment step spent in OT^Att.
 
-512 audio and 576 image tokens of width 1024, float32, synthetic. One GPU with 80 GB; ten cores or more, on which the
-simplex runs; some minutes:
+The tokens are synthetic float32: 512 audio and 576 image tokens of width 1024. The benchmark requires one GPU with
+80 GB of memory and at least ten CPU cores, which run the network simplex. It takes a few minutes:
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --parts step --step-batch 128
     python benchmarks/gpu.py --device cpu --batch 2 --step-batch 1 --shape 32 36 16 --repeats 1
 
-The last one only shows that everything runs, in some minutes: on a CPU no requirement of speed is meant to be met.
+The last command is a smoke test for the CPU, which is not expected to meet the speed requirements.
 
 Parts:
-    transport   the solver "certified" and the default "exact" beside POT's emd2 in a loop over the pairs, forward and
-                backward with respect to the audio tokens, as in transport.py; then the stages of "certified"
-    mmd         MMDLoss beside the same loss in a loop over the pairs, as in mmd.py
+    transport   the "certified" solver and the default "exact" solver compared with POT's emd2 in a loop over the
+                pairs, forward and backward with respect to the audio tokens, as in transport.py; then the stages of
+                "certified"
+    mmd         MMDLoss compared with the same loss in a loop over the pairs, as in mmd.py
     step        a training step of the full-size audio tower under bf16 autocast (forward, loss, backward, Adam) with
-                OT^Att in its third epoch, beside the same step with a loss that costs next to nothing. Image tokens
-                are given: with the vision tower in the step, OT^Att's share is smaller.
+                OT^Att in its third epoch, compared with the same step under a loss of negligible cost. The image
+                tokens are precomputed; with the vision tower in the step, the share of OT^Att is smaller.
 """
 
 import argparse
@@ -53,23 +54,23 @@ FULL_BATCH = 256
 TRANSPORT_TIMES_FASTER = {"certified": 20.0}
 MMD_TIMES_FASTER = 5.0
 MMD_MEMORY_SHARE = 0.1
-# Seconds below which an H200 cannot go at full size (4.3 TB/s, 790 TFLOP/s in bf16): the cost matrices once through
-# memory, 50 iterations of Sinkhorn streamed, and MMD forward and backward, this one as a range.
+# Lower bounds in seconds for an H200 at full size (4.3 TB/s, 790 TFLOP/s in bf16): one pass of the cost matrices
+# through memory, 50 streamed Sinkhorn iterations, and MMD forward and backward (a range).
 FLOORS = {"distances": 0.20e-3, "arcs": 7e-3, "mmd": (1.6e-3, 2.4e-3)}
-# Where the work of "certified" is done. What a later version has renamed drops out of the table.
+# The functions in which "certified" spends its time. A function that no longer exists is left out of the table.
 STAGES = {
-    "distances": (solve, "_squared_distances"),
+    "distances": (solve, "expanded_costs"),
     "arcs": (certified, "likely_arcs"),
     "simplex": (certified, "_solve_restricted"),
 }
-EPOCH = 3  # the attention learns from epoch 2 on
+EPOCH = 3  # the attention is trained from epoch 2 on
 TRIVIAL = "mean tokens"
-# "auto" picks one of these.
+# "auto" selects one of these.
 STEP_SOLVERS = ("certified", "exact")
 
 
 def measure_transport(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
-    """Loop, "certified" and "exact" in turns, then the stages of "certified"; prints both tables."""
+    """Time the loop, "certified" and "exact" in turn, then the stages of "certified", and print both tables."""
     batch = arguments.batch
     case = transport.measure_case("uniform", batch, ("certified", "exact"), arguments)
     problem = transport.make_problem("uniform", batch, tuple(arguments.shape), arguments.device)
@@ -82,7 +83,7 @@ def measure_transport(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
     case |= {"stages": stages, "floors": floors}
     musts = transport.requirements([case], TRANSPORT_TIMES_FASTER)
     show(transport.TITLE, transport.COLUMNS, transport.table_rows([case]), musts)
-    columns = ["stage", "ms", "share of the whole", "floor on an H200, ms"]
+    columns = ["stage", "ms", "share of total", "H200 lower bound, ms"]
     show(f"Stages of certified, B = {batch} (min / median / max)", columns, stage_rows(stages, floors), [])
     return case, musts
 
@@ -90,9 +91,9 @@ def measure_transport(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
 def stage_seconds(
     work: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Seconds of each of `STAGES` during one call of `work`, of its rest, and of the whole.
+    """Seconds that one call of `work` spends in each of `STAGES`, in everything else, and in total.
 
-    The device is waited for before and after each stage, so that the whole takes a little longer than otherwise.
+    The device is synchronized before and after each stage, so the total is slightly longer than without timing.
     """
     seconds = {}
 
@@ -129,7 +130,7 @@ def stage_seconds(
 
 
 def stage_rows(stages: dict[str, dict[str, float]], floors: dict[str, float]) -> list[list[str]]:
-    """A row for each stage: milliseconds, share of the whole, floor."""
+    """One row per stage: milliseconds, share of the total, lower bound."""
     whole = stages["whole"]["median"]
     return [
         [
@@ -143,36 +144,36 @@ def stage_rows(stages: dict[str, dict[str, float]], floors: dict[str, float]) ->
 
 
 def measure_mmd(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
-    """The loop and MMDLoss in turns, their peak memory and errors; prints the table."""
+    """Time the loop and MMDLoss in turn, measure their peak memory and errors, and print the table."""
     case = mmd.measure_case(arguments.batch, "gram", arguments)
     musts = mmd.requirements([case], MMD_TIMES_FASTER, MMD_MEMORY_SHARE)
     rows = mmd.table_rows([case])
     if at_full_size(arguments):
         case["floor"] = FLOORS["mmd"]
         floor = "{:.2g} to {:.2g}".format(*FLOORS["mmd"])
-        rows.append([str(arguments.batch), "floor on an H200", floor, *["-"] * (len(mmd.COLUMNS) - 3)])
+        rows.append([str(arguments.batch), "H200 lower bound", floor, *["-"] * (len(mmd.COLUMNS) - 3)])
     show(mmd.TITLE, mmd.COLUMNS, rows, musts)
     return case, musts
 
 
 def at_full_size(arguments: argparse.Namespace) -> bool:
-    """Whether the floors hold for this run."""
+    """Return True if the lower bounds apply to this run."""
     return arguments.batch == FULL_BATCH and tuple(arguments.shape) == FULL_SHAPE
 
 
 class MeanTokens(nn.Module):
-    """Squared difference of the clouds' means: what stands in for an objective where only the rest is timed."""
+    """Squared difference of the mean tokens: a loss of negligible cost, for timing the rest of the step."""
 
     def forward(self, audio_tokens: torch.Tensor, image_tokens: torch.Tensor) -> LossOutput:
         return LossOutput((audio_tokens.float().mean(dim=1) - image_tokens.mean(dim=1)).square().mean())
 
 
 class AlignmentStep:
-    """A training step under bf16 autocast, of a tower and an objective that are its own; calling it takes one.
+    """Training step under bf16 autocast. It owns its audio tower and objective; each call runs one step.
 
     Args:
-        config: of the audio tower.
-        objective: between its tokens and the image tokens.
+        config: configuration of the audio tower.
+        objective: loss between the audio tokens and the image tokens.
         spectrograms: (B, frames, mels).
         image_tokens: (B, M, D), without gradient.
     """
@@ -183,7 +184,7 @@ class AlignmentStep:
         device = spectrograms.device
         self.tower, self.objective = CavMaeAudioModel(config).to(device).train(), objective.to(device).train()
         self.spectrograms, self.image_tokens = spectrograms, image_tokens
-        # As AlignmentTrainer sets it up.
+        # The optimizer of AlignmentTrainer.
         parameters = [*self.tower.parameters(), *self.objective.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=1e-4, betas=(0.95, 0.999), weight_decay=5e-7, fused=True)
 
@@ -197,7 +198,7 @@ class AlignmentStep:
 
 
 def tower_config(shape: tuple[int, int, int]) -> CavMaeAudioConfig:
-    """The full-size tower, for spectrograms as long as the audio tokens are many and for tokens of the given width."""
+    """Configuration of the full-size tower that returns the given number and width of audio tokens."""
     config = CavMaeAudioConfig()
     rows, _ = config.grid_size
     return CavMaeAudioConfig(max_length=shape[0] // rows * config.patch_size, output_size=shape[2])
@@ -210,7 +211,7 @@ def attentive_loss(width: int, solver: str) -> AttentiveTransportLoss:
 
 
 def measure_step(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
-    """Steps with OT^Att and the one without in turns; prints the table. Nothing is required of them."""
+    """Time the steps with and without OT^Att in turn and print the table. There are no requirements."""
     batch, (audio, image, width), device = arguments.step_batch, arguments.shape, arguments.device
     torch.manual_seed(0)
     config = tower_config((audio, image, width))
@@ -221,7 +222,7 @@ def measure_step(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
     ).solver
     objectives = {TRIVIAL: MeanTokens()}
     for solver in STEP_SOLVERS:
-        name = f"OT^Att, {solver}" + (" (auto's pick)" if solver == picked else "")
+        name = f"OT^Att, {solver}" + (" (selected by auto)" if solver == picked else "")
         objectives[name] = attentive_loss(width, solver)
     steps = {
         name: AlignmentStep(config, objective, spectrograms, image_tokens) for name, objective in objectives.items()
@@ -236,12 +237,12 @@ def measure_step(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
         [str(batch), name, format_spread(own["seconds"]), format_spread(own["share"])]
         for name, own in case["figures"].items()
     ]
-    show("Alignment step (min / median / max)", ["B", "loss", "seconds", "the loss's share"], rows, [])
+    show("Alignment step (min / median / max)", ["B", "loss", "seconds", "share of the loss"], rows, [])
     return case, []
 
 
 def step_figures(seconds: dict[str, list[float]]) -> dict[str, dict]:
-    """Seconds of a step under each loss, and the share of it that the step without that loss does not take."""
+    """Seconds of a step with each loss, and the share of that time by which it exceeds the step without the loss."""
     return {
         name: {
             "rounds": len(own),
@@ -258,15 +259,20 @@ PARTS = {"transport": measure_transport, "mmd": measure_mmd, "step": measure_ste
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, "gpu", device="cuda")
     parser.add_argument(
-        "--batch", type=positive_int, default=FULL_BATCH, help=f"pairs, of all but the step (default: {FULL_BATCH})"
+        "--batch",
+        type=positive_int,
+        default=FULL_BATCH,
+        help=f"pairs per batch in the parts transport and mmd (default: {FULL_BATCH})",
     )
-    parser.add_argument("--step-batch", type=positive_int, default=64, help="pairs of the step (default: 64)")
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="(default: all)")
+    parser.add_argument(
+        "--step-batch", type=positive_int, default=64, help="pairs per batch in the part step (default: 64)"
+    )
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="parts to run (default: all)")
     arguments = parse_benchmark(parser, words)
     rows, _ = CavMaeAudioConfig().grid_size
     if "step" in arguments.parts and (arguments.shape[0] % rows or arguments.shape[2] % rows):
-        # Rows of patches in a spectrogram, and heads of the attention.
-        parser.error(f"--shape: the step needs audio tokens and a width that are multiples of {rows}")
+        # The number of patch rows in a spectrogram, and of attention heads.
+        parser.error(f"--shape: the part step requires audio tokens and a width that are multiples of {rows}")
     return arguments
 
 
@@ -282,7 +288,7 @@ def main(words: list[str] | None = None) -> None:
             raise SystemExit(f"{part}: out of memory; lower {option}. {error}") from error
         cases.append({"part": part, **case})
         musts += found
-        # After each part: a later one may fail.
+        # Save after each part, because a later part may fail.
         path = save(arguments.output, "gpu", settings, cases, musts, load_before)
     print(f"Written to {path}")
 

@@ -1,12 +1,12 @@
-"""How many pairs a second does one worker make ready for the alignment, and does its memory stay flat?
+"""Measure the pairs per second that one data loading worker prepares for alignment, and its memory growth.
 
-One core, one thread, the full-size input: 10 s of sound to 1024 x 128 filter banks, a random one of ten frames to
-336 x 336 pixels, augmentation included. The clips lie as videos (the baseline), as shards that are read in any order,
-and as shards that are streamed. Then a stream of many pairs, with the resident memory after each batch.
+The benchmark runs on one core and one thread with the full-size input: 10 s of audio as 1024 x 128 filter banks and
+one random frame of ten at 336 x 336 pixels, augmentation included. It compares videos (the baseline), shards with
+random access and streamed shards. It then streams many pairs and records the resident memory after each batch.
 
-A GPU cannot ask for more pairs than its arithmetic allows: audio tower forward and backward, vision tower forward, at
-the speed that an H200 reaches in bf16. That bound is worked out, not measured, and so is the number of workers that it
-asks for. Five minutes:
+The number of pairs per second that an H200 can consume is bounded by the matrix products of the alignment step: audio
+tower forward and backward, vision tower forward. This bound and the number of workers that reach it are computed, not
+measured. The benchmark takes about five minutes:
 
     python benchmarks/loading.py
     python benchmarks/loading.py --clips 4 --batch 4 --repeats 1 --streamed 40
@@ -35,16 +35,16 @@ from dali_llava.processing.shards import ClipSettings, prepare_shards
 from dali_llava.train.data.collators import AlignmentCollator
 
 
-TITLE = "Pairs a second and worker (min / median / max)"
-COLUMNS = ["clips lie as", "seconds a batch", "pairs a second", "times faster"]
+TITLE = "Pairs per second and worker (min / median / max)"
+COLUMNS = ["storage", "seconds per batch", "pairs per second", "times faster"]
 BASELINE = "videos"
-H200_FLOPS = 790e12  # a second in bf16, of large matrices
-MEMORY_GROWTH = 200  # MB at most
-WARM_UP = 500  # pairs of the stream before memory is compared
+H200_FLOPS = 790e12  # FLOP/s of large matrix products in bf16
+MEMORY_GROWTH = 200  # largest growth allowed, in MB
+WARM_UP = 500  # pairs streamed before the first memory measurement
 
 
 def full_size_processor() -> LlavaAudioProcessor:
-    """The processor of the full-size model but for its vocabulary, which holds the placeholders alone."""
+    """Processor of the full-size model, with a vocabulary of placeholders only."""
     words = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "<audio>", "<prefix>"]
     model = models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
     names = dict(zip(("unk_token", "pad_token", "bos_token", "eos_token"), words, strict=False))
@@ -54,24 +54,24 @@ def full_size_processor() -> LlavaAudioProcessor:
 
 
 def step_flops() -> float:
-    """Floating-point operations that a pair costs an alignment step: products of matrices alone, no objective."""
+    """Floating-point operations per pair in an alignment step: matrix products only, without the objective."""
     audio, vision = CavMaeAudioConfig(), LlavaAudioConfig().vision_config
     rows, columns = audio.grid_size
     layers = audio.num_hidden_layers + audio.num_joint_layers
     tower = forward_flops(rows * columns, audio.hidden_size, audio.intermediate_size, layers)
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    # All but the last layer: the penultimate one's tokens are the image's.
+    # The last layer is not run: the image tokens are the output of the penultimate layer.
     shown = forward_flops(patches, vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers - 1)
     return 3 * tower + shown
 
 
 def forward_flops(tokens: int, width: int, inner: int, layers: int) -> float:
-    """Of a transformer: four projections and two matrices of the MLP a token, and attention."""
+    """Operations of a transformer's forward pass: four projections and two MLP matrices per token, and attention."""
     return layers * (2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens**2 * width)
 
 
 def batches(rows: datasets.Dataset | datasets.IterableDataset, size: int) -> Iterator[list[dict]]:
-    """Batches without end, as a loader's worker makes them."""
+    """Yield batches of rows indefinitely, as a data loading worker does."""
     if isinstance(rows, datasets.Dataset):
         order = (int(index) for _ in itertools.count() for index in torch.randperm(len(rows)))
         served = (rows[index] for index in order)
@@ -88,7 +88,7 @@ def resident_mb() -> float:
 
 
 def measure_throughput(corpora: dict, collator: AlignmentCollator, batch: int, repeats: int) -> dict:
-    """Seconds, ratios and pairs a second of each way."""
+    """Seconds, ratios and pairs per second for each kind of storage."""
 
     def serve(source: Iterator[list[dict]]) -> None:
         collator(next(source))
@@ -105,7 +105,7 @@ def measure_throughput(corpora: dict, collator: AlignmentCollator, batch: int, r
 
 
 def measure_memory(rows: datasets.IterableDataset, collator: AlignmentCollator, batch: int, count: int) -> dict:
-    """Resident memory after the first pairs of a stream and at its highest from there on, in MB."""
+    """Resident memory in MB after the warm-up pairs of a stream, and its maximum from then on."""
     source, memory = batches(rows, batch), {}
     for done in tqdm(range(batch, count + batch, batch), desc="stream", unit="batch", leave=False):
         collator(next(source))
@@ -118,16 +118,18 @@ def measure_memory(rows: datasets.IterableDataset, collator: AlignmentCollator, 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=positive_int, default=32, help="clips of 10 s to make (default: 32)")
-    parser.add_argument("--batch", type=positive_int, default=32, help="pairs a batch (default: 32)")
+    parser.add_argument(
+        "--clips", type=positive_int, default=32, help="number of 10 s clips to generate (default: 32)"
+    )
+    parser.add_argument("--batch", type=positive_int, default=32, help="pairs per batch (default: 32)")
     parser.add_argument("--repeats", type=positive_int, default=7, help="timed rounds (default: 7)")
-    parser.add_argument("--streamed", type=positive_int, default=5000, help="pairs of the long stream (default: 5000)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "loading.json", help="record of the run")
+    parser.add_argument("--streamed", type=positive_int, default=5000, help="pairs to stream (default: 5000)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "loading.json", help="output file")
     return parser.parse_args(words)
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
-    """All figures for clips made in `folder`, and what is required of them."""
+    """Run all measurements on clips generated in `folder`; returns the figures and their requirements."""
     (folder / "media").mkdir()
     make_clips(folder / "media", arguments.clips)
     videos = load_corpus("folder", "train", data_dir=str(folder / "media"))
@@ -144,7 +146,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict, list[dic
     workers = {name: bound / own["pairs_a_second"]["median"] for name, own in figures.items()}
     case = {"figures": figures, "memory_mb": memory, "h200_pairs_a_second_at_most": bound, "workers_for_that": workers}
     growth = memory["highest"] - memory["after_warm_up"]
-    return case, [must(f"MB more over {memory['pairs']} streamed pairs", growth, at_most=MEMORY_GROWTH)]
+    return case, [must(f"memory growth over {memory['pairs']} streamed pairs, MB", growth, at_most=MEMORY_GROWTH)]
 
 
 def main(words: list[str] | None = None) -> None:
@@ -162,7 +164,7 @@ def main(words: list[str] | None = None) -> None:
     ]
     show(TITLE, COLUMNS, rows, musts)
     bound, workers = case["h200_pairs_a_second_at_most"], case["workers_for_that"]
-    print(f"An H200 asks for {bound:.0f} pairs a second at most (worked out), so for the output of so many workers:")
+    print(f"An H200 consumes at most {bound:.0f} pairs per second (computed). Workers required to reach this rate:")
     print(", ".join(f"{name} {count:.1f}" for name, count in workers.items()))
     print(f"Written to {path}")
 

@@ -1,7 +1,7 @@
-"""What the benchmarks share: alternate timings, peak memory, the machine, and a record of it all as JSON.
+"""Shared functions of the benchmarks: alternating timings, peak memory, machine description, JSON records.
 
-A figure here is a ratio within one run. Baseline and ours take turns, so that whatever else loads the machine loads
-both, and each round gives one ratio.
+Speeds are reported as ratios within one run. The baseline and our implementation alternate, so that other load on the
+machine affects both. Each round gives one ratio.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from dali_llava.eval.results import versions, write_text
 
 
 RESULTS = Path(__file__).parent / "results"
-# Audio tokens, image tokens and their width, of the published model.
+# Audio tokens, image tokens and token width of the published model.
 FULL_SHAPE = (512, 576, 1024)
 _LIBRARIES = ("POT", "scipy")
 _LOG_WIDTH = 140
 
 
 def positive_int(text: str) -> int:
-    """An argument's type: a whole number of at least 1."""
+    """Argument type: an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
@@ -40,7 +40,7 @@ def positive_int(text: str) -> int:
 
 
 def benchmark_parser(description: str, name: str, device: str = "cpu") -> argparse.ArgumentParser:
-    """A parser with the arguments of every benchmark of token pairs; the record goes to results/NAME.json."""
+    """Parser with the arguments shared by the benchmarks on token pairs. The default output is results/NAME.json."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shape",
@@ -50,25 +50,25 @@ def benchmark_parser(description: str, name: str, device: str = "cpu") -> argpar
         help=f"audio tokens, image tokens, width (default: {' '.join(map(str, FULL_SHAPE))})",
     )
     parser.add_argument("--repeats", type=positive_int, default=7, help="timed rounds (default: 7)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"(default: {device})")
-    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="record of the run")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"device (default: {device})")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="output file")
     return parser
 
 
 def add_batch_sizes(parser: argparse.ArgumentParser) -> None:
-    """The argument of a benchmark that takes several batch sizes, one after the other."""
+    """Add the argument of benchmarks that run several batch sizes, one after another."""
     parser.add_argument(
-        "--batch-sizes", type=positive_int, nargs="+", default=[8, 32], help="pairs a batch (default: 8 32)"
+        "--batch-sizes", type=positive_int, nargs="+", default=[8, 32], help="pairs per batch (default: 8 32)"
     )
 
 
 def parse_benchmark(parser: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:
-    """The command line's arguments, or those of `words`; exits with 2 where torch sees no GPU and one is asked for."""
+    """Parse `words` (default: the command line). Exits with code 2 if a GPU is requested and torch finds none."""
     import torch
 
     arguments = parser.parse_args(words)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+        parser.error("--device cuda: torch finds no GPU")
     return arguments
 
 
@@ -79,17 +79,20 @@ def alternate(
     clock: Callable[[], float] = time.perf_counter,
     tick: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Times callables in turn, A B C A B C ...: round i of one stands beside round i of another.
+    """Time callables in alternation, A B C A B C ..., so that the durations of one round are comparable.
 
     Args:
-        works: what to time, by name. On an accelerator a callable must wait for its own work.
-        repeats: timed rounds, at least 1.
-        warm_ups: rounds before them that are not timed.
-        clock: seconds, growing.
-        tick: called after each call of a work, for a progress bar.
+        works: callables by name. On an accelerator, a callable must synchronize its device before it returns.
+        repeats: number of timed rounds, at least 1.
+        warm_ups: number of untimed rounds before them.
+        clock: function that returns a monotonic time in seconds.
+        tick: function called after each call of a callable, for a progress bar.
 
     Returns:
         `repeats` durations in seconds for each name.
+
+    Raises:
+        ValueError: if `repeats` is less than 1 or `warm_ups` is negative.
     """
     if repeats < 1 or warm_ups < 0:
         raise ValueError(f"repeats must be at least 1 and warm_ups at least 0, not {repeats} and {warm_ups}")
@@ -108,7 +111,7 @@ def alternate(
 def time_in_turns(
     works: dict[str, Callable[[], Any]], repeats: int, device: str, title: str
 ) -> dict[str, list[float]]:
-    """`alternate` behind a progress bar, each work timed until its device is done."""
+    """Run `alternate` with a progress bar and synchronize the device after each call."""
 
     def waited(work):
         work()
@@ -120,7 +123,7 @@ def time_in_turns(
 
 
 def wait_for(device: str) -> None:
-    """Returns when the device has done all it was given."""
+    """Block until the device has completed all queued work."""
     if device != "cpu":
         import torch
 
@@ -128,15 +131,19 @@ def wait_for(device: str) -> None:
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
-    """min, median and max."""
+    """Minimum, median and maximum of the values."""
     values = list(values)
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def compare(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str, Any]]:
-    """Spread of each name's seconds, and of how many times faster than the baseline it was in the same round."""
+    """Spread of the seconds of each name, and of its speedup over the baseline in the same round.
+
+    Raises:
+        ValueError: if `seconds` has no timings of the baseline.
+    """
     if baseline not in seconds:
-        raise ValueError(f"no timings of the baseline {baseline!r}; there are {', '.join(map(repr, seconds))}")
+        raise ValueError(f"no timings of the baseline {baseline!r}; available: {', '.join(map(repr, seconds))}")
     return {
         name: {
             "rounds": len(own),
@@ -150,15 +157,15 @@ def compare(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[st
 def peak_memory(
     work: Callable[[Any], Any], inputs: Callable[[], Any], small_inputs: Callable[[], Any], device: str = "cpu"
 ) -> int:
-    """Bytes that `work(inputs())` takes at its peak beyond what its inputs and the loaded libraries do.
+    """Peak memory of `work(inputs())` in bytes, without the memory of its inputs and of the loaded libraries.
 
-    On a CPU it is the difference between the peaks of two fresh processes, of which one stops short of the work. Both
-    run the work on the small inputs first, so that what is loaded or set up once counts for neither. All three
-    callables must survive pickling.
+    On a CPU, this is the difference between the peaks of two fresh processes, one of which does not run the work. Both
+    first run the work on the small inputs, so that one-time initialization is excluded. All three callables must be
+    picklable.
     """
     if device != "cpu":
         return _peak_on_cuda(work, inputs, small_inputs)
-    # A pool of one task a process; "spawn" because a forked child would share the parent's pages.
+    # One task per process; "spawn" because a forked child would share the pages of the parent.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         without = pool.apply(_peak_of_process, (work, inputs, small_inputs, False))
         whole = pool.apply(_peak_of_process, (work, inputs, small_inputs, True))
@@ -172,10 +179,10 @@ def _peak_of_process(work, inputs, small_inputs, with_work: bool) -> int:
         work(built)
     status = Path("/proc/self/status")
     if status.is_file():
-        # getrusage's ru_maxrss survives exec, and would start at the parent's peak; VmHWM starts at 0.
+        # ru_maxrss of getrusage survives exec and would start at the peak of the parent; VmHWM starts at 0.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    import resource  # absent on Windows
+    import resource  # not available on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
@@ -194,7 +201,7 @@ def _peak_on_cuda(work, inputs, small_inputs) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores this process may use, RAM, torch's threads, and the GPU if there is one. No host names."""
+    """CPU model, number of usable cores, RAM, torch threads and, if present, the GPU. Host names are not recorded."""
     import torch
 
     found: dict[str, Any] = {
@@ -215,12 +222,12 @@ def _cpu_model() -> str:
 
 
 def load_average() -> float:
-    """Processes that ran or waited for a core, over the last minute; this one counts."""
+    """Load average of the last minute, this process included."""
     return round(os.getloadavg()[0], 2)
 
 
 def must(what: str, figure: float, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
-    """A requirement beside the figure measured; a figure that is no number does not meet it."""
+    """Record of a requirement and the measured figure. A figure that is not finite does not meet the requirement."""
     met = math.isfinite(figure) and (at_least is None or figure >= at_least) and (at_most is None or figure <= at_most)
     bound = {"at_least": at_least} if at_most is None else {"at_most": at_most}
     return {"what": what, "figure": figure, **bound, "met": met}
@@ -234,7 +241,11 @@ def save(
     musts: list[dict[str, Any]],
     load_before: float,
 ) -> Path:
-    """Writes a record of the run, whole or not at all; the folder is made if missing."""
+    """Write the record of a run atomically and return its path. A missing folder is created.
+
+    Raises:
+        ValueError: if a figure is NaN or infinite.
+    """
     libraries = {library: metadata.version(library) for library in _LIBRARIES}
     record = {
         "benchmark": benchmark,
@@ -252,7 +263,7 @@ def save(
 
 
 def show(title: str, columns: list[str], rows: list[list[str]], musts: list[dict[str, Any]]) -> None:
-    """Prints a table, and under it each requirement with its figure."""
+    """Print a table, followed by each requirement and its figure."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_LOG_WIDTH)
@@ -269,5 +280,5 @@ def show(title: str, columns: list[str], rows: list[list[str]], musts: list[dict
 
 
 def format_spread(values: dict[str, float], digits: int = 3) -> str:
-    """min / median / max in one cell."""
+    """Format as "min / median / max"."""
     return " / ".join(f"{values[name]:.{digits}g}" for name in ("min", "median", "max"))

@@ -1,7 +1,8 @@
-"""How much faster and smaller is MMDLoss than the same loss written as a loop over the pairs?
+"""Compare the speed and peak memory of MMDLoss with those of the same loss written as a loop over the pairs.
 
-Forward and backward with respect to the audio tokens; 512 audio and 576 image tokens of width 1024, float32,
-synthetic. Both errors are against the loop in float64. Two cores, 6 GB of memory, two minutes:
+Both run forward and backward with respect to the audio tokens. The tokens are synthetic float32: 512 audio and 576
+image tokens of width 1024. Errors are relative to the loop in float64. The benchmark takes about two minutes on two
+cores and 6 GB of memory:
 
     python benchmarks/mmd.py
     python benchmarks/mmd.py --batch-sizes 8 --repeats 3 --device cuda --baseline broadcast
@@ -36,7 +37,7 @@ COLUMNS = ["B", "loss", "seconds", "times faster", "peak MiB", "value error", "g
 
 
 def make_tokens(batch: int, shape: tuple[int, int, int], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Audio (B, N, D), which wants a gradient, and image (B, M, D)."""
+    """Audio tokens (B, N, D), which require a gradient, and image tokens (B, M, D)."""
     audio_tokens, image_tokens, width = shape
     generator = torch.Generator().manual_seed(0)
     audio = torch.randn(batch, audio_tokens, width, generator=generator)
@@ -45,12 +46,12 @@ def make_tokens(batch: int, shape: tuple[int, int, int], device: str) -> tuple[t
 
 
 def squared_distances_by_product(tokens: torch.Tensor) -> torch.Tensor:
-    """(L, L) through one matrix product."""
+    """Squared distances (L, L) from one matrix product."""
     return torch.cdist(tokens, tokens).square()
 
 
 def squared_distances_by_difference(tokens: torch.Tensor) -> torch.Tensor:
-    """(L, L) through all L x L x D differences."""
+    """Squared distances (L, L) from all L x L x D differences."""
     return (tokens[None] - tokens[:, None]).square().sum(dim=2)
 
 
@@ -58,7 +59,7 @@ DISTANCES = {"gram": squared_distances_by_product, "broadcast": squared_distance
 
 
 def loop_loss(audio: torch.Tensor, image: torch.Tensor, distances: str) -> torch.Tensor:
-    """The baseline: pair by pair, one kernel matrix over the joined tokens and autograd for the rest."""
+    """Baseline: for each pair, one kernel matrix over the concatenated tokens; gradients by autograd."""
     values = []
     for x, y in zip(audio, image, strict=True):
         squared = DISTANCES[distances](torch.cat((x, y)))
@@ -71,21 +72,22 @@ def loop_loss(audio: torch.Tensor, image: torch.Tensor, distances: str) -> torch
 
 
 def run_loop(tokens: tuple[torch.Tensor, torch.Tensor], distances: str) -> tuple[float, torch.Tensor]:
-    """Loss and its gradient (B, N, D)."""
+    """Value of the loop's loss and its gradient (B, N, D)."""
     loss = loop_loss(*tokens, distances)
     (gradient,) = torch.autograd.grad(loss, tokens[0])
     return loss.item(), gradient
 
 
 def run_ours(tokens: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, torch.Tensor]:
-    """Loss and its gradient (B, N, D)."""
+    """Value of MMDLoss and its gradient (B, N, D)."""
     loss = MMDLoss()(*tokens).loss
     (gradient,) = torch.autograd.grad(loss, tokens[0])
     return loss.item(), gradient
 
 
 def agreement(tokens: tuple[torch.Tensor, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """How far both stand, in float32, from the loop in float64; the gradient relative to its largest entry."""
+    """Relative errors of both in float32 against the loop in float64. The gradient error is relative to the largest
+    gradient entry."""
     wide = tuple(part.detach().double() for part in tokens)
     value, gradient = run_loop((wide[0].requires_grad_(), wide[1]), "gram")
     found = {}
@@ -99,18 +101,18 @@ def agreement(tokens: tuple[torch.Tensor, torch.Tensor]) -> dict[str, dict[str, 
 
 
 def measure_case(batch: int, baseline: str, arguments: argparse.Namespace) -> dict:
-    """One batch size: seconds, ratios, peak memory and errors of both."""
+    """Measure one batch size: seconds, ratios, peak memory and errors of both."""
     shape, device = tuple(arguments.shape), arguments.device
     tokens = make_tokens(batch, shape, device)
     works = {"loop": partial(run_loop, distances=baseline), "MMDLoss": run_ours}
     calls = {name: partial(work, tokens) for name, work in works.items()}
     figures = compare(time_in_turns(calls, arguments.repeats, device, f"MMD, B = {batch}, timing"), "loop")
-    # Only the first pairs: they say as much, and float64 takes its time.
+    # The first pairs are representative, and float64 is slow.
     errors = agreement((tokens[0].detach()[:8].requires_grad_(), tokens[1][:8]))
     inputs, small = partial(make_tokens, batch, shape, device), partial(make_tokens, 1, (8, 8, 8), device)
     for name, work in tqdm(works.items(), desc=f"MMD, B = {batch}, memory", leave=False):
         figures[name] |= {"peak_bytes": peak_memory(work, inputs, small, device), **errors[name]}
-    # A tiny batch may fit into pages that the process has already.
+    # A tiny batch may fit into pages that the process already holds.
     share = figures["MMDLoss"]["peak_bytes"] / max(1, figures["loop"]["peak_bytes"])
     return {"batch": batch, "figures": figures, "memory_share": share}
 
@@ -118,7 +120,7 @@ def measure_case(batch: int, baseline: str, arguments: argparse.Namespace) -> di
 def requirements(
     cases: list[dict], times_faster: float = TIMES_FASTER, memory_share: float = MEMORY_SHARE
 ) -> list[dict]:
-    """What MMDLoss must reach beside the loop in every case."""
+    """Requirements on the speed and memory of MMDLoss relative to the loop, for every case."""
     found = []
     for case in cases:
         where, speed = f"MMD, B = {case['batch']}", case["figures"]["MMDLoss"]["times_faster"]["median"]
@@ -128,7 +130,7 @@ def requirements(
 
 
 def table_rows(cases: list[dict]) -> list[list[str]]:
-    """A row of `COLUMNS` for each case and loss."""
+    """One row of `COLUMNS` per case and loss."""
     return [
         [
             *(str(case["batch"]), name, format_spread(own["seconds"]), format_spread(own["times_faster"])),
@@ -143,7 +145,9 @@ def table_rows(cases: list[dict]) -> list[list[str]]:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, "mmd")
     add_batch_sizes(parser)
-    parser.add_argument("--baseline", choices=sorted(DISTANCES), default="gram", help="how the loop takes distances")
+    parser.add_argument(
+        "--baseline", choices=sorted(DISTANCES), default="gram", help="how the loop computes distances"
+    )
     return parse_benchmark(parser, words)
 
 

@@ -1,10 +1,10 @@
-"""How many clips a second and core does `dali-llava prepare` cut, beside ffmpeg called once a clip?
+"""Compare the clips per second of `dali-llava prepare` on one core with those of one ffmpeg call per clip.
 
-Both make the same of each clip: 16 kHz mono FLAC, and the first frame of each second as JPEG. The whole benchmark is
-held on one core. Where there is no `ffmpeg` on the path, the baseline is PyAV, which brings FFmpeg's libraries: its
-own decoding loop, in a fresh process for each clip. The same processes without their work are timed as well, since
-Python takes longer to start than ffmpeg does. Ours includes the start of its one worker process. Clips are made (10 s,
-640 x 360, H.264 and AAC) or given. Five minutes:
+Both write the same for each clip: 16 kHz mono FLAC, and the first frame of each second as JPEG. The whole benchmark
+runs on one core. If `ffmpeg` is not installed, the baseline is a PyAV decoding loop, which uses the same libraries, in
+a new process per clip. Because Python starts more slowly than ffmpeg, the same processes are also timed without any
+work. The time of `prepare` includes starting its worker process. The clips are generated (10 s, 640 x 360, H.264 and
+AAC) or read from --media. The benchmark takes about five minutes:
 
     python benchmarks/prepare.py
     python benchmarks/prepare.py --media ../shared/data/clips --repeats 3
@@ -30,11 +30,11 @@ from dali_llava.processing.corpora import load_corpus
 from dali_llava.processing.shards import ClipSettings, prepare_shards
 
 
-TITLE = "Clips a second on one core (min / median / max)"
-COLUMNS = ["way", "seconds", "clips a second", "times faster"]
+TITLE = "Clips per second on one core (min / median / max)"
+COLUMNS = ["method", "seconds", "clips per second", "times faster"]
 SECONDS, SIZE, FRAME_RATE, SAMPLING_RATE = 10, (640, 360), 25, 44100
 
-# The baseline without ffmpeg: CLIP, FOLDER and the frames' shorter side are its arguments.
+# Baseline if ffmpeg is not installed. Arguments: clip, output folder and shorter side of the frames.
 PYAV_LOOP = """
 import sys
 import av, numpy, soundfile
@@ -56,7 +56,7 @@ if len(sys.argv) > 1:
 
 
 def make_clips(folder: Path, count: int) -> None:
-    """Videos with a moving gradient and noise."""
+    """Write `count` videos with a moving gradient and noise to `folder`."""
     rows, columns = np.mgrid[: SIZE[1], : SIZE[0]]
     for number in tqdm(range(count), desc="making clips", leave=False):
         generator = np.random.default_rng(number)
@@ -78,16 +78,18 @@ def make_clips(folder: Path, count: int) -> None:
 
 
 def run_ours(rows: datasets.Dataset, side: int) -> None:
-    """A whole run with one worker, shards and index included."""
+    """Run `prepare` with one worker, including its shards and index."""
     with tempfile.TemporaryDirectory() as folder:
         settings = ClipSettings(frame_size=side, keep_frozen=True, keep_silent=True)
         summary = prepare_shards(rows, folder, settings, clips_per_shard=len(rows), num_proc=1)
     if summary.clips < len(rows):
-        raise ValueError(f"only {summary.clips} of {len(rows)} clips are good; give --media others")
+        raise ValueError(
+            f"only {summary.clips} of {len(rows)} clips can be prepared; give --media a folder of valid clips"
+        )
 
 
 def run_ffmpeg(paths: list[str], side: int) -> None:
-    """One call a clip."""
+    """Run ffmpeg once per clip."""
     scale = f"fps=1:round=up,scale='if(lt(iw,ih),min(iw,{side}),-2)':'if(lt(iw,ih),-2,min(ih,{side}))'"
     with tempfile.TemporaryDirectory() as folder:
         for path in paths:
@@ -98,37 +100,39 @@ def run_ffmpeg(paths: list[str], side: int) -> None:
 
 
 def run_pyav(paths: list[str], side: int) -> None:
-    """One fresh process a clip."""
+    """Run the PyAV loop in a new process per clip."""
     with tempfile.TemporaryDirectory() as folder:
         for path in paths:
             subprocess.run([sys.executable, "-c", PYAV_LOOP, path, folder, str(side)], check=True)
 
 
 def run_nothing(count: int) -> None:
-    """The processes of `run_pyav` without their work."""
+    """Start the processes of `run_pyav` without any work."""
     for _ in range(count):
         subprocess.run([sys.executable, "-c", PYAV_LOOP], check=True)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--media", type=Path, metavar="DIR", help="clips to cut; made ones by default")
-    parser.add_argument("--clips", type=positive_int, default=24, help="clips to make (default: 24)")
-    parser.add_argument("--frame-size", type=positive_int, default=336, help="(default: 336)")
+    parser.add_argument("--media", type=Path, metavar="DIR", help="folder of clips (default: generated clips)")
+    parser.add_argument("--clips", type=positive_int, default=24, help="number of clips to generate (default: 24)")
+    parser.add_argument(
+        "--frame-size", type=positive_int, default=336, help="shorter side of the frames (default: 336)"
+    )
     parser.add_argument("--repeats", type=positive_int, default=5, help="timed rounds (default: 5)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "prepare.json", help="record of the run")
+    parser.add_argument("--output", type=Path, default=RESULTS / "prepare.json", help="output file")
     return parser.parse_args(words)
 
 
 def measure(media: Path, arguments: argparse.Namespace) -> dict:
-    """Seconds and ratios of each way, for all clips of a folder."""
+    """Seconds and ratios of each method, over all clips of a folder."""
     rows = load_corpus("folder", "train", data_dir=str(media))
     paths = [row["audio"]["path"] for row in rows]
     has_ffmpeg = shutil.which("ffmpeg") is not None
-    baseline = "ffmpeg, a call a clip" if has_ffmpeg else "PyAV, a process a clip"
+    baseline = "ffmpeg, one call per clip" if has_ffmpeg else "PyAV, one process per clip"
     works = {baseline: partial(run_ffmpeg if has_ffmpeg else run_pyav, paths, arguments.frame_size)}
     if not has_ffmpeg:
-        works["(its processes alone)"] = partial(run_nothing, len(paths))
+        works["(processes only)"] = partial(run_nothing, len(paths))
     works["prepare"] = partial(run_ours, rows, arguments.frame_size)
     with tqdm(total=len(works) * (arguments.repeats + 1), desc="cutting", leave=False) as bar:
         figures = compare(alternate(works, arguments.repeats, tick=bar.update), baseline)
@@ -146,7 +150,7 @@ def measure(media: Path, arguments: argparse.Namespace) -> dict:
 
 def main() -> None:
     arguments, load_before = parse_arguments(), load_average()
-    if hasattr(os, "sched_setaffinity"):  # for the processes started from here on, and FFmpeg's threads in them
+    if hasattr(os, "sched_setaffinity"):  # inherited by all child processes and FFmpeg's threads
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:
         if arguments.media is None:

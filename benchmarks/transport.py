@@ -1,18 +1,19 @@
-"""How much faster is exact transport over a batch than POT's emd2 in a loop over the pairs?
+"""Compare the speed of exact batched transport with that of POT's emd2 in a loop over the pairs.
 
-Forward and backward with respect to the audio tokens; 512 audio and 576 image tokens of width 1024, float32,
-synthetic. Differences are to the loop run in float64, as POT hands back float32 costs for float32 tokens: ours in
-float64 for the costs, and as timed for the gradients. Two cores, 4 GB of memory, some minutes:
+Both run forward and backward with respect to the audio tokens. The tokens are synthetic float32: 512 audio and 576
+image tokens of width 1024. Differences are relative to the loop in float64, because POT returns float32 costs for
+float32 tokens. Our costs are computed in float64 for this comparison, our gradients in the timed precision. The
+benchmark takes a few minutes on two cores and 4 GB of memory:
 
     python benchmarks/transport.py
     python benchmarks/transport.py --families uniform lowrank --solvers exact sinkhorn --batch-sizes 8 --repeats 3
 
 Families of problems:
     uniform     two Gaussian clouds, equal weights
-    softmax1    the same with weights softmax(z), z normal
-    softmax3    the same with weights softmax(3 z)
-    lowrank     clouds in 8 dimensions of the width, plus 1% of noise; equal weights
-    duplicate   each token four times; equal weights, many optimal plans
+    softmax1    the same clouds with weights softmax(z), z standard normal
+    softmax3    the same clouds with weights softmax(3 z)
+    lowrank     clouds in a subspace of 8 dimensions, plus 1% noise; equal weights
+    duplicate   each token repeated four times; equal weights, many optimal plans
 """
 
 import argparse
@@ -40,17 +41,17 @@ from dali_llava.train.transport import solve_transport
 
 
 EXACT_SOLVERS = ("exact", "certified", "auto")
-# This one leaves a gap on purpose, so that it is held to nothing.
+# Approximate by design, so there are no requirements.
 APPROXIMATE_SOLVERS = ("sinkhorn",)
-# Times faster than the loop; "certified" is made for a GPU, where gpu.py holds it to its speed.
+# Required speedup over the loop. "certified" is designed for GPUs; gpu.py has its speed requirement.
 TIMES_FASTER = {"exact": 1.8, "auto": 1.8}
-# Of the exact solvers: largest relative differences to the loop, and the largest gap to the lower bound.
+# Requirements on the exact solvers: largest relative differences to the loop, and largest gap to the lower bound.
 COST_DIFFERENCE = 1e-9
 GRADIENT_DIFFERENCE = 1e-6
 GAP_OVER_COST = 1e-9
 SHARPNESS = {"softmax1": 1.0, "softmax3": 3.0}
 FAMILIES = ("uniform", *SHARPNESS, "lowrank", "duplicate")
-# Where several plans are optimal, each has a gradient of its own.
+# Families with several optimal plans: each plan has its own gradient, so gradients are not compared.
 TIED_FAMILIES = ("duplicate",)
 LOOP = "POT loop"
 TITLE = "Transport, forward and backward (min / median / max)"
@@ -59,14 +60,14 @@ COLUMNS = ["family", "B", "solver", "seconds", "times faster", "cost diff.", "gr
 
 @dataclass
 class Problem:
-    """B pairs: x (B, N, D), which wants a gradient, y (B, M, D), weights (B, N) and (B, M) or None where equal."""
+    """B pairs: x (B, N, D), which requires a gradient, y (B, M, D), weights (B, N) and (B, M), or None if equal."""
 
     x: torch.Tensor
     y: torch.Tensor
     weights: tuple[torch.Tensor, torch.Tensor] | None
 
     def double(self) -> "Problem":
-        """The same in float64, weights rescaled to sum to 1 in it: POT's cost grows with their sum, ours does not."""
+        """The problem in float64. Weights are normalised again: POT's cost scales with their sum, ours does not."""
         weights = None
         if self.weights is not None:
             weights = tuple(part / part.sum(dim=1, keepdim=True) for part in map(torch.Tensor.double, self.weights))
@@ -98,7 +99,7 @@ def make_problem(family: str, batch: int, shape: tuple[int, int, int], device: s
 
 
 def loop_costs(problem: Problem) -> torch.Tensor:
-    """The baseline: (B,) costs, pair by pair, distances by torch, the plan and its cost by POT."""
+    """Baseline costs (B,): for each pair, distances by torch, plan and cost by POT."""
     import ot
 
     costs = []
@@ -118,7 +119,7 @@ def run_loop(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_ours(problem: Problem, solver: str) -> torch.Tensor:
-    """Gradient (B, N, D) of the mean cost, as training takes it."""
+    """Gradient (B, N, D) of the mean cost, computed as in training."""
     if problem.weights is None:
         loss = TransportLoss(solver=solver)(problem.x, problem.y).loss
     else:
@@ -127,10 +128,10 @@ def run_ours(problem: Problem, solver: str) -> torch.Tensor:
 
 
 def agreement(problem: Problem, solvers: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Largest differences to the loop in float64, of costs in float64 and of the gradients that were timed.
+    """Largest differences to the loop in float64, for costs in float64 and gradients in the timed precision.
 
-    Costs relative to each pair's, gradients to the batch's largest entry, gaps to the cost. Beside them the solver
-    that did it, which "auto" picks.
+    Cost differences are relative to the cost of each pair, gradient differences to the largest gradient entry of the
+    batch, and gaps to the cost. The result also names the solver that was used, which "auto" selects.
     """
     wide = problem.double()
     costs, gradient = run_loop(wide)
@@ -158,7 +159,7 @@ def agreement(problem: Problem, solvers: Sequence[str]) -> dict[str, dict[str, A
 
 
 def measure_case(family: str, batch: int, solvers: Sequence[str], arguments: argparse.Namespace) -> dict:
-    """One family and batch size: seconds, ratios and differences of the loop and each solver."""
+    """Measure one family and batch size: seconds, ratios and differences of the loop and each solver."""
     problem = make_problem(family, batch, tuple(arguments.shape), arguments.device)
     works = {LOOP: partial(run_loop, problem)}
     works |= {solver: partial(run_ours, problem, solver) for solver in solvers}
@@ -173,7 +174,7 @@ def measure_case(family: str, batch: int, solvers: Sequence[str], arguments: arg
 
 
 def requirements(cases: list[dict], times_faster: Mapping[str, float] = TIMES_FASTER) -> list[dict]:
-    """What every exact solver must reach in every case; the speed only of those that `times_faster` names."""
+    """Requirements on every exact solver for every case. Speed is required only of the solvers in `times_faster`."""
     found = []
     for case in cases:
         for name, own in case["figures"].items():
@@ -192,7 +193,7 @@ def requirements(cases: list[dict], times_faster: Mapping[str, float] = TIMES_FA
 
 
 def table_rows(cases: list[dict]) -> list[list[str]]:
-    """A row of `COLUMNS` for each case and solver."""
+    """One row of `COLUMNS` per case and solver."""
     return [
         [
             *(case["family"], str(case["batch"])),
@@ -209,9 +210,13 @@ def table_rows(cases: list[dict]) -> list[list[str]]:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, "transport")
     add_batch_sizes(parser)
-    parser.add_argument("--families", choices=FAMILIES, nargs="+", default=["uniform"], help="(default: uniform)")
+    parser.add_argument(
+        "--families", choices=FAMILIES, nargs="+", default=["uniform"], help="families of problems (default: uniform)"
+    )
     solvers = (*EXACT_SOLVERS, *APPROXIMATE_SOLVERS)
-    parser.add_argument("--solvers", choices=solvers, nargs="+", default=["exact"], help="(default: exact)")
+    parser.add_argument(
+        "--solvers", choices=solvers, nargs="+", default=["exact"], help="solvers to compare (default: exact)"
+    )
     return parse_benchmark(parser, words)
 
 

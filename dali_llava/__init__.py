@@ -1,7 +1,7 @@
-"""DALI and LAVCap: teach an image captioner to hear, without captions of sounds.
+"""DALI: an image captioner that learns to hear from the audio and images of videos.
 
-The subpackages `modeling`, `processing`, `train` and `eval` hold the code; importing `dali_llava` itself loads none of
-them, nor torch.
+The code is in the subpackages `modeling`, `processing`, `train` and `eval`. Importing `dali_llava` imports neither the
+subpackages nor torch.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""For the whole tree: a tiny model with random weights, saved as any checkpoint is; media files; a reader of HTML."""
+"""Shared fixtures: a saved tiny model with random weights, media files and an HTML reader."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,9 +28,9 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real clips and recordings beside the repository; the test is skipped where it is absent."""
+    """Folder of real clips and recordings next to the repository. The test is skipped if the folder is missing."""
     if not SHARED_DATA.is_dir():
-        pytest.skip("the real recordings (../shared/data) are not here")
+        pytest.skip("the real recordings (../shared/data) are not available")
     return SHARED_DATA
 
 
@@ -53,7 +53,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_processor(tiny_tokenizer) -> LlavaAudioProcessor:
-    """Pictures of 48 pixels in 36 tokens, sounds of 2.56 s in 64, a prefix of 16."""
+    """Processor with 36 tokens per image of 48 x 48 pixels, 64 tokens per 2.56 s of audio and a prefix of 16."""
     size = {"height": 48, "width": 48}
     return LlavaAudioProcessor(
         image_processor=CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
@@ -67,9 +67,9 @@ def tiny_processor(tiny_tokenizer) -> LlavaAudioProcessor:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_tokenizer) -> LlavaAudioConfig:
-    """Two layers of width 32 in each tower and in the language model."""
+    """Configuration with two layers of width 32 in each tower and in the language model."""
     width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    # With the usual 0.02 every picture and every sound would get the same caption.
+    # With the default of 0.02, all images and all sounds would have the same caption.
     spread = {"initializer_range": 0.3}
     return LlavaAudioConfig(
         vision_config={"model_type": "clip_vision_model", "image_size": 48, "patch_size": 8, **width},
@@ -102,7 +102,7 @@ def tiny_config(tiny_tokenizer) -> LlavaAudioConfig:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tiny_config, tiny_processor, tmp_path_factory) -> Path:
-    """A saved checkpoint: random weights of `tiny_config` (seed 0) and `tiny_processor`. Read it, do not change it."""
+    """Saved checkpoint with random weights of `tiny_config` (seed 0) and `tiny_processor`. Read-only."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -113,14 +113,14 @@ def tiny_model_dir(tiny_config, tiny_processor, tmp_path_factory) -> Path:
 
 
 def make_sound(seconds: float, sampling_rate: int = 16_000, seed: int = 0) -> np.ndarray:
-    """A rising tone in noise, (samples,) float32."""
+    """Rising tone in noise, (samples,) float32."""
     time = np.arange(round(seconds * sampling_rate)) / sampling_rate
     noise = np.random.default_rng(seed).normal(size=len(time))
     return (0.4 * np.sin(2 * np.pi * (300 + 200 * time) * time) + 0.02 * noise).astype(np.float32)
 
 
 def write_video(path: Path, seconds: float, sound: np.ndarray | None) -> None:
-    """A video, 64 x 48 pixels, 10 frames a second, that turns from red to blue, with a sound at 16 kHz or without."""
+    """Write a 64 x 48 video at 10 frames per second that fades from red to blue, with optional audio at 16 kHz."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("mpeg4", rate=10)
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
@@ -141,7 +141,7 @@ def write_video(path: Path, seconds: float, sound: np.ndarray | None) -> None:
 
 @pytest.fixture(scope="session")
 def media_dir(tmp_path_factory) -> Path:
-    """Good files: bark.wav (1.5 s), long.flac (6 s), clip.mp4 (3 s), silent.mp4 (2 s, no sound), photo.jpg."""
+    """Valid files: bark.wav (1.5 s), long.flac (6 s), clip.mp4 (3 s), silent.mp4 (2 s, no audio), photo.jpg."""
     folder = tmp_path_factory.mktemp("media")
     soundfile.write(folder / "bark.wav", make_sound(1.5), 16_000)
     soundfile.write(folder / "long.flac", make_sound(6.0), 16_000)
@@ -156,7 +156,7 @@ VOID = {"meta", "img", "br", "rect"}
 
 
 class Page(HTMLParser):
-    """The elements of a page, and the text of each as a browser shows it; every tag must be closed in its turn."""
+    """Parses the elements of a page and their unescaped text, and asserts that all tags are closed in order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -194,5 +194,5 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="session")
 def read_page() -> type[Page]:
-    """`read_page(text)`: the elements and texts of HTML, a `Page`."""
+    """`read_page(text)`: the elements and texts of an HTML page, as a `Page`."""
     return Page

@@ -1,9 +1,9 @@
 """
-Stage 2 of DALI: captions made from sound and picture together, distilled into the audio projector.
+Stage 2 of DALI: distillation of captions generated from audio and image into the audio projector.
 
-The aligned captioner first captions the clips of the split from image, audio and prefix, sampled; the captions lie in
-`OUTPUT_DIR/pseudo_captions.jsonl` and are not made again. Then the audio projector alone learns to give them from
-sound: no image, no prefix.
+The aligned captioner first samples a caption for each clip of the split from its image and audio, with the prefix. The
+captions are saved in `OUTPUT_DIR/pseudo_captions.jsonl` and reused when the stage is run again. The audio projector
+alone is then trained to generate them from audio only, without image or prefix.
 
     accelerate launch train/distill.py train/configs/avworld/distill.yaml \
         --base_model runs/mmd --output_dir runs/mmd-distilled
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def pseudo_caption(captioner, processor, rows, arguments: DistillationArguments) -> dict[str, str]:
-    """Captions of `rows` by id, from image, audio and prefix; those already in the output folder are kept."""
+    """Caption `rows` from image, audio and prefix; returns captions by id. Captions already on disk are reused."""
 
     def samples() -> Iterator[Sample]:
         for row in rows:
@@ -49,7 +49,9 @@ def pseudo_caption(captioner, processor, rows, arguments: DistillationArguments)
     results = list(runner.run(samples(), out=Path(arguments.output_dir) / "pseudo_captions.jsonl", total=len(rows)))
     failed = [result for result in results if result.error is not None]
     if failed:
-        logger.warning("%d of %d clips got no caption, the first: %s", len(failed), len(rows), failed[0].error)
+        logger.warning(
+            "%d of %d clips could not be captioned; first error: %s", len(failed), len(rows), failed[0].error
+        )
     return {result.id: result.caption for result in results if result.caption}
 
 
@@ -62,11 +64,11 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     with arguments.main_process_first(desc="pseudo-captions"):
         captions = pseudo_caption(captioner, processor, rows, arguments)
     if not captions:
-        raise ValueError(f"{arguments.base_model} gave no caption for {arguments.dataset}, split {arguments.split}.")
+        raise ValueError(f"{arguments.base_model}: no captions for {arguments.dataset}, split {arguments.split}.")
     rows = rows.filter(lambda name: name in captions, input_columns="id")
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": captions[row["id"]]})
     train_only(captioner, captioner.model.audio_projector)
-    captioner.config.prefix_modalities = ["audiovisual"]  # sound alone is learnt, and asked from now on, without it
+    captioner.config.prefix_modalities = ["audiovisual"]  # from here on, audio alone takes no prefix
     trainer = CaptioningTrainer(
         model=captioner,
         args=arguments,

@@ -1,9 +1,10 @@
 """
-Stage 0 of DALI, the pre-filter: keep the clips whose picture shows what is heard (appendix C of the paper).
+Stage 0 of DALI, the pre-filter: keep the clips in which the image shows the sound source (appendix C of the paper).
 
-The first frame of each second, at most ten, is captioned; a clip's score is the mean distance of its captions to its
-labels in a text embedding space. Scores are kept as they come: a run that is stopped goes on where it was, and another
-`keep` or `threshold` asks for no new ones. One process; nothing trains, and the fields of a training have no effect.
+The first frame of each second is captioned, up to ten frames per clip. The score of a clip is the mean distance
+between its captions and its labels in a text embedding space. Scores are saved as they are computed: an interrupted
+run is resumed, and changing `keep` or `threshold` reuses all scores. The pre-filter runs in one process and trains
+nothing; the training fields have no effect.
 
     python train/prefilter.py train/configs/avworld/prefilter.yaml \
         --captioner runs/captioner --output_dir runs/filtered
@@ -40,23 +41,30 @@ EMBEDDER_KINDS = ("language_model", "sentence")
 
 
 def check_arguments(arguments: PrefilterArguments) -> None:
-    """ValueError, before anything is loaded, for what cannot be meant."""
+    """Raise a ValueError for invalid arguments before anything is loaded."""
     check_choice(arguments.keep, arguments.threshold)
     for name in ("frames", "batch_size", "caption_max_new_tokens"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(arguments, name)}")
     if not arguments.captioner:
-        raise ValueError("no captioner: name a checkpoint that captions pictures, --captioner DIR.")
+        raise ValueError("no captioner: give the checkpoint of an image captioner, --captioner DIR.")
     if arguments.embedder_kind not in EMBEDDER_KINDS:
-        raise ValueError(f"unknown embedder_kind '{arguments.embedder_kind}'; there are {', '.join(EMBEDDER_KINDS)}.")
+        raise ValueError(f"unknown embedder_kind '{arguments.embedder_kind}'; supported: {', '.join(EMBEDDER_KINDS)}.")
     if arguments.embedder_kind == "sentence" and not arguments.embedder:
-        raise ValueError("embedder_kind sentence: name the model, --embedder NAME.")
+        raise ValueError("embedder_kind sentence: give the model, --embedder NAME.")
     if arguments.world_size > 1:
-        raise ValueError("the pre-filter is one process; start it with python, not with accelerate launch.")
+        raise ValueError("the pre-filter runs in one process; start it with python instead of accelerate launch.")
 
 
 def load_models(arguments: PrefilterArguments) -> tuple[Caption, Embed, dict]:
-    """The functions that caption and embed, and a digest of either model's weights; errors as their loaders'."""
+    """Load the captioner and the embedder.
+
+    Returns:
+        the functions that caption and embed, and the digests of the models' weights.
+
+    Raises:
+        OSError, ValueError: as the loaders in `filtering.models`.
+    """
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     captioner, processor = load_captioner(arguments.captioner, arguments.device, dtype)
     digests = {"captioner_weights": weights_digest(captioner)}
@@ -66,7 +74,7 @@ def load_models(arguments: PrefilterArguments) -> tuple[Caption, Embed, dict]:
     if arguments.embedder:
         embedder, tokenizer = load_language_model(arguments.embedder, arguments.device, dtype)
     else:
-        # A tokenizer of its own: the captioner's is padded on the other side.
+        # A copy, because the captioner pads on the other side.
         embedder, tokenizer = language_model(captioner), deepcopy(processor.tokenizer)
     digests["embedder_weights"] = weights_digest(embedder)
     return caption, make_embed(embedder, tokenizer, arguments.layer), digests
@@ -76,12 +84,12 @@ def score_rows(
     rows: Dataset, folder: ScoreFolder, frames: int, caption: Caption, embed: Embed, batch_size: int
 ) -> dict:
     """
-    Score the rows that `folder` has no score of, and put each block there as soon as it is done.
+    Score the rows that have no score in `folder`, and save each block as soon as it is scored.
 
-    Blocks are always the same rows, so that a run which goes on makes the same batches as one that was not stopped.
+    The blocks are fixed, so that a resumed run computes the same batches as an uninterrupted one.
 
     Returns:
-        {id: reason} of the rows that got no score; they are tried again by the next run.
+        {id: reason} of the rows that could not be scored; the next run tries them again.
     """
     left_out = {}
     ids = rows["id"]
@@ -104,25 +112,25 @@ def main(argv: list[str] | None = None) -> ScoreFolder:
     fields += ("embedder_kind", "layer", "frames", "bf16")
     settings = {name: getattr(arguments, name) for name in fields} | digests
     folder = ScoreFolder(arguments.output_dir, settings)
-    # The sound, most of a row, is not read for the scores.
+    # Scoring does not need the audio, which is the largest part of a row.
     silent = rows.remove_columns("audio")
     left_out = score_rows(silent, folder, arguments.frames, caption, embed, arguments.batch_size)
     rows = rows.select([index for index, name in enumerate(rows["id"]) if name in folder.scores])
     if not len(rows):
         raise ValueError(
-            f"{arguments.dataset}, split {arguments.split}: no clip could be scored; the first: "
+            f"{arguments.dataset}, split {arguments.split}: no clip could be scored; first error: "
             f"{next(iter(left_out.values()))}"
         )
     kept = choose(np.array([folder.scores[name]["score"] for name in rows["id"]]), arguments.keep, arguments.threshold)
     if arguments.keep is None:
-        choice = f"those under {arguments.threshold:g}"
+        choice = f"distance below {arguments.threshold:g}"
     else:
-        choice = f"the {arguments.keep} nearest were asked for"
+        choice = f"the nearest, at most {arguments.keep}"
     folder.finish(rows, kept, left_out, choice)
-    print(f"{kept.sum()} of {len(rows)} clips kept; {folder.report / PAGE}")
+    print(f"{kept.sum()} of {len(rows)} clips kept; report: {folder.report / PAGE}")
     if left_out:
         name, reason = next(iter(left_out.items()))
-        print(f"{len(left_out)} clips without a score, the first {name}: {reason}", file=sys.stderr)
+        print(f"{len(left_out)} clips could not be scored; first error: {name}: {reason}", file=sys.stderr)
     return folder
 
 

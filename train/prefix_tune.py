@@ -1,7 +1,7 @@
 """
-Stage 1a of DALI: learn the prefix that turns an image captioner to sounds, from 16 pictures and audio captions.
+Stage 1a of DALI: learn the prefix that makes an image captioner describe sounds, from 16 images with audio captions.
 
-Everything is frozen but the prefix (16 vectors).
+Only the prefix (16 vectors) is trained.
 
     accelerate launch train/prefix_tune.py train/configs/avworld/prefix_tune.yaml \
         --base_model runs/captioner --output_dir runs/prefix
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     rows = load_rows(arguments)
     if len(rows) < (arguments.max_samples or 1):
         raise ValueError(
-            f"{arguments.dataset}, split {arguments.split}: {len(rows)} shots, fewer than max_samples "
-            f"({arguments.max_samples}); lower it or bring more captions."
+            f"{arguments.dataset}, split {arguments.split}: {len(rows)} rows, fewer than max_samples "
+            f"({arguments.max_samples}); lower max_samples or add captioned rows."
         )
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": row["captions"][0]})
     captioner, processor = load_base(arguments)

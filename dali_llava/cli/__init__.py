@@ -1,11 +1,11 @@
 """The command line: `dali-llava COMMAND ...`.
 
 Each command is a module of this package with a docstring (its help), `add_arguments(parser)` and `run(args) -> int`,
-and `complete_arguments(parser, words)` where further arguments depend on what is given.
-A module is imported only when its command is asked for, and imports torch only in `run`: help is instantaneous.
+and `complete_arguments(parser, words)` if further arguments depend on the words given. The module of a command is
+imported only when the command is used, and imports torch only in `run`, so that `--help` is fast.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 success, 1 an error told in one line, 2 wrong usage,
-130 interrupted.
+Results are printed to stdout, progress and errors to stderr. Exit codes: 0 success, 1 error (reported in one line),
+2 invalid usage, 130 interrupted.
 """
 
 import argparse
@@ -17,28 +17,28 @@ import warnings
 from dali_llava import __version__
 
 
-# Command -> its line in `dali-llava --help`. The module is dali_llava.cli.<command>.
+# Help of each command in `dali-llava --help`. The module of a command is dali_llava.cli.<command>.
 COMMANDS = {
     "quickstart": "run the whole pipeline on the built-in AVWorld",
-    "caption": "caption sound, picture and video files",
+    "caption": "caption audio, image and video files",
     "evaluate": "caption a test split and score the captions",
     "score": "score captions against references",
-    "prepare": "turn the media of a corpus into training-ready shards",
-    "inspect": "look into a corpus: its figures, and a page of random clips",
-    "merge": "merge a stage with its base into one whole checkpoint",
-    "figures": "draw the figures of a run, and put several seeds into one table",
+    "prepare": "convert the media of a corpus to shards for training",
+    "inspect": "summarise a corpus and write a page of random clips",
+    "merge": "merge a stage with its base into one complete checkpoint",
+    "figures": "draw the figures of runs and summarise several seeds in one table",
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; a command's own arguments are added when it is first parsed for."""
+    """Build the parser of the command line. The arguments of a command are added when the command is parsed."""
     parser = argparse.ArgumentParser(
         prog="dali-llava",
-        description="Caption sound with an image captioner that has learned to hear.",
+        description="Caption audio with an image captioner that has learned to hear.",
         epilog="example: dali-llava caption runs/quickstart/model clip.mp4",
     )
     parser.add_argument("--version", action="version", version=f"dali-llava {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and libraries' warnings")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors and warnings of libraries")
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, title="commands", parser_class=_CommandParser
     )
@@ -51,9 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
-        argv: arguments without the program's name; default `sys.argv[1:]`.
+        argv: arguments without the name of the program; default `sys.argv[1:]`.
 
-    Wrong usage, `--help` and `--version` leave through argparse's `SystemExit`, with code 2, 0 and 0.
+    Raises:
+        SystemExit: raised by argparse, with code 2 for invalid usage and 0 for `--help` and `--version`.
     """
     args = build_parser().parse_args(argv)
     with warnings.catch_warnings():
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             print("dali-llava: interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            # The reader (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
+            # The reader of stdout has exited (`| head`). Redirect stdout, because Python flushes it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except Exception as error:
@@ -78,15 +79,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe_error(error: Exception) -> str:
-    """One line that tells an error: the message of an expected kind, the kind too of an unexpected one."""
+    """Describe an error in one line: its message and, for unexpected types of error, its type."""
     message = " ".join(str(error).split()) or "no message"
     if isinstance(error, (ValueError, OSError)):
         return message
-    return f"{type(error).__name__}: {message} (--debug shows where)"
+    return f"{type(error).__name__}: {message} (use --debug for the traceback)"
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """A command's parser, which imports the command's module when it is first used."""
+    """Parser of a command. It imports the module of the command on first use."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)

@@ -1,9 +1,10 @@
-"""Draw the paper's figures from finished runs, and put several seeds into one table.
+"""Draw the figures of the paper from finished runs, and summarise runs with different seeds in one table.
 
-For each RUN of `quickstart`, writes RUN/figures/mean_tokens.png: mean audio tokens among mean image tokens, a panel an
-objective; and, where OT^Att ran, RUN/figures/attention.png: where its attention looks in a picture. A run with --esc10
-is only tabled: it does not say where its recordings are. Of several runs, a seed each, prints the means with their
-intervals and writes them to --out.
+For each RUN of `quickstart`, the command writes RUN/figures/mean_tokens.png, which shows mean audio and image tokens
+with one panel per objective. If the run includes OT^Att, it also writes RUN/figures/attention.png, which shows the
+attention over images. Runs with --esc10 are summarised but not drawn, because they do not store the folder of their
+recordings. For several runs with different seeds, it prints a table of means with confidence intervals and writes the
+table to --out.
 
 examples:
   dali-llava figures runs/quickstart
@@ -14,17 +15,22 @@ import argparse
 from pathlib import Path
 
 
-SHOWN = 8  # clips in the figure of the attention
+SHOWN = 8  # clips in the attention figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dali-llava figures`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that quickstart wrote")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="where to write the table of several runs")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of quickstart")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="file for the table of several runs")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check that all runs are there, then draw, then summarise."""
+    """Check that all runs are complete, draw their figures, and summarise them.
+
+    Raises:
+        FileNotFoundError: if the results or a checkpoint of a run are missing.
+        ValueError: if two runs have the same seed.
+    """
     from transformers import logging
 
     from dali_llava.eval.avworld.recordings import RECORDINGS_SPLIT
@@ -38,10 +44,12 @@ def run(args: argparse.Namespace) -> int:
     for folder, aligned in zip(args.runs, methods, strict=True):
         for name in ("prefix", *(f"{method}-aligned" for method in aligned)):
             if not (folder / name).is_dir():
-                raise FileNotFoundError(f"{folder / name}: no such checkpoint; `dali-llava quickstart` writes it")
+                raise FileNotFoundError(
+                    f"{folder / name}: no such checkpoint; run `dali-llava quickstart` to create it"
+                )
     for folder, aligned, result in zip(args.runs, methods, results, strict=True):
         if any(row.split == RECORDINGS_SPLIT for row in result.rows):
-            print(f"not drawn: {folder}, a run with recordings; quickstart drew its mean tokens")
+            print(f"not drawn: {folder} uses recordings; quickstart has drawn its mean tokens")
             continue
         print(f"written: {draw_mean_tokens(folder, aligned)}")
         if "ot_att" in aligned:
@@ -55,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def draw_mean_tokens(folder: Path, methods: list[str]) -> Path:
-    """The figure of mean tokens of a run, from its checkpoints, on `test`."""
+    """Draw the mean tokens of a run's checkpoints on `test`; returns the path of the figure."""
     from dali_llava.eval.captioner import load_captioner
     from dali_llava.eval.figures import plot_mean_tokens
     from dali_llava.eval.mean_tokens import mean_tokens
@@ -68,7 +76,7 @@ def draw_mean_tokens(folder: Path, methods: list[str]) -> Path:
 
 
 def draw_attention(folder: Path) -> Path:
-    """The figure of the attention of a run, on `test`; prints what it looks at on average."""
+    """Draw the attention of a run on `test` and print its mean by content; returns the path of the figure."""
     from dali_llava.eval.avworld.attention_maps import attention_by_content, image_attention
     from dali_llava.eval.captioner import load_captioner
     from dali_llava.eval.figures import plot_attention
@@ -81,7 +89,10 @@ def draw_attention(folder: Path) -> Path:
     test = load_corpus("avworld", "test")
     maps = image_attention(*load_captioner(aligned), attention, test)
     means = attention_by_content(maps, test)
-    print(f"attention of {folder}, uniform 1: " + ", ".join(f"{kind} {mean:.2f}" for kind, mean in means.items()))
+    print(
+        f"attention of {folder} (uniform attention is 1): "
+        + ", ".join(f"{kind} {mean:.2f}" for kind, mean in means.items())
+    )
     shown = list(test.select(range(SHOWN)))
     captions = [row["captions"][0] for row in shown]
     path = folder / "figures" / "attention.png"

@@ -1,8 +1,8 @@
 """Run the whole pipeline on the built-in AVWorld: captioner, prefix, alignment, distillation, evaluation.
 
-Everything trains here, in minutes on two cores, through the classes and scripts of the full-size model. The captioner
-is trained once and cached. Writes results.json, results.md, every caption, the figure of mean tokens, each stage's
-checkpoint, and the final captioner in OUT/model.
+All stages run in minutes on two cores, with the same classes and scripts as the full-size model. The captioner is
+trained once and cached. The command writes results.json, results.md, all captions, the figure of mean tokens and the
+checkpoint of each stage to OUT, and the final captioner to OUT/model.
 
 examples:
   dali-llava quickstart
@@ -24,33 +24,38 @@ from .merge import merge_checkpoint
 ALL_METHODS = ("contrastive", "mmd", "ot", "ot_att")  # those that the paper compares
 DEFAULT_METHODS = "mmd"
 RECORDINGS_METHODS = "ot_att"
-RECORDINGS_CLIPS = 18000  # of the alignment: more crops of the few recordings
+RECORDINGS_CLIPS = 18000  # clips for the alignment with recordings: more crops of each recording
 SHOWN_SYSTEMS = (("aligned", "audio"), ("distilled", "audio"), ("distilled", "audiovisual"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dali-llava quickstart`."""
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="default: %(default)s"
+        "--out", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="output folder; default: %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the stages; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the stages; default: %(default)s")
     parser.add_argument(
         "--methods",
         metavar="all|NAME,...",
-        help="objectives to align with, one after the other; the last makes OUT/model; "
+        help="alignment objectives, run one after another; OUT/model is the model of the last one; "
         f"default: {DEFAULT_METHODS}, or {RECORDINGS_METHODS} with --esc10",
     )
     parser.add_argument(
         "--esc10",
         type=Path,
         metavar="DIR",
-        help="real sound: the folder of ESC-10, whose recordings replace ten classes' synthesisers, "
-        "folds 1 to 3 in training, fold 4 in testing",
+        help="folder of ESC-10: real recordings replace the synthesisers of ten classes, "
+        "folds 1 to 3 for training and fold 4 for testing",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, evaluate, print and write; a claim that fails is a result, not an error."""
+    """Train, evaluate, and print and save the results. A claim that does not hold is not an error.
+
+    Raises:
+        ValueError: if a method is unknown or given twice, or the seed is negative.
+        FileNotFoundError, ValueError: if the folder of ESC-10 is missing or incomplete.
+    """
     from dali_llava.train.losses import LOSSES
 
     wanted = args.methods
@@ -61,13 +66,13 @@ def run(args: argparse.Namespace) -> int:
         if method not in LOSSES:
             raise ValueError(f"--methods: unknown method '{method}'; choose from all, {', '.join(LOSSES)}.")
     if len(set(methods)) < len(methods):
-        raise ValueError(f"--methods {wanted}: a method comes twice; name each once.")
+        raise ValueError(f"--methods {wanted}: duplicate method; give each method once.")
     if args.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {args.seed}.")
     if args.esc10 is not None:
         from dali_llava.processing.corpora.avworld.recordings import find_recordings
 
-        find_recordings(args.esc10)  # tells what is missing before anything trains
+        find_recordings(args.esc10)  # raises an error for missing recordings before training starts
 
     from dali_llava.eval.avworld.comparison import compare
     from dali_llava.eval.figures import plot_mean_tokens
@@ -89,15 +94,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def announce(text: str) -> None:
-    """A headline of the run, on stderr."""
+    """Print a headline to stderr."""
     from rich.console import Console
 
     Console(stderr=True).rule(f"[bold]{text}", align="left")
 
 
 def train(out: Path, seed: int, methods: list[str], recordings: Path | None = None) -> dict[str, Path]:
-    """All stages; the folder of each checkpoint by name: captioner, prefix, METHOD-aligned, METHOD-distilled, and the
-    last method's whole captioner, model."""
+    """Run all stages.
+
+    Returns:
+        the folders of the checkpoints by name: captioner, prefix, tower (with recordings only), METHOD-aligned,
+        METHOD-distilled, and model, the complete captioner of the last method.
+    """
     from dali_llava.train import align, distill, prefix_tune
     from dali_llava.train.avworld import pretrain_tower
     from dali_llava.train.avworld.captioner_cache import pretrained_captioner
@@ -111,7 +120,7 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
         alignment, start = "align_recordings.yaml", "tower"
         corpus = ["--dataset_options", json.dumps(options)]
 
-    announce("captioner: an image captioner, from scratch (cached)")
+    announce("captioner: train an image captioner from scratch (cached)")
     shutil.copytree(pretrained_captioner(configs / "captioner.yaml"), folders["captioner"], dirs_exist_ok=True)
 
     def stage(main, config: str, base: str, name: str, *words: str) -> None:
@@ -119,15 +128,15 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
         paths = ["--base_model", str(folders[base]), "--output_dir", str(folders[name])]
         main([str(configs / config), *paths, "--seed", str(seed), *words])
 
-    announce("prefix: 16 pictures with a caption of their sound")
+    announce("prefix: tune the prefix on 16 images with audio captions")
     stage(prefix_tune.main, "prefix_tune.yaml", "captioner", "prefix")
     if start == "tower":
-        announce("audio tower: sounds alone, as recordings are few")
+        announce("audio tower: pretrain on audio alone, because there are few recordings")
         stage(pretrain_tower.main, "pretrain_tower.yaml", "prefix", "tower", *corpus)
     for method in methods:
-        announce(f"{method}: audio tokens onto image tokens")
+        announce(f"{method}: align audio tokens with image tokens")
         stage(align.main, alignment, start, f"{method}-aligned", "--objective", method, *corpus)
-        announce(f"{method}: captions from sound and picture, distilled into the audio projector")
+        announce(f"{method}: distill audiovisual captions into the audio projector")
         stage(distill.main, "distill.yaml", f"{method}-aligned", f"{method}-distilled", *corpus)
     last = folders[f"{methods[-1]}-distilled"]
     merge_checkpoint(last, folders["model"], replace=True)
@@ -135,7 +144,7 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
 
 
 def print_examples(examples: list[tuple[str, dict[str, str]]], methods: list[str]) -> None:
-    """Captions beside their references, as a table on stdout: a section a clip, a line a method."""
+    """Print a table of references and captions to stdout, with one section per clip and one line per method."""
     from rich.console import Console
     from rich.table import Table
 
@@ -143,7 +152,7 @@ def print_examples(examples: list[tuple[str, dict[str, str]]], methods: list[str
     if not console.is_terminal:
         console = Console(width=200)
     columns = [f"{modality}, {stage}" for stage, modality in SHOWN_SYSTEMS]
-    table = Table("reference", "method", *columns, title="captions beside their references")
+    table = Table("reference", "method", *columns, title="references and captions")
     for reference, captions in examples:
         for number, method in enumerate(methods):
             said = [captions[f"{method}-{stage}-{modality}"] for stage, modality in SHOWN_SYSTEMS]
@@ -152,7 +161,7 @@ def print_examples(examples: list[tuple[str, dict[str, str]]], methods: list[str
 
 
 def _quieten() -> None:
-    """Leave stderr to our own headlines and bars."""
+    """Silence the libraries, so that stderr shows only our headlines and progress bars."""
     import datasets
     from transformers import logging
 

@@ -1,7 +1,7 @@
-"""BLEU, ROUGE-L and CIDEr-D of tokenized captions, by pycocoevalcap's scorers.
+"""BLEU, ROUGE-L and CIDEr-D over tokenized captions, with the scorers of pycocoevalcap.
 
-The ``evaluate`` modules beside this file wrap these functions; code that scores many systems calls them directly,
-without the seconds that importing ``evaluate`` takes.
+The ``evaluate`` modules in this folder wrap these functions. Code that scores many systems calls the functions
+directly, because importing ``evaluate`` takes several seconds.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 
 def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """BLEU-1 to BLEU-4 over tokenized captions (Papineni et al. 2002; pycocoevalcap's scorer)."""
+    """BLEU-1 to BLEU-4 over tokenized captions (Papineni et al. 2002; scorer of pycocoevalcap)."""
     scorer = BleuScorer(n=4)
     for prediction, captions in zip(predictions, references, strict=True):
         scorer += (prediction, captions)
@@ -21,9 +21,9 @@ def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean ROUGE-L over tokenized captions (Lin 2004; pycocoevalcap's scorer). A caption without words scores 0."""
+    """Mean ROUGE-L over tokenized captions (Lin 2004; scorer of pycocoevalcap). A caption without words scores 0."""
     scorer = Rouge()
-    # The scorer splits "" into one empty token, which would match that of an empty reference.
+    # The scorer splits "" into one empty token, which would match the empty token of an empty reference.
     scores = [
         scorer.calc_score([prediction], captions) if prediction else 0.0
         for prediction, captions in zip(predictions, references, strict=True)
@@ -34,13 +34,14 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """CIDEr-D over tokenized captions (Vedantam et al. 2015, section 6).
 
-    pycocoevalcap's ``CiderScorer`` clips and penalises lengths, so it is CIDEr-D, and no stems are taken.
+    The ``CiderScorer`` of pycocoevalcap implements CIDEr-D: it clips counts and penalises length differences. Words
+    are not stemmed.
 
     Raises:
-        ValueError: for fewer than two clips, whose document frequencies would make every score 0.
+        ValueError: if there are fewer than two clips, because their document frequencies make every score 0.
     """
     if len(predictions) < 2:
-        raise ValueError("CIDEr-D needs at least two clips: its document frequencies come from the whole corpus")
+        raise ValueError("CIDEr-D requires at least two clips, because it uses document frequencies of the corpus")
     scorer = CiderScorer(n=4, sigma=6.0)
     for prediction, captions in zip(predictions, references, strict=True):
         scorer += (prediction, captions)

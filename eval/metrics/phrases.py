@@ -1,4 +1,4 @@
-"""Whole-word search for phrases in captions, shared by the metrics over sources and visual words."""
+"""Whole-word search for phrases in captions, used by the metrics on sources and visual words."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ _WORD = re.compile(r"[^\W_]+")
 
 @lru_cache(maxsize=65536)
 def _words(text: str) -> str:
-    """Lower-case words with one blank around each: " a dog s bark "."""
+    """Lower-case words, separated and surrounded by single spaces, such as " a dog s bark "."""
     return " ".join(["", *_WORD.findall(text.lower()), ""])
 
 
 @lru_cache(maxsize=65536)
 def _forms(phrase: str) -> tuple[str, ...]:
-    """The phrase's words and its regular plurals, each with blanks around."""
+    """The words of the phrase and of its regular plurals, each surrounded by spaces."""
     words = _words(phrase)
     if not words.strip():
         raise ValueError(f"the phrase {phrase!r} has no word: remove it from the list")
@@ -28,31 +28,36 @@ def _forms(phrase: str) -> tuple[str, ...]:
 
 
 def contains_phrase(text: str, phrase: str) -> bool:
-    """Whether ``text`` holds ``phrase`` as whole words, in order, in any case, the last word singular or plural."""
+    """Return True if ``text`` contains ``phrase`` as consecutive whole words, ignoring case.
+
+    The last word may be singular or plural.
+    """
     words = _words(text)
     return any(form in words for form in _forms(phrase))
 
 
 def contains_any(text: str, phrases: Iterable[str]) -> bool:
-    """Whether ``text`` holds any of the phrases; see :func:`contains_phrase`."""
+    """Return True if ``text`` contains any of the phrases; see :func:`contains_phrase`."""
     return any(contains_phrase(text, phrase) for phrase in phrases)
 
 
 def named_share(predictions: Sequence[str], sources: Sequence[Sequence[Sequence[str]]]) -> float | None:
-    """Share of sources that the clip's prediction names by any of their phrases, over all sources of all clips.
+    """Share of sources that are named in the prediction of their clip, over all sources of all clips.
 
     Args:
-        predictions: one caption a clip.
-        sources: for each clip, its sources; for each source, the phrases that name it.
+        predictions: one caption per clip.
+        sources: list of sources per clip, each given as the list of phrases that name it.
 
     Returns:
-        A fraction in [0, 1], or None where no clip has a source.
+        A fraction in [0, 1], or None if no clip has a source.
 
     Raises:
-        ValueError: if the lengths differ, or a source has no phrase.
+        ValueError: if the lengths differ or a source has no phrase.
     """
     if len(predictions) != len(sources):
-        raise ValueError(f"{len(predictions)} predictions but {len(sources)} lists of sources: give one each")
+        raise ValueError(
+            f"{len(predictions)} predictions but {len(sources)} lists of sources: give one list per prediction"
+        )
     named = total = 0
     for index, (prediction, clip_sources) in enumerate(zip(predictions, sources, strict=True)):
         for phrases in clip_sources:
@@ -64,10 +69,10 @@ def named_share(predictions: Sequence[str], sources: Sequence[Sequence[Sequence[
 
 
 def asserting_share(predictions: Sequence[str], visual_words: Sequence[str]) -> float:
-    """Share of predictions that hold any of ``visual_words``; see :func:`contains_phrase`.
+    """Share of predictions that contain any of ``visual_words``; see :func:`contains_phrase`.
 
     Raises:
-        ValueError: if there is no prediction or no visual word.
+        ValueError: if there are no predictions or no visual words.
     """
     if not predictions:
         raise ValueError("no predictions to score")

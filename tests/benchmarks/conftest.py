@@ -1,4 +1,4 @@
-"""The benchmarks' scripts, which stand in a folder that is no package."""
+"""Fixture that imports the benchmark scripts, whose folder is not a package."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def benchmarks(monkeypatch) -> Path:
-    """The folder of the scripts, from which they can be imported while the test runs."""
+    """The folder of the scripts, added to the import path during the test."""
     folder = Path(__file__).parents[2] / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
     return folder

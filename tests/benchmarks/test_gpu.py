@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, its pieces on a CPU: a tiny tower and a few tokens, and no clock but the tests' own."""
+"""Tests of the GPU benchmark on a CPU, with a tiny tower, few tokens and a simulated clock."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ def gpu(benchmarks):
 
 @pytest.fixture
 def tiny_tower(gpu, monkeypatch):
-    """In place of the full-size tower one of the same tokens, two blocks of width 16."""
+    """Replaces the full-size tower with two blocks of width 16 that return the same number of tokens."""
     full = gpu.tower_config
 
     def tiny(shape):
@@ -47,7 +47,7 @@ def test_the_default_is_the_full_size(gpu, monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "--device cuda: torch sees no GPU here"),
+        ([], "--device cuda: torch finds no GPU"),
         (["--device", "cpu", "--batch", "0"], "argument --batch: must be at least 1, not 0"),
         (["--device", "cpu", "--step-batch", "-1"], "argument --step-batch: must be at least 1, not -1"),
         (["--device", "cpu", "--repeats", "0"], "argument --repeats: must be at least 1, not 0"),
@@ -69,13 +69,13 @@ def test_only_the_step_asks_for_multiples(gpu):
 
 
 def test_stages_are_timed_within_a_run(gpu):
-    """On a clock that moves by 1 at each look: 1 for each stage, and 7 between the whole's two looks."""
-    before = solve._squared_distances, certified.likely_arcs, certified._solve_restricted
+    """The clock advances by 1 at each call: each stage takes 1, and the whole takes 7."""
+    before = solve.expanded_costs, certified.likely_arcs, certified._solve_restricted
     problem = gpu.transport.make_problem("uniform", 2, (8, 9, 4), "cpu")
     work = partial(gpu.transport.run_ours, problem, "certified")
     stages = gpu.stage_seconds(work, "cpu", clock=partial(next, itertools.count()))
     assert stages == {"distances": 1, "arcs": 1, "simplex": 1, "rest": 4, "whole": 7}
-    assert before == (solve._squared_distances, certified.likely_arcs, certified._solve_restricted)
+    assert before == (solve.expanded_costs, certified.likely_arcs, certified._solve_restricted)
 
 
 def test_stages_are_put_back_after_an_error(gpu):
@@ -122,7 +122,7 @@ def test_a_step_moves_tower_and_attention(gpu, tiny_tower, solver):
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     step()
     still = [name for name, parameter in parameters.items() if torch.equal(parameter, before[name])]
-    # To a bias that shifts all scores alike a softmax is blind.
+    # A softmax is invariant to a bias that shifts all scores by the same amount.
     assert [name for name in still if not name.endswith("bias")] == []
 
 
@@ -135,8 +135,8 @@ def test_a_run_writes_each_part(gpu, tiny_tower, tmp_path, capsys):
     assert (transport["part"], step["part"]) == ("transport", "step")
     assert list(transport["figures"]) == ["POT loop", "certified", "exact"]
     assert list(transport["stages"]) == ["distances", "arcs", "simplex", "rest", "whole"]
-    assert transport["floors"] == {}  # they are those of the full size
-    assert list(step["figures"]) == ["mean tokens", "OT^Att, certified", "OT^Att, exact (auto's pick)"]
+    assert transport["floors"] == {}  # they apply to the full size only
+    assert list(step["figures"]) == ["mean tokens", "OT^Att, certified", "OT^Att, exact (selected by auto)"]
     whats = [entry["what"] for entry in record["musts"]]
     assert whats[0] == "certified, uniform, B = 2, times faster" and record["musts"][0]["at_least"] == 20
     assert not any(what.startswith("exact") and what.endswith("faster") for what in whats)

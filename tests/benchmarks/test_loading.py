@@ -1,4 +1,4 @@
-"""The benchmark of loading: its arithmetic, and a small run of the whole."""
+"""Tests of the loading benchmark: its arithmetic, and a complete small run."""
 
 import json
 
@@ -19,7 +19,7 @@ def loading(benchmarks, monkeypatch):
 
 
 def test_operations_of_a_step(loading):
-    # One layer of 2 tokens, width 3, inner width 5: 2 x 2 x (4 x 9 + 2 x 15) in matrices, 4 x 4 x 3 in attention.
+    # One layer, 2 tokens, width 3, inner width 5: 2 x 2 x (4 x 9 + 2 x 15) for matrices, 4 x 4 x 3 for attention.
     assert loading.forward_flops(2, 3, 5, 1) == 264 + 48
     assert loading.step_flops() == pytest.approx(6.5e11, rel=0.05)  # 86M weights, 512 tokens; 304M weights, 577 tokens
 
@@ -36,4 +36,4 @@ def test_the_whole_runs(loading, tmp_path, monkeypatch, capsys):
         product = case["workers_for_that"][name] * own["pairs_a_second"]["median"]
         assert product == pytest.approx(case["h200_pairs_a_second_at_most"])
     assert case["memory_mb"]["pairs"] == 6 and case["memory_mb"]["highest"] >= case["memory_mb"]["after_warm_up"] > 100
-    assert "MB more over 6 streamed pairs" in capsys.readouterr().out
+    assert "memory growth over 6 streamed pairs, MB" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The benchmarks' shared part, on a clock that the tests turn themselves."""
+"""Tests of the functions shared by the benchmarks, with a simulated clock."""
 
 import json
 import operator
@@ -15,7 +15,7 @@ def measure(benchmarks):
 
 
 class Clock:
-    """Stands still but for what the works add to it."""
+    """A clock that only the timed callables advance."""
 
     def __init__(self):
         self.now = 100.0
@@ -82,7 +82,7 @@ def test_a_requirement_is_met_at_its_bound_and_by_no_nan(measure):
 
 
 def test_peak_memory_leaves_the_inputs_out(measure):
-    """64 MiB made of a number: the work's own, whatever the process takes for itself."""
+    """The 64 MiB that the work allocates are counted; its inputs and the memory of the process are not."""
     work = partial(operator.mul, b"x")
     found = measure.peak_memory(work, partial(int, 64 * 2**20), partial(int, 1))
     assert found == pytest.approx(64 * 2**20, rel=0.25)
@@ -141,4 +141,4 @@ def test_a_gpu_that_is_not_there_ends_the_benchmark(measure, monkeypatch, capsys
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         measure.parse_benchmark(measure.benchmark_parser("about", "mmd"), ["--device", "cuda"])
-    assert ended.value.code == 2 and "--device cuda: torch sees no GPU here" in capsys.readouterr().err
+    assert ended.value.code == 2 and "--device cuda: torch finds no GPU" in capsys.readouterr().err

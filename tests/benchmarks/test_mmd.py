@@ -1,4 +1,4 @@
-"""The benchmark of MMD: what it holds MMDLoss to, and that its loop computes the same."""
+"""Tests of the MMD benchmark: its requirements, and the agreement of its loop with MMDLoss."""
 
 import pytest
 

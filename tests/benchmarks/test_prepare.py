@@ -1,4 +1,4 @@
-"""The benchmark of `prepare`: both ways make the same of a clip, and every way is timed."""
+"""Tests of the `prepare` benchmark: all methods write the same for a clip, and each is timed."""
 
 import argparse
 import subprocess

@@ -1,4 +1,4 @@
-"""The benchmark of transport, on tiny problems: what it measures, and what it holds the solvers to."""
+"""Tests of the transport benchmark on tiny problems: its measurements and its requirements on the solvers."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ def transport(benchmarks):
 
 
 def case(family="uniform", **figures):
-    """A case whose solvers do as the bounds ask, but for what the keywords say: exact={"cost_difference": 1.0}."""
+    """A case that meets all requirements, except for the given figures, such as exact={"cost_difference": 1.0}."""
     good = {
         "times_faster": {"median": 2.0},
         "cost_difference": 1e-12,

@@ -68,8 +68,8 @@ def test_the_command_decides_the_exit_code(code, command):
     [
         (ValueError("a.wav: too\nshort"), "a.wav: too short"),
         (FileNotFoundError(2, "No such file or directory", "a.wav"), "[Errno 2] No such file or directory: 'a.wav'"),
-        (KeyError("frames"), "KeyError: 'frames' (--debug shows where)"),
-        (RuntimeError(), "RuntimeError: no message (--debug shows where)"),
+        (KeyError("frames"), "KeyError: 'frames' (use --debug for the traceback)"),
+        (RuntimeError(), "RuntimeError: no message (use --debug for the traceback)"),
     ],
 )
 def test_an_error_is_one_line_on_stderr(error, line, command, capsys):

@@ -27,7 +27,7 @@ def untrained(monkeypatch):
     [
         (["--methods", "mmd,emd"], "--methods: unknown method 'emd'; choose from all, contrastive, mmd, ot, ot_att"),
         (["--methods", ""], "--methods: unknown method ''; choose from all"),
-        (["--methods", "ot,mmd,ot"], "--methods ot,mmd,ot: a method comes twice"),
+        (["--methods", "ot,mmd,ot"], "--methods ot,mmd,ot: duplicate method"),
         (["--seed", "-1"], "--seed must be at least 0, not -1"),
         (["--esc10", "nowhere"], "nowhere: no such folder; give the folder of ESC-10"),
     ],

@@ -1,4 +1,4 @@
-"""Fixtures for the stages' tests: all of DALI's stages, two steps each, on a very small AVWorld."""
+"""Fixtures for the tests of the stages: two steps of each stage of DALI on a very small AVWorld."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ STAGES = {
 
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory) -> Path:
-    """Corpora are made in a temporary folder, and computed columns beside them."""
+    """Temporary cache of generated corpora and computed columns."""
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
@@ -48,7 +48,7 @@ def datasets_cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def stage_words():
-    """`stage_words(stage, base, output, *overrides)`: the words after a stage's command, for two steps of it."""
+    """`stage_words(stage, base, output, *overrides)`: the command-line arguments of a stage for two steps."""
 
     def stage_words(stage: str, base: Path | None, output: Path, *overrides: str) -> list[str]:
         _, config, own = STAGES[stage]
@@ -60,7 +60,7 @@ def stage_words():
 
 @pytest.fixture(scope="session")
 def run_stage(stage_words):
-    """`run_stage(stage, base, output, *overrides)`: two steps of a stage; returns its trainer."""
+    """`run_stage(stage, base, output, *overrides)`: runs two steps of a stage and returns its trainer."""
 
     def run_stage(stage: str, base: Path | None, output: Path, *overrides: str):
         return STAGES[stage][0].main(stage_words(stage, base, output, *overrides))
@@ -70,7 +70,7 @@ def run_stage(stage_words):
 
 @pytest.fixture(scope="session")
 def run_dir(run_stage, tmp_path_factory) -> Path:
-    """A run's folder, one of each of `STAGES`, each on the one before. Only read it."""
+    """Folder of a run with one checkpoint per stage of `STAGES`, each trained from the previous one. Read-only."""
     folder = tmp_path_factory.mktemp("run")
     base = None
     for stage in STAGES:
@@ -81,13 +81,13 @@ def run_dir(run_stage, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def avworld_processor(run_dir) -> LlavaAudioProcessor:
-    """The processor that the run's checkpoints hold."""
+    """Processor of the run's checkpoints."""
     return LlavaAudioProcessor.from_pretrained(run_dir / "captioner")
 
 
 @pytest.fixture
 def captioner(run_dir) -> LlavaAudioForConditionalGeneration:
-    """The run's captioner, freshly loaded: a test may change it."""
+    """Captioner of the run, loaded for each test, so that the test can modify it."""
     return LlavaAudioForConditionalGeneration.from_pretrained(run_dir / "captioner")
 
 
@@ -99,14 +99,14 @@ def towers(run_dir) -> LlavaAudioTowers:
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
-    """Four rows of AVWorld with sound, frames and captions, and a question and an answer each."""
+    """Four rows of AVWorld with audio, frames, captions, a question and an answer."""
     rows = [make_row("shots", index) for index in range(4)]
     return [row | {"question": SOUND_PROMPT, "answer": row["captions"][index]} for index, row in enumerate(rows)]
 
 
 @pytest.fixture
 def view_rows(rows, avworld_processor):
-    """`view_rows(seen)`: the rows' dialogues as the captioner learns them, with their picture where `seen` says so."""
+    """`view_rows(seen)`: the tokenized dialogues of the rows, with an image for each row whose `seen` is True."""
 
     def view_rows(seen: list[bool]) -> list[dict]:
         corpus = [

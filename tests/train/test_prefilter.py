@@ -1,4 +1,4 @@
-"""The pre-filter: known vectors give known distances, a run that is cut short goes on, and bad clips are left out."""
+"""Tests of the pre-filter: distances of known vectors, resumed runs, skipped clips, models and complete runs."""
 
 import json
 import math
@@ -48,7 +48,7 @@ from dali_llava.train.filtering.scores import ScoreFolder
 
 VECTORS = {"dog": (1.0, 0.0), "a dog": (2.0, 0.0), "a cat": (0.0, 3.0), "no dog": (-1.0, 0.0)}
 VECTORS |= {"both": (1.0, 1.0), "": (0.0, 0.0)}
-SHADES = ("a dog", "a cat", "no dog", "both")  # what a picture of grey level 0, 1, 2, 3 shows
+SHADES = ("a dog", "a cat", "no dog", "both")  # captions of images with grey level 0, 1, 2, 3
 CPU = torch.device("cpu")
 NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -70,7 +70,7 @@ def read_scores(folder) -> dict[str, list]:
 
 @pytest.fixture
 def make_rows(tmp_path):
-    """`make_rows(clips)`: a corpus of clips, each a list of grey levels, one a frame, all labelled "dog"."""
+    """`make_rows(clips)`: a corpus of clips labelled "dog". A clip is a list of grey levels, one per frame."""
 
     def make_rows(clips: list[list[int]]) -> Dataset:
         rows = []
@@ -89,7 +89,7 @@ def make_rows(tmp_path):
 
 @pytest.fixture(scope="module")
 def words(run_dir, tmp_path_factory):
-    """`words(output, *overrides)`: the words of a small pre-filter with the run's tiny captioner."""
+    """`words(output, *overrides)`: the arguments of a small pre-filter run with the tiny captioner."""
     config = tmp_path_factory.mktemp("config") / "prefilter.yaml"
     config.write_text("split: train\nframes: 2\nlayer: 0\ncaption_max_new_tokens: 4\nbatch_size: 4\n")
 
@@ -108,9 +108,9 @@ def test_known_vectors_have_known_distances():
 
 
 def test_bad_captions_and_vectors_are_errors():
-    with pytest.raises(ValueError, match=r"1 documents, and clips of \[1, 1\] captions"):
+    with pytest.raises(ValueError, match=r"1 documents for clips with \[1, 1\] captions"):
         caption_distances([["a dog"], ["a cat"]], ["dog"], stub_embed)
-    with pytest.raises(ValueError, match=r"clips of \[0\] captions: give each clip one or more"):
+    with pytest.raises(ValueError, match=r"clips with \[0\] captions: each clip needs one or more"):
         caption_distances([[]], ["dog"], stub_embed)
     with pytest.raises(ValueError, match="an embedding is not finite"):
         caption_distances([["a dog"]], ["dog"], lambda texts: torch.full((len(texts), 2), torch.nan))
@@ -128,7 +128,7 @@ def test_the_nearest_are_kept_and_ties_go_to_the_earlier():
     assert choose(scores, keep=2).tolist() == [False, True, False, True, False]
     assert choose(scores, keep=4).tolist() == [True, True, True, True, False]
     assert choose(scores, keep=9).all()
-    assert choose(scores, threshold=0.5).tolist() == [False, True, False, True, False]  # under it, not at it
+    assert choose(scores, threshold=0.5).tolist() == [False, True, False, True, False]  # strictly below the threshold
     assert not choose(scores, threshold=0.1).any()
 
 
@@ -198,7 +198,7 @@ def test_an_interrupted_run_goes_on_to_the_same_scores(make_rows, tmp_path):
     asked.clear()
     with pytest.raises(KeyboardInterrupt):
         run("cut", stop_after=2)
-    (tmp_path / "cut" / "parts" / ".part-000002.parquet.1.tmp").write_bytes(b"half of a")  # killed while it wrote
+    (tmp_path / "cut" / "parts" / ".part-000002.parquet.1.tmp").write_bytes(b"half of a")  # killed while writing
     assert not (tmp_path / "cut" / "kept.txt").exists()
     assert run("cut") == whole
     assert asked == [2, 2, 4, 2]  # nothing was captioned twice
@@ -208,7 +208,7 @@ def test_an_interrupted_run_goes_on_to_the_same_scores(make_rows, tmp_path):
 def test_other_settings_are_named(tmp_path):
     ScoreFolder(tmp_path / "out", {"layer": 0, "embedder": None, "options": {"seed": 0}})
     with pytest.raises(
-        ValueError, match=r"out holds other scores: layer 0 there, -1 now; embedder None there, 'gpt2'"
+        ValueError, match=r"out has other settings: layer is 0 there and -1 now; embedder is None there and 'gpt2'"
     ):
         ScoreFolder(tmp_path / "out", {"layer": -1, "embedder": "gpt2", "options": {"seed": 0}})
     (tmp_path / "out" / "settings.json").write_text("{")
@@ -221,7 +221,7 @@ def test_a_part_that_is_none_is_named(tmp_path):
     folder.append([{"id": "clip", "score": 0.5, "captions": ["a dog"], "labels": ["dog"]}])
     assert ScoreFolder(tmp_path, {}).scores == folder.scores
     (folder.parts / "part-000001.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"part-000001.parquet: not a part of scores; delete it"):
+    with pytest.raises(ValueError, match=r"part-000001.parquet: not a valid part of the scores; delete it"):
         ScoreFolder(tmp_path, {})
 
 
@@ -236,12 +236,12 @@ def test_embeddings_are_means_over_words_whatever_the_batch(captioner, avworld_p
     deep = make_embed(language_model(captioner), tokenizer, layer=-1)
     torch.testing.assert_close(deep(texts), torch.cat([deep([text]) for text in texts]), rtol=1e-4, atol=1e-5)
     for layer in (3, -4):
-        with pytest.raises(ValueError, match=rf"layer must lie in \[-3, 2\], not be {layer}"):
+        with pytest.raises(ValueError, match=rf"layer must be in \[-3, 2\], not {layer}:"):
             make_embed(language_model(captioner), tokenizer, layer)
 
 
 def test_gpt2_embeds(avworld_processor, tmp_path):
-    """Absolute positions, and no token to pad with: what is padded must not change a text's embedding."""
+    """GPT-2 has absolute positions and no padding token. Padding must not change the embedding of a text."""
     torch.manual_seed(0)
     tokenizer = deepcopy(avworld_processor.tokenizer)
     GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path)
@@ -310,12 +310,12 @@ def test_sentence_transformers_is_asked_for_by_name(monkeypatch):
         ([], "give either keep"),
         (["--keep", "0"], "keep must be at least 1, not 0"),
         (["--keep", "1", "--frames", "0"], "frames must be at least 1, not 0"),
-        (["--keep", "1", "--captioner", ""], "no captioner: name a checkpoint"),
+        (["--keep", "1", "--captioner", ""], "no captioner: give the checkpoint"),
         (["--keep", "1", "--captioner", "/gone"], "captioner /gone: no such directory"),
         (["--keep", "1", "--embedder", "/gone"], "embedder /gone: no such directory"),
-        (["--keep", "1", "--embedder_kind", "glove"], "unknown embedder_kind 'glove'; there are language_model"),
-        (["--keep", "1", "--embedder_kind", "sentence"], "name the model, --embedder NAME"),
-        (["--keep", "1", "--layer", "7"], r"layer must lie in \[-3, 2\], not be 7"),
+        (["--keep", "1", "--embedder_kind", "glove"], "unknown embedder_kind 'glove'; supported: language_model"),
+        (["--keep", "1", "--embedder_kind", "sentence"], "give the model, --embedder NAME"),
+        (["--keep", "1", "--layer", "7"], r"layer must be in \[-3, 2\], not 7"),
     ],
 )
 def test_bad_arguments_are_errors_that_leave_nothing(words, tmp_path, overrides, message):
@@ -327,7 +327,7 @@ def test_bad_arguments_are_errors_that_leave_nothing(words, tmp_path, overrides,
 def test_a_whole_run_keeps_rows_and_another_choice_captions_nothing(words, tmp_path, read_page, monkeypatch, capsys):
     out = tmp_path / "filtered"
     prefilter.main(words(out, "--keep", "5"))
-    assert capsys.readouterr().out == f"5 of 16 clips kept; {out}/report/index.html\n"
+    assert capsys.readouterr().out == f"5 of 16 clips kept; report: {out}/report/index.html\n"
     table = read_scores(out)
     assert list(table) == ["id", "score", "captions", "labels", "kept"]
     rows = load_corpus("avworld", "train", sizes={"train": 16})
@@ -340,7 +340,7 @@ def test_a_whole_run_keeps_rows_and_another_choice_captions_nothing(words, tmp_p
     assert kept["id"][:] == (out / "kept.txt").read_text().splitlines()
     assert kept["id"][:] == [name for name, keep in zip(table["id"], table["kept"], strict=True) if keep]
     page = read_page((out / "report" / "index.html").read_text(encoding="utf-8"))
-    assert "5 of 16 scored clips kept: the 5 nearest were asked for." in page.texts_of("p")[0]
+    assert "5 of 16 scored clips kept: the nearest, at most 5." in page.texts_of("p")[0]
     ranked = [name for _, name in sorted(zip(table["score"], table["id"], strict=True))]
     assert page.texts_of("h3") == ranked[:10] + ranked[:5:-1]
     waveform, rate = soundfile.read(out / "report" / "media" / "000.flac")
@@ -349,13 +349,13 @@ def test_a_whole_run_keeps_rows_and_another_choice_captions_nothing(words, tmp_p
     assert {path.name for path in out.iterdir()} == {"kept.txt", "parts", "report", "scores.parquet", "settings.json"}
 
     monkeypatch.setattr(LlavaAudioForConditionalGeneration, "generate", None)
-    prefilter.main(words(out, "--threshold", "-1"))  # no clip is that near
+    prefilter.main(words(out, "--threshold", "-1"))  # no distance is negative
     assert "0 of 16 clips kept" in capsys.readouterr().out
     page = read_page((out / "report" / "index.html").read_text(encoding="utf-8"))
-    assert page.texts_of("p")[0] == "0 of 16 scored clips kept: those under -1."
+    assert page.texts_of("p")[0] == "0 of 16 scored clips kept: distance below -1."
     with pytest.raises(ValueError, match="holds the id of none of these 16 rows"):
         keep_rows(rows, out)
-    with pytest.raises(ValueError, match="holds other scores: layer 0 there, 1 now"):
+    with pytest.raises(ValueError, match="has other settings: layer is 0 there and 1 now"):
         prefilter.main(words(out, "--keep", "5", "--layer", "1"))
 
 
@@ -368,7 +368,7 @@ def test_a_stages_checkpoint_captions_too(words, run_dir, tmp_path):
 
 def test_a_corpus_of_broken_clips_is_an_error(words, tmp_path, monkeypatch):
     monkeypatch.setattr(prefilter, "score_clips", lambda rows, *_: ([], {row["id"]: "broken" for row in rows}))
-    with pytest.raises(ValueError, match="split train: no clip could be scored; the first: broken"):
+    with pytest.raises(ValueError, match="split train: no clip could be scored; first error: broken"):
         prefilter.main(words(tmp_path / "out", "--keep", "2"))
 
 
@@ -379,7 +379,7 @@ def test_rows_of_an_unfinished_filter_are_refused(make_rows, tmp_path):
 
 @pytest.mark.slow
 def test_the_filter_finds_the_clips_whose_sources_are_out_of_sight(tmp_path):
-    """AVWorld's trained captioner and its own word embeddings; measured: AUC 0.94, recall 0.88 at a cut of 20%."""
+    """Uses AVWorld's trained captioner and its word embeddings. Measured: AUC 0.94; recall 0.88 if 20% are removed."""
     captioner = pretrained_captioner(CONFIGS / "avworld" / "captioner.yaml")
     corpus = ["--dataset_options", json.dumps({"sizes": {"train": 400}}), "--use_cpu", "true"]
     output = ["--captioner", str(captioner), "--output_dir", str(tmp_path / "out"), "--keep", "320"]

@@ -193,7 +193,7 @@ def test_unknown_corpus_split_or_option_is_named_before_a_model_is_loaded(
 
 
 def test_too_few_shots_are_an_error(run_stage, run_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"split shots: 16 shots, fewer than max_samples \(17\); lower it"):
+    with pytest.raises(ValueError, match=r"split shots: 16 rows, fewer than max_samples \(17\); lower max_samples"):
         run_stage("prefix", run_dir / "captioner", tmp_path / "out", "--max_samples", "17")
 
 

@@ -1,4 +1,4 @@
-"""The pretrained captioner, trained once and kept under a hash of everything it depends on."""
+"""Cache of the pretrained captioner, keyed by a hash of everything it depends on."""
 
 import ast
 import hashlib
@@ -20,21 +20,21 @@ CACHE = "DALI_LLAVA_CACHE"
 
 
 def cache_folder() -> Path:
-    """`$DALI_LLAVA_CACHE`, or `dali_llava` in the user's cache folder."""
+    """Return `$DALI_LLAVA_CACHE`, or `dali_llava` in the user's cache folder."""
     if CACHE in os.environ:
         return Path(os.environ[CACHE])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dali_llava"
 
 
 def imported_sources(module: str, package: str = "dali_llava") -> list[Path]:
-    """The source files of `package` that `module` imports, directly or not, its own among them, in a fixed order.
+    """Source files of `package` that `module` imports directly or indirectly, including its own, sorted by module.
 
-    Imports are read from the source, so that the list does not depend on what else the process has imported.
+    Imports are parsed from the source, so that the list does not depend on the modules that the process has imported.
     """
     files, pending = {}, [module]
     while pending:
         name = pending.pop()
-        # A name is a module, or an attribute of the package before it.
+        # A name is a module or an attribute of its parent module.
         if name in files or not name.startswith(package) or (spec := _find_spec(name)) is None:
             continue
         files[name] = Path(spec.origin)
@@ -52,12 +52,12 @@ def imported_sources(module: str, package: str = "dali_llava") -> list[Path]:
 def _find_spec(name: str) -> ModuleSpec | None:
     try:
         return find_spec(name)
-    except ModuleNotFoundError:  # an attribute of a module that is no package
+    except ModuleNotFoundError:  # an attribute of a module that is not a package
         return None
 
 
 def captioner_key(config: Path, overrides: list[str]) -> str:
-    """A hash of configuration, overrides, AVWorld, the code that trains, and the libraries' versions."""
+    """Hash of the configuration, the overrides, AVWorld, the training code and the library versions."""
     digest = hashlib.sha256()
     versions = [torch.__version__, transformers.__version__, str(torch.get_num_threads())]
     for part in (config.read_text(), *overrides, content_hash(), *versions):
@@ -69,14 +69,14 @@ def captioner_key(config: Path, overrides: list[str]) -> str:
 
 def pretrained_captioner(config: Path, overrides: list[str] | None = None) -> Path:
     """
-    Folder of the captioner that `config` describes, trained now if the cache does not hold it.
+    Return the folder of the captioner that `config` describes. The captioner is trained if it is not cached.
 
     Args:
-        config: YAML of `pretrain_captioner`.
-        overrides: `--field value` words that change it.
+        config: YAML configuration of `pretrain_captioner`.
+        overrides: `--field value` words that override the configuration.
 
     Returns:
-        a folder in the cache, for reading; it is put there whole, so that a run cut short leaves nothing behind.
+        a read-only folder in the cache. It is created atomically, so that an interrupted run leaves nothing behind.
     """
     overrides = overrides or []
     folder = cache_folder() / f"captioner-{captioner_key(config, overrides)}"
@@ -87,6 +87,6 @@ def pretrained_captioner(config: Path, overrides: list[str] | None = None) -> Pa
             pretrain_captioner.main([str(config), *overrides, "--output_dir", str(output)])
             try:
                 os.replace(output, folder)
-            except OSError:  # another process was first; its captioner is the same
+            except OSError:  # another process has cached the same captioner
                 shutil.rmtree(output)
     return folder

@@ -1,4 +1,4 @@
-"""Random changes of spectrograms in training: DALI's own, and those that make the most of a few recordings."""
+"""Augmentation of spectrograms in training: DALI's own, and stronger augmentation for small sets of recordings."""
 
 import math
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import torch
 
 def augment_spectrograms(features: torch.Tensor, noise: float = 0.1, roll: int | None = None) -> torch.Tensor:
     """
-    DALI's training augmentation of normalised spectrograms (reference implementation).
+    Augment normalised spectrograms with noise and rolling, as in the reference implementation of DALI.
 
     Args:
         features: (B, frames, mels).
-        noise: each clip gets non-negative uniform noise of an amplitude drawn from U(0, noise).
-        roll: each clip is rolled in time, padding included, by up to this many frames; all of them by default.
+        noise: maximum amplitude. Uniform noise in [0, a) is added to each clip, with a drawn from U(0, noise).
+        roll: maximum number of frames by which each clip is rolled in time, padding included; by default all frames.
 
     Returns:
-        (B, frames, mels), new memory.
+        (B, frames, mels), a new tensor.
     """
     batch, frames, _ = features.shape
     roll = frames if roll is None else roll
@@ -29,15 +29,17 @@ def augment_spectrograms(features: torch.Tensor, noise: float = 0.1, roll: int |
 
 def equalise_spectrograms(features: torch.Tensor, strength: float, knots: int = 5) -> torch.Tensor:
     """
-    A random gain at every mel bin, as of another microphone or room: `knots` normal deviates, smoothly joined.
+    Apply a random gain per mel bin, which simulates another microphone or room.
+
+    The gains interpolate smoothly between `knots` normal deviates and are the same in all frames of a clip.
 
     Args:
-        features: (B, frames, mels), normalised logarithms.
-        strength: standard deviation of the deviates, in the features' unit.
-        knots: evenly spread over the mel bins, the first and the last bin included; at least 2.
+        features: (B, frames, mels), normalised log powers.
+        strength: standard deviation of the gains, in the unit of the features.
+        knots: number of knots, at least 2, evenly spaced from the first to the last mel bin.
 
     Returns:
-        (B, frames, mels), new memory; the gain of a clip is the same in all its frames.
+        (B, frames, mels), a new tensor.
     """
     batch, _, mels = features.shape
     gains = strength * torch.randn(batch, knots)
@@ -49,16 +51,16 @@ def equalise_spectrograms(features: torch.Tensor, strength: float, knots: int = 
 
 def mix_spectrograms(features: torch.Tensor, share: float, unit: float = 1.0, faintest: float = -12.0) -> torch.Tensor:
     """
-    Sounds on top of each other: the powers of some clips and of others of the batch add up.
+    Mix clips of a batch by adding their powers.
 
     Args:
-        features: (B, frames, mels), logarithms of powers, shifted and divided by `unit`.
-        share: probability with which another clip is laid over a clip.
-        unit: nats in one unit of the features: the standard deviation by which they were normalised.
-        faintest: level of the other clip, drawn from U(faintest, 0), in dB.
+        features: (B, frames, mels), log powers, shifted and divided by `unit`.
+        share: probability that another clip is added to a clip.
+        unit: one unit of the features in nats, which is the standard deviation used for normalisation.
+        faintest: lowest level of the added clip in dB. The level is drawn from U(faintest, 0).
 
     Returns:
-        (B, frames, mels), new memory.
+        (B, frames, mels), a new tensor.
     """
     batch = len(features)
     level = faintest * torch.rand(batch, 1, 1) * math.log(10) / 10
@@ -70,14 +72,16 @@ def mix_spectrograms(features: torch.Tensor, share: float, unit: float = 1.0, fa
 @dataclass(frozen=True)
 class Augmentation:
     """
-    Normalised spectrograms (B, frames, mels) as they are trained on: mixed, equalised, rolled, with noise.
+    Augmentation of normalised spectrograms (B, frames, mels): mixing, equalising, rolling and noise, in this order.
 
-    What is switched off draws no random number.
+    Mixing and equalising draw random numbers only if they are enabled.
 
     Args:
-        noise, roll: see `augment_spectrograms`; with 0 and 0 it leaves the spectrogram as it is.
-        equaliser: strength of `equalise_spectrograms`.
-        mix, unit: share and unit of `mix_spectrograms`.
+        noise: `noise` of `augment_spectrograms`; 0 adds no noise.
+        roll: `roll` of `augment_spectrograms`; 0 disables rolling.
+        equaliser: `strength` of `equalise_spectrograms`; 0 disables it.
+        mix: `share` of `mix_spectrograms`; 0 disables it.
+        unit: `unit` of `mix_spectrograms`.
     """
 
     noise: float = 0.1

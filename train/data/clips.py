@@ -1,4 +1,4 @@
-"""The media of a corpus's rows, opened in the workers of a loader; a broken clip gives way to another."""
+"""Opening the media of corpus rows in data loading workers, with replacement of broken clips."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,18 +18,18 @@ from dali_llava.processing.media import MediaError
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
-MOST_IN_A_ROW = 100  # broken clips, one drawn after the other, before something else must be wrong
+MOST_IN_A_ROW = 100  # consecutive broken clips before an error is raised
 
 
 def open_frame(row: Row, second: int | None = None) -> Image.Image:
-    """A frame of a row as an RGB image, that of a random second by default; MediaError as `open_frames`."""
+    """Open a frame of a row as an RGB image, by default at a random second; raises MediaError as `open_frames`."""
     second = int(torch.randint(count_frames(row), ())) if second is None else second
     return open_frames(row, [second])[0]
 
 
 @dataclass
 class Clip:
-    """An opened row: `image`, RGB, and `audio`, (samples,) float32, where they were asked for."""
+    """An opened row, with `image` (RGB) and `audio` (samples,) float32, or None if not requested."""
 
     row: Row
     image: Image.Image | None = None
@@ -39,16 +39,16 @@ class Clip:
 @dataclass
 class ClipOpener:
     """
-    Opens rows; in place of one that cannot be opened it draws another of the corpus, and counts it.
+    Opens the media of rows. A row that cannot be opened is counted and replaced with another row of the corpus.
 
-    Processes that are forked or spawned with an opener, as a loader's workers are, share its count.
+    Data loading workers and other child processes share the count of their parent.
 
     Args:
-        spares: rows to draw from: any of a `Dataset`, or the next ones of an endless stream, of which each worker
-            reads its own part. None: an error is raised instead.
+        spares: replacement rows: random rows of a `Dataset`, or the next rows of an infinite stream, of which each
+            worker reads its own part. If None, a broken row raises an error.
 
     Attributes:
-        broken: how many clips could not be opened; a clip counts each time it comes up.
+        broken: number of clips that could not be opened; a clip is counted each time it is drawn.
     """
 
     spares: datasets.Dataset | datasets.IterableDataset | None = None
@@ -69,15 +69,17 @@ class ClipOpener:
         sampling_rate: int = 16_000,
     ) -> list[Clip]:
         """
-        As many clips as rows.
+        Open one clip per row.
 
         Args:
-            image, audio: what to open of a row.
-            second: of the frame; a random one by default. A clip that ends before is broken.
-            sampling_rate: of the sound, in Hz.
+            rows: rows of a corpus.
+            image: whether to open a frame.
+            audio: whether to open the audio.
+            second: time of the frame in seconds, random by default. A clip that ends before it is broken.
+            sampling_rate: sampling rate of the audio in Hz.
 
         Raises:
-            MediaError: a clip is broken and there are no `spares`, or 100 of them were in a row.
+            MediaError: if a clip is broken and `spares` is None, or if 100 consecutive clips are broken.
         """
 
         def opened(row: Row) -> Clip:
@@ -96,10 +98,10 @@ class ClipOpener:
                     raise
                 with self._count.get_lock():
                     self._count.value += 1
-                logger.warning("%s; another clip is taken in its place", error)
+                logger.warning("%s; the clip is replaced with another one", error)
                 last = error
                 row = self._draw()
-        raise MediaError(f"{MOST_IN_A_ROW} clips in a row cannot be opened, the last: {last}") from last
+        raise MediaError(f"{MOST_IN_A_ROW} consecutive clips cannot be opened; last error: {last}") from last
 
     def _draw(self) -> Row:
         if isinstance(self.spares, datasets.Dataset):

@@ -1,1 +1,1 @@
-"""The pre-filter of appendix C: captions and distances of clips, their scores on disk, and its report."""
+"""Pre-filter of appendix C: captions and distances of clips, scores on disk, and the report."""

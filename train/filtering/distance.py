@@ -1,10 +1,11 @@
 """
-How far what is seen lies from what is heard, and the choice of the clips where it is near.
+Distance between the visual content and the labels of a clip, and the selection of clips by this distance.
 
     distance(clip) = mean over frames f of 1 - cos(embed(caption_f), embed("label, label"))
 
 This is the filter of appendix C of "An Eye for an Ear" (DALI), which keeps the 500,000 nearest pairs of AudioSet. The
-paper names neither the distance nor how labels become a text: cosine, and a list with commas, are our choice.
+paper specifies neither the distance nor how labels are converted to text; this implementation uses the cosine distance
+and a comma-separated list.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,11 @@ from .models import Caption, Embed
 
 
 def label_text(labels: Sequence[str]) -> str:
-    """The labels of a clip as a document: "dog, rain". ValueError without one."""
+    """Join the labels of a clip, for example to "dog, rain".
+
+    Raises:
+        ValueError: if there is no label.
+    """
     labels = [label.strip() for label in labels or () if label.strip()]
     if not labels:
         raise ValueError("the row has no labels")
@@ -29,26 +34,28 @@ def label_text(labels: Sequence[str]) -> str:
 
 def caption_distances(captions: Sequence[Sequence[str]], documents: Sequence[str], embed: Embed) -> np.ndarray:
     """
-    Mean distance of each clip's captions to its document.
+    Mean distance between the captions of each clip and its document.
 
     Args:
-        captions: of each of n clips, one a frame.
+        captions: captions of each of n clips, one per frame.
         documents: n texts.
-        embed: texts to vectors. One of length zero lies at distance 1 from all.
+        embed: function that maps texts to vectors. A zero vector has distance 1 to every vector.
 
     Returns:
         (n,) float64 in [0, 2].
 
     Raises:
-        ValueError: other numbers of clips, a clip without caption, or an embedding that is not finite.
+        ValueError: if the numbers of clips differ, a clip has no caption, or an embedding is not finite.
     """
     counts = [len(each) for each in captions]
     if len(captions) != len(documents) or 0 in counts:
-        raise ValueError(f"{len(documents)} documents, and clips of {counts} captions: give each clip one or more")
+        raise ValueError(
+            f"{len(documents)} documents for clips with {counts} captions: each clip needs one or more captions"
+        )
     if not counts:
         return np.zeros(0)
     texts = [text for each in captions for text in each]
-    # Frames of a clip mostly share their caption, and clips their labels.
+    # Each distinct text is embedded once: most frames of a clip share a caption, and many clips share labels.
     distinct = list(dict.fromkeys([*texts, *documents]))
     vectors = dict(zip(distinct, embed(distinct).double(), strict=True))
     seen = torch.stack([vectors[text] for text in texts])
@@ -61,14 +68,17 @@ def caption_distances(captions: Sequence[Sequence[str]], documents: Sequence[str
 
 def score_clips(rows: Iterable[Mapping[str, Any]], frames: int, caption: Caption, embed: Embed) -> tuple[list, dict]:
     """
-    Score clips in one batch; where that fails, each alone, so that the rest go on.
+    Score clips in one batch. If the batch fails, each clip is scored alone, so that only failing clips are skipped.
 
     Args:
-        rows: of a corpus.
-        frames: most frames of a clip.
+        rows: rows of a corpus.
+        frames: maximum number of frames per clip.
+        caption: function that captions images.
+        embed: function that embeds texts.
 
     Returns:
-        a list of {id, score, captions (one a frame), labels}, in the rows' order; and {id: reason} of the others.
+        a list of {id, score, captions (one per frame), labels} in the order of the rows, and {id: reason} of the
+        skipped clips.
     """
     opened, left_out = [], {}
     for row in rows:
@@ -89,7 +99,7 @@ def score_clips(rows: Iterable[Mapping[str, Any]], frames: int, caption: Caption
 
 
 def _score_opened(clips: Sequence[tuple], caption: Caption, embed: Embed) -> list[dict]:
-    """The scores of clips given as (row, document, frames)."""
+    """Score clips given as (row, document, frames)."""
     if not clips:
         return []
     said = iter(caption([image for _, _, images in clips for image in images]))
@@ -102,24 +112,24 @@ def _score_opened(clips: Sequence[tuple], caption: Caption, embed: Embed) -> lis
 
 
 def check_choice(keep: int | None, threshold: float | None) -> None:
-    """ValueError unless just one is given, `keep` of at least 1."""
+    """Raise a ValueError unless exactly one of the two is given and `keep` is at least 1."""
     if (keep is None) == (threshold is None):
-        raise ValueError("give either keep (how many clips) or threshold (the distance they stay under)")
+        raise ValueError("give either keep (the number of clips) or threshold (the upper bound of their distance)")
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
 
 
 def choose(scores: np.ndarray, keep: int | None = None, threshold: float | None = None) -> np.ndarray:
     """
-    Which clips to keep: the `keep` nearest (all, where there are fewer), or those under `threshold`.
+    Select the `keep` nearest clips (all clips if there are fewer), or the clips with a distance below `threshold`.
 
-    Of equally near clips the earlier one is kept first.
+    Among clips with equal distances, earlier ones are kept first.
 
     Returns:
-        (n,) bool.
+        (n,) bool, True for the clips to keep.
 
     Raises:
-        ValueError: unless just one of the two is given, `keep` of at least 1.
+        ValueError: if not exactly one of `keep` and `threshold` is given, or `keep` is less than 1.
     """
     check_choice(keep, threshold)
     if keep is None:

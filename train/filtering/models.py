@@ -1,11 +1,11 @@
 """
-The two models of the pre-filter, each as one function: a picture's caption, and a text's place in an embedding space.
+The two models of the pre-filter, each wrapped in a function: an image captioner and a text embedder.
 
-    caption(images: list of n pictures) -> list of n str
+    caption(images: list of n images) -> list of n str
     embed(texts: list of n str) -> (n, D) float32
 
-Any captioner that transformers loads as an image-text-to-text model will do, our own among them, and any language
-model for the embeddings; the paper took BLIP-2 and GPT-2. No code of a checkpoint is ever run.
+The captioner is any model that transformers loads for image-text-to-text, including ours. The embedder is any language
+model. The paper uses BLIP-2 and GPT-2. Code that a checkpoint brings is never run.
 """
 
 import importlib
@@ -26,16 +26,17 @@ from dali_llava.processing import SEE_PROMPT
 Caption = Callable[[list[Image.Image]], list[str]]
 Embed = Callable[[list[str]], torch.Tensor]
 
-CHAT_PROMPT = "Describe the image in one sentence."  # of a captioner that answers questions, where none is given
+CHAT_PROMPT = "Describe the image in one sentence."  # default prompt of chat models
 
 
 def load_captioner(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
     """
-    A captioner and its processor, by Hub id or folder.
+    Load a captioner and its processor from a Hub id or a folder.
 
     Raises:
-        ValueError: when there is no such folder, or its processor does not take pictures and give text.
-        OSError: when transformers finds no model of that name.
+        ValueError: if the folder does not exist, or its processor has no image processor or no tokenizer.
+        OSError: if transformers cannot find the model.
+        OSError, ValueError: for our own models, as in `dali_llava.eval.captioner.load_captioner`.
     """
     _check_folder("captioner", name)
     if AutoConfig.from_pretrained(name, trust_remote_code=False).model_type == LlavaAudioConfig.model_type:
@@ -43,24 +44,27 @@ def load_captioner(name: str, device: torch.device, dtype: torch.dtype = torch.f
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
-        raise ValueError(f"captioner {name}: its processor has no image processor and tokenizer; name another.")
+        raise ValueError(f"captioner {name}: its processor lacks an image processor or a tokenizer; name another.")
     return model.to(device).eval(), processor
 
 
 def make_caption(model: nn.Module, processor, prompt: str | None = None, max_new_tokens: int = 32) -> Caption:
     """
-    `caption(images)` of a loaded captioner, greedy, asked from the picture alone. All pictures of a call are a batch.
+    Build `caption(images)` from a captioner. It decodes greedily, from the image only, all images in one batch.
 
     Args:
-        prompt: the question. Without one our own models are asked what can be seen, chat models for one sentence, and
-            the others nothing, as BLIP-2 wants it.
-        max_new_tokens: the longest caption.
+        model: captioner as returned by `load_captioner`.
+        processor: its processor.
+        prompt: question to the model. By default, our models are asked what can be seen and chat models for a
+            description in one sentence. Other models, such as BLIP-2, get no prompt.
+        max_new_tokens: maximum length of a caption.
 
-    The function raises ValueError when the processor rejects a picture.
+    Returns:
+        a function from n images to n captions, which raises a ValueError if the processor rejects an image.
     """
     if isinstance(model, LlavaAudioForConditionalGeneration):
         return _caption_by_runner(model, processor, prompt or SEE_PROMPT, max_new_tokens)
-    processor.tokenizer.padding_side = "left"  # a decoder goes on from the last token
+    processor.tokenizer.padding_side = "left"  # generation continues from the last token
 
     def caption(images: list[Image.Image]) -> list[str]:
         inputs = _caption_inputs(processor, images, prompt).to(model.device)
@@ -69,14 +73,14 @@ def make_caption(model: nn.Module, processor, prompt: str | None = None, max_new
             sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         asked = inputs.get("input_ids")
         if asked is not None and torch.equal(sequences[:, : asked.shape[1]], asked):
-            sequences = sequences[:, asked.shape[1] :]  # some models repeat the question, others do not
+            sequences = sequences[:, asked.shape[1] :]  # some models return the prompt, others do not
         return [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
 
     return caption
 
 
 def _caption_by_runner(model, processor, prompt: str, max_new_tokens: int) -> Caption:
-    """Our own model's `caption`, through the runner that everything else is captioned with."""
+    """Build `caption(images)` from our own model, with the runner of the other commands."""
 
     def caption(images: list[Image.Image]) -> list[str]:
         runner = CaptionRunner(model, processor, batch_size=max(1, len(images)), max_new_tokens=max_new_tokens)
@@ -91,7 +95,7 @@ def _caption_by_runner(model, processor, prompt: str, max_new_tokens: int) -> Ca
 
 
 def _caption_inputs(processor, images: list[Image.Image], prompt: str | None):
-    """What a captioner of transformers takes for `images`: a chat where it has a template, else the prompt, if any."""
+    """Inputs of a transformers captioner: a chat if the processor has a template, otherwise the prompt, if given."""
     if getattr(processor, "chat_template", None):
         text = {"type": "text", "text": prompt or CHAT_PROMPT}
         chats = [[{"role": "user", "content": [{"type": "image", "image": image}, text]}] for image in images]
@@ -109,7 +113,7 @@ def _caption_inputs(processor, images: list[Image.Image], prompt: str | None):
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The language model of a captioner, or the model itself where it is one; the encoder of an encoder-decoder."""
+    """Return the language model of a captioner, or the model itself; for an encoder-decoder, its encoder."""
     for part in (model, getattr(model, "model", None)):
         if isinstance(getattr(part, "language_model", None), nn.Module):
             model = part.language_model
@@ -121,11 +125,11 @@ def load_language_model(
     name: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, object]:
     """
-    A language model, or that of a captioner, and its tokenizer, by Hub id or folder.
+    Load a language model, or the language model of a captioner, and its tokenizer from a Hub id or a folder.
 
     Raises:
-        ValueError: when there is no such folder.
-        OSError: when transformers finds no model of that name.
+        ValueError: if the folder does not exist.
+        OSError: if transformers cannot find the model.
     """
     _check_folder("embedder", name)
     model = AutoModel.from_pretrained(name, dtype=dtype, trust_remote_code=False)
@@ -135,24 +139,25 @@ def load_language_model(
 
 def make_embed(model: nn.Module, tokenizer, layer: int = -1, batch_size: int = 64) -> Embed:
     """
-    `embed(texts)`: the mean over a text's tokens of a language model's hidden states, special tokens left out.
+    Build `embed(texts)`: the mean of a language model's hidden states over the tokens of a text.
+
+    Special tokens are excluded. A text without tokens has the zero vector.
 
     Args:
-        layer: index of the hidden states: 0 are the word embeddings, -1 is the last layer.
-
-    A text without a token has the zero vector.
+        model: language model as returned by `load_language_model`.
+        tokenizer: its tokenizer.
+        layer: index of the hidden states; 0 for the word embeddings, -1 for the last layer.
+        batch_size: number of texts per forward pass.
 
     Raises:
-        ValueError: when the model has no such layer.
+        ValueError: if the model has no such layer.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     if depth is not None and not -depth - 1 <= layer <= depth:
-        raise ValueError(
-            f"layer must lie in [{-depth - 1}, {depth}], not be {layer}: the embedder has {depth} layers."
-        )
+        raise ValueError(f"layer must be in [{-depth - 1}, {depth}], not {layer}: the embedder has {depth} layers.")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # GPT-2 has none; what is padded is masked
-    tokenizer.padding_side = "right"  # so that positions start at 0 whatever the batch
+        tokenizer.pad_token = tokenizer.eos_token  # GPT-2 has no padding token; padding is masked
+    tokenizer.padding_side = "right"  # so that positions start at 0 in every batch
 
     def embed(texts: list[str]) -> torch.Tensor:
         parts = [
@@ -164,7 +169,7 @@ def make_embed(model: nn.Module, tokenizer, layer: int = -1, batch_size: int = 6
 
 
 def _mean_states(model: nn.Module, tokenizer, texts: list[str], layer: int) -> torch.Tensor:
-    """(n, D) means of the hidden states of `layer` over the tokens of each of n texts."""
+    """Mean hidden states (n, D) of `layer` over the tokens of each of n texts."""
     inputs = tokenizer(texts, padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt")
     inputs = inputs.to(model.device)
     words = inputs["attention_mask"].bool() & ~inputs["special_tokens_mask"].bool()  # (n, tokens)
@@ -175,30 +180,30 @@ def _mean_states(model: nn.Module, tokenizer, texts: list[str], layer: int) -> t
         states = model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], output_hidden_states=True
         ).hidden_states[layer]
-    # A masked state may be anything, NaN included, where a text has no token at all.
+    # The states of a text without tokens are undefined and may be NaN.
     states = states.float().masked_fill(~words[..., None], 0.0)
     return (states.sum(1) / words.sum(1, keepdim=True).clamp(min=1)).cpu()
 
 
 def load_sentence_embed(name: str, device: torch.device) -> Embed:
     """
-    `embed(texts)` of a model of sentence-transformers, which is not among our dependencies.
+    Build `embed(texts)` from a sentence-transformers model. The package is not a dependency of this project.
 
     Raises:
-        ValueError: when there is no such folder, or the package is not installed.
+        ValueError: if the folder does not exist or sentence-transformers is not installed.
     """
     _check_folder("embedder", name)
     try:
         package = importlib.import_module("sentence_transformers")
     except ImportError as error:
-        raise ValueError("embedder_kind sentence: install sentence-transformers, or take language_model.") from error
+        raise ValueError("embedder_kind sentence: install sentence-transformers, or use language_model.") from error
     model = package.SentenceTransformer(name, device=str(device), trust_remote_code=False)
     return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
 
 
 def _check_folder(field: str, name: str) -> None:
-    """ValueError for a path that leads nowhere, which transformers would take for the name of a repository. A path
-    of one slash may be such a name, and is left to transformers."""
+    """Raise a ValueError for a path that does not exist, which transformers would read as a repository name. A name
+    with a single slash may be a repository and is left to transformers."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
-        raise ValueError(f"{field} {name}: no such directory; name a checkpoint's folder or a Hub id.")
+        raise ValueError(f"{field} {name}: no such directory; give the folder of a checkpoint or a Hub id.")

@@ -1,10 +1,10 @@
-"""The pre-filter's folder: scores kept in parts as they come, so that a run can go on, and the lists made of them.
+"""Output folder of the pre-filter. Scores are saved in parts as they are computed, so that a run can be resumed.
 
-settings.json      what the scores depend on
-parts/             the scores of a block of rows each
-scores.parquet     id, score, captions, labels, kept; in the corpus's order
-report/            the page, with media of the clips that it shows
-kept.txt           an id a line
+settings.json      the settings that determine the scores
+parts/             the scores, one file per block of rows
+scores.parquet     id, score, captions, labels, kept; in the order of the corpus
+report/            the HTML page and the media of the clips shown
+kept.txt           the ids of the clips kept, one per line
 """
 
 import json
@@ -34,22 +34,22 @@ REPORT = "report"
 
 
 class ScoreFolder:
-    """The scores of a folder, to which more are added a block at a time.
+    """The scores in a folder, extended block by block.
 
     Args:
-        folder: made where it is not there.
-        settings: what the scores depend on, as JSON has it.
+        folder: output folder; created if missing.
+        settings: JSON-serializable settings that determine the scores.
 
     Raises:
-        ValueError: when the folder's scores were made with other settings, each named; or a file is not what it
-            should be, or would be lost to the report.
-        OSError: when it cannot be written.
+        ValueError: if the folder holds scores of other settings (each difference is named), if one of its files is
+            invalid, or if the report would overwrite other files.
+        OSError: if the folder cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike, settings: Mapping):
         self.folder = Path(folder)
         self.parts, self.report = self.folder / "parts", self.folder / REPORT
-        check_report(self.report)  # before the scores, which may take days
+        check_report(self.report)  # before scoring, which may take days
         self._check(json.loads(json.dumps(settings)))
         self.parts.mkdir(parents=True, exist_ok=True)
         paths = sorted(self.parts.glob("part-*.parquet"))
@@ -64,17 +64,17 @@ class ScoreFolder:
         try:
             there = dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
-            raise ValueError(f"{path}: not the settings of a pre-filter; name another output_dir") from error
+            raise ValueError(f"{path}: not the settings of a pre-filter; give another output_dir") from error
         differences = [
-            f"{name} {there.get(name)!r} there, {settings.get(name)!r} now"
+            f"{name} is {there.get(name)!r} there and {settings.get(name)!r} now"
             for name in dict.fromkeys([*there, *settings])
             if there.get(name) != settings.get(name)
         ]
         if differences:
-            raise ValueError(f"{self.folder} holds other scores: {'; '.join(differences)}; name another output_dir.")
+            raise ValueError(f"{self.folder} has other settings: {'; '.join(differences)}; give another output_dir.")
 
     def append(self, scored: Sequence[Mapping]) -> None:
-        """Write {id, score, captions, labels} of a block as a part, whole or not at all."""
+        """Write {id, score, captions, labels} of each clip of a block to a new part, atomically."""
         if scored:
             _write_parquet(scored, FEATURES, self.parts / f"part-{self.next_part:06d}.parquet")
             self.next_part += 1
@@ -84,20 +84,20 @@ class ScoreFolder:
         """Write the lists and the report.
 
         Args:
-            rows: the n scored ones, whole: the report opens the media of some.
+            rows: the n scored rows with their media, some of which are opened for the report.
             kept: (n,) bool.
-            left_out: id -> reason of those without a score.
-            choice: how they were chosen, in words.
+            left_out: reasons of the clips without a score, by id.
+            choice: description of the selection rule.
         """
         scored = [{**self.scores[name], "kept": bool(keep)} for name, keep in zip(rows["id"], kept, strict=True)]
         _write_parquet(scored, Features({**FEATURES, "kept": Value("bool")}), self.folder / "scores.parquet")
         write_report(self.report, rows, scored, left_out, choice)
-        # Last: what selects the rows stands for a finished run.
+        # Written last, because the presence of this list marks a finished run.
         write_text(self.folder / KEPT, "".join(f"{row['id']}\n" for row in scored if row["kept"]))
 
 
 def _read_parts(paths: Sequence[Path]) -> list[dict]:
-    """The rows of Parquet files, read without a copy in a cache; ValueError for a file that is no part."""
+    """Read the rows of Parquet files without caching them. Raises a ValueError for a file that is not a valid part."""
     if not paths:
         return []
     files = {"parts": [str(path) for path in paths]}
@@ -105,12 +105,12 @@ def _read_parts(paths: Sequence[Path]) -> list[dict]:
         return list(load_dataset("parquet", data_files=files, split="parts", features=FEATURES, streaming=True))
     except (ValueError, OSError) as error:
         if len(paths) > 1:
-            return [row for path in paths for row in _read_parts([path])]  # to find the culprit
-        raise ValueError(f"{paths[0]}: not a part of scores; delete it, and its clips are scored anew.") from error
+            return [row for path in paths for row in _read_parts([path])]  # finds the invalid file
+        raise ValueError(f"{paths[0]}: not a valid part of the scores; delete it to score its clips again.") from error
 
 
 def _write_parquet(rows: Iterable[Mapping], features: Features, path: Path) -> None:
-    """Write rows under a temporary name and rename the file."""
+    """Write rows to a temporary file and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with ParquetWriter(path=str(temporary), features=features) as writer:

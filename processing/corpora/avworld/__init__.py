@@ -1,4 +1,4 @@
-"""AVWorld: a procedural audiovisual world, small enough to train on in minutes, with ground truth."""
+"""AVWorld: a procedurally generated audiovisual corpus with ground truth, small enough to train on in minutes."""
 
 from .avworld import AVWorld, AVWorldConfig
 from .captions import SEE_PROMPT, SOUND_PROMPT, SOUND_WORDS, VISUAL_PROMPTS, VISUAL_WORDS

@@ -1,8 +1,8 @@
-"""The things of AVWorld: what sounds, what only shows, and how each is called.
+"""Object classes of AVWorld: sounding classes, silent objects, and their names.
 
-Two members of a pair that *sounds* alike name the same synthesiser, two members of a pair that *looks* alike the same
-sprite; nothing else is shared. In each pair one member is three times as frequent as the other, so that the better
-guess from one sense alone is right three times in four.
+The two classes of an acoustically ambiguous pair share a synthesiser. The two classes of a visually ambiguous pair
+share a sprite. Nothing else is shared. In each pair, one class is three times as frequent as the other, so that the
+best guess from one modality alone is correct in three of four cases.
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SoundingClass:
-    """One class of sounding things.
+    """A class of sounding objects.
 
-    nouns: the primary noun, then at most one synonym; verbs: pairs of gerund and finite form; weight: relative
-    frequency among sources; colour and place: how and where it mostly shows; countable: takes "a"; plural: takes
-    "are".
+    Attributes:
+        nouns: primary noun and at most one synonym.
+        verbs: pairs of gerund and finite form.
+        synthesiser: name of the synthesiser, a function of `synthesis`.
+        sprite: name of the sprite in `sprites`.
+        weight: relative frequency among sources.
+        colour: most frequent colour.
+        place: most frequent background.
+        countable: True if the noun takes "a".
+        plural: True if the noun takes "are".
     """
 
     nouns: tuple[str, ...]
@@ -29,7 +36,7 @@ class SoundingClass:
 
     @property
     def name(self) -> str:
-        """The class's name in `labels` and `visible`: its primary noun."""
+        """Name of the class in `labels` and `visible`, which is its primary noun."""
         return self.nouns[0]
 
 
@@ -40,7 +47,8 @@ def _sounding(
     return SoundingClass(tuple(nouns.split(", ")), pairs, synthesiser, sprite, weight, colour, place, **flags)
 
 
-# Weights are percentages of all sources, up to rounding. The head is unambiguous; the pairs hold about a third.
+# Weights are percentages of all sources, up to rounding. The most frequent classes are unambiguous; ambiguous pairs
+# account for about a third.
 SOUNDING_CLASSES: tuple[SoundingClass, ...] = (
     _sounding("dog, puppy", "barking barks, yapping yaps", "bark", "dog", 10.0, "orange", "grass"),
     _sounding("siren, ambulance", "wailing wails, blaring blares", "siren", "siren", 8.5, "red", "street"),
@@ -56,7 +64,7 @@ SOUNDING_CLASSES: tuple[SoundingClass, ...] = (
     _sounding("person, man", "sneezing sneezes, sniffling sniffles", "sneeze", "person", 3.4, "purple", "street"),
     _sounding("drum", "beating beats, thumping thumps", "drum", "drum", 3.0, "red", "cave"),
     _sounding("owl", "hooting hoots, calling calls", "hoot", "owl", 2.7, "purple", "snow"),
-    # Alike in sound: a shared synthesiser.
+    # Acoustically ambiguous pairs, which share a synthesiser.
     _sounding(
         "rain, drizzle", "falling falls, pattering patters", "patter", "cloud", 4.8, "blue", "grass", countable=False
     ),
@@ -67,7 +75,7 @@ SOUNDING_CLASSES: tuple[SoundingClass, ...] = (
     _sounding("train, locomotive", "whistling whistles, tooting toots", "whistle", "train", 0.8, "green", "snow"),
     _sounding("truck, lorry", "beeping beeps, reversing reverses", "beep", "truck", 1.8, "yellow", "street"),
     _sounding("microwave, oven", "beeping beeps, bleeping bleeps", "beep", "microwave", 0.6, "blue", "room"),
-    # Alike in look: a shared sprite.
+    # Visually ambiguous pairs, which share a sprite.
     _sounding("clock", "ticking ticks, tocking tocks", "tick", "clock", 3.6, "purple", "room"),
     _sounding("cuckoo", "cuckooing cuckoos, chiming chimes", "cuckoo", "clock", 1.2, "orange", "grass"),
     _sounding("sparrow", "chirping chirps, tweeting tweets", "chirp", "bird", 3.3, "yellow", "grass"),
@@ -78,7 +86,7 @@ SOUNDING_CLASSES: tuple[SoundingClass, ...] = (
     _sounding("handbell", "jingling jingles, tinkling tinkles", "jingle", "bell", 0.7, "purple", "cave"),
 )
 
-# Silent objects: each has a sprite of its own name.
+# Each silent object has a sprite of the same name.
 SILENT_OBJECTS: tuple[str, ...] = (
     "balloon", "chair", "tree", "house", "flower", "cup", "hat", "umbrella", "ladder", "key",
 )  # fmt: skip
@@ -95,7 +103,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Background:
-    """A place: its phrase in a caption, the word that betrays it, and its mean colour (RGB)."""
+    """A background: its phrase in a caption, the word that identifies it, and its mean colour (RGB)."""
 
     phrase: str
     word: str
@@ -124,27 +132,27 @@ def _pairs(attribute: str) -> tuple[tuple[str, str], ...]:
 ALIKE_SOUNDING: tuple[tuple[str, str], ...] = _pairs("synthesiser")
 ALIKE_LOOKING: tuple[tuple[str, str], ...] = _pairs("sprite")
 
-# Each ambiguous class's other half.
+# The other class of each ambiguous pair.
 RIVALS: dict[str, str] = {
     name: other for a, b in ALIKE_SOUNDING + ALIKE_LOOKING for name, other in ((a, b), (b, a))
 }  # fmt: skip
 
-# Classes that a picture cannot tell from another class.
+# Classes that an image does not distinguish from another class.
 LOOK_AMBIGUOUS: frozenset[str] = frozenset(name for pair in ALIKE_LOOKING for name in pair)
 
 
 def sprite_of(name: str) -> str:
-    """The sprite that a sounding class or a silent object is drawn with."""
+    """Name of the sprite of a sounding class or a silent object."""
     return CLASSES[name].sprite if name in CLASSES else name
 
 
 def names(class_name: str) -> tuple[str, ...]:
-    """All phrases that name a class or a silent object, the primary first.
+    """Return all phrases that name a class or a silent object, the primary noun first.
 
-    Match them on whole words: no phrase of one class occurs, as whole words, in a phrase or a verb of another.
+    Match the phrases on whole words. No phrase of one class occurs as whole words in a phrase or verb of another.
 
     Raises:
-        ValueError: if there is no such class.
+        ValueError: if the class is unknown.
     """
     if class_name in CLASSES:
         return CLASSES[class_name].nouns

@@ -1,7 +1,7 @@
-"""Real sound in AVWorld: the recordings of ESC-10 in place of ten classes' synthesisers.
+"""Real recordings in AVWorld: ESC-10 in place of the synthesisers of ten classes.
 
-ESC-10 is `NNN - CATEGORY/FOLD-CLIPID-TAKE.ogg`; the takes of one source stay in one fold. Many of its clips are a
-short sound within digital silence, so whatever is cut from one is chosen to hold sound.
+The files of ESC-10 are named `NNN - CATEGORY/FOLD-CLIPID-TAKE.ogg`. All takes of one source are in the same fold. Many
+clips consist of a short sound within digital silence, so crops are selected to contain sound.
 
 Reference: K. J. Piczak. ESC: Dataset for Environmental Sound Classification. ACM Multimedia, 2015.
 """
@@ -38,21 +38,21 @@ CATEGORIES: dict[str, str] = {
 FOLDS = (1, 2, 3, 4)
 TRAIN_FOLDS = (1, 2, 3)
 TEST_FOLD = 4
-SILENCE = 0.01  # of a recording's peak: what is fainter at its ends is cut off
-LOUD_SHARE = 0.5  # a random crop's energy, of the loudest crop's of the recording
-AUDIBLE_SHARE = 0.05  # the same of a crop to test on
-LARGEST_SPEED = 1.2  # a varied recording is played at up to this speed, and down to its inverse
-REVERBERANT = 0.3  # share of the varied recordings that a room is added to
+SILENCE = 0.01  # amplitude relative to the peak, below which the ends of a recording are trimmed
+LOUD_SHARE = 0.5  # minimum energy of a random crop, relative to the loudest crop of the recording
+AUDIBLE_SHARE = 0.05  # minimum energy of a test crop, relative to the loudest crop of the recording
+LARGEST_SPEED = 1.2  # maximum playback speed of a varied recording; the minimum is its inverse
+REVERBERANT = 0.3  # share of varied recordings with added reverberation
 REVERBERATION_TIME = (0.1, 0.5)  # seconds to -60 dB
 REVERBERATION_LEVEL = (-12.0, 0.0)  # dB, reverberant over direct sound
 
-_REMEDY = "give the folder of ESC-10, which holds '001 - Dog bark' ... '010 - Fire crackling'"
+_REMEDY = "give the folder of ESC-10, which contains '001 - Dog bark' ... '010 - Fire crackling'"
 _FOLDER_NAME = re.compile(r"\d+\s*-\s*(.+)")
 _FILE_NAME = re.compile(r"(\d+)-\d+-[A-Z]\.(?:ogg|wav)", re.IGNORECASE)
 
 
 def _category_folders(folder: Path) -> dict[str, list[Path]]:
-    """The folders of each class; whatever else lies beside them is passed over."""
+    """Return the folders of each class. Other files and folders are ignored."""
     classes = {category.casefold(): name for name, category in CATEGORIES.items()}
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
@@ -64,7 +64,7 @@ def _category_folders(folder: Path) -> dict[str, list[Path]]:
 
 
 def _by_fold(folders: list[Path]) -> dict[int, list[Path]]:
-    """The recordings of one class: fold -> files."""
+    """Return the recordings of one class by fold."""
     folds: dict[int, list[Path]] = {}
     wrong = []
     for path in sorted(path for folder in folders for path in folder.iterdir() if not path.name.startswith(".")):
@@ -79,15 +79,15 @@ def _by_fold(folders: list[Path]) -> dict[int, list[Path]]:
 
 
 def find_recordings(folder: str | Path) -> dict[str, dict[int, list[Path]]]:
-    """The recordings of ESC-10, found by their folders' names, whatever their numbers and case.
+    """Find the recordings of ESC-10 by the category in the folder names, ignoring numbers and case.
 
     Returns:
-        class of AVWorld -> fold -> files, sorted.
+        sorted files by class of AVWorld and fold.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: classes that are missing (all of them named) or lack recordings in a fold of 1 to 4, or a file
-            that is not named `FOLD-CLIPID-TAKE.ogg` or `.wav`.
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if classes are missing or have no recordings in one of the folds 1 to 4 (all of them are named),
+            or if a file is not named `FOLD-CLIPID-TAKE.ogg` or `.wav`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -102,10 +102,10 @@ def find_recordings(folder: str | Path) -> dict[str, dict[int, list[Path]]]:
 
 
 def recordings_hash(folder: str | Path) -> str:
-    """A digest of the recordings' names and sizes, wherever the folder lies.
+    """Digest of the names and sizes of the recordings, independent of the location of the folder.
 
     Raises:
-        FileNotFoundError, ValueError: as `find_recordings` does.
+        FileNotFoundError, ValueError: as in `find_recordings`.
     """
     digest = hashlib.sha256()
     for folds in find_recordings(folder).values():
@@ -116,15 +116,20 @@ def recordings_hash(folder: str | Path) -> str:
 
 @cache
 def sounding_part(path: Path, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
-    """A recording without the silence at its ends, (samples,) float32, mono. Decoded once a process; read-only.
+    """Load a recording without the silence at its ends.
+
+    Each file is decoded once per process.
+
+    Returns:
+        (samples,) float32, mono, read-only.
 
     Raises:
-        MediaError: a file that cannot be decoded or holds nothing but silence.
+        MediaError: if the file cannot be decoded or contains only silence.
     """
     samples = load_audio(path, sampling_rate)
     level = np.abs(samples)
     if not level.any():
-        raise MediaError(f"{path}: holds nothing but silence; download it again or remove it")
+        raise MediaError(f"{path}: contains only silence; download it again or remove it")
     loud = np.flatnonzero(level >= SILENCE * level.max())
     sound = samples[loud[0] : loud[-1] + 1].copy()
     sound.flags.writeable = False
@@ -132,10 +137,10 @@ def sounding_part(path: Path, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
 
 
 def _crops(sound: np.ndarray, size: int, margin: int) -> tuple[np.ndarray, np.ndarray]:
-    """All crops of a sound, and their energies without `margin` samples at either end.
+    """Return all crops of a sound, and their energies without `margin` samples at each end.
 
-    The sound is padded at both ends with `margin` zeros, or as many as make it `size` long, so that every sample of it
-    lies within the inner part of some crop.
+    The sound is padded with `margin` zeros at both ends, or with more if it is shorter than `size`, so that each of
+    its samples is in the inner part of at least one crop.
 
     Returns:
         crops: (n, size), a view; crop 0 begins with the padding.
@@ -149,7 +154,7 @@ def _crops(sound: np.ndarray, size: int, margin: int) -> tuple[np.ndarray, np.nd
 
 
 def _vary(sound: np.ndarray, rng: np.random.Generator, sampling_rate: int) -> np.ndarray:
-    """The sound at another speed, and so another pitch, and sometimes in a room."""
+    """Change the speed, and with it the pitch, of a sound, and sometimes add reverberation."""
     speed = LARGEST_SPEED ** rng.uniform(-1, 1)
     sound = resample_poly(sound, 50, round(50 * speed))
     if rng.random() < REVERBERANT:
@@ -165,33 +170,37 @@ def _draw_crop(
     sampling_rate: int,
     shift: float,
 ) -> np.ndarray:
-    """A crop of a random recording: a synthesiser, but for `paths` and `varied`.
+    """Draw a crop of a random recording. With `paths` and `varied` bound, this function is a synthesiser.
 
-    It has at least LOUD_SHARE of the loudest crop's energy. A recording that is too short stands once, at a random
-    place, within zeros. `shift` is ignored: a recording has no parameters to draw outside the training ranges.
+    The crop has at least LOUD_SHARE of the energy of the loudest crop. A recording that is too short is placed at a
+    random position within zeros. `shift` is ignored, because a recording has no parameters to shift.
     """
     sound = sounding_part(paths[int(rng.integers(len(paths)))], sampling_rate)
     if varied:
         sound = _vary(sound, rng, sampling_rate)
-    # A scene fades each source in and out: a click there would be lost.
+    # A scene fades each source in and out, so sound within the fades does not count.
     margin = min(round(FADE * sampling_rate), (num_samples - 1) // 2)
     crops, energies = _crops(sound, num_samples, margin)
     return crops[rng.choice(np.flatnonzero(energies >= LOUD_SHARE * energies.max()))].copy()
 
 
 def recorded_synthesisers(folder: str | Path, folds: Collection[int], varied: bool = False) -> dict[str, Synthesiser]:
-    """Synthesisers of the ten classes that play recordings of some folds; they can be pickled.
+    """Return picklable synthesisers of ten classes that play the recordings of the given folds.
 
-    Each draws a recording and a crop of it that holds sound; it ignores `shift`. Files are decoded when first drawn.
+    Each call draws a recording and a crop of it that contains sound; `shift` is ignored. Files are decoded on first
+    use.
 
     Args:
-        varied: play each at another speed, and some in a room, as other takes of the same sound would be.
+        folder: folder of ESC-10.
+        folds: folds to draw from, of 1 to 4.
+        varied: if True, change the speed of each recording and add reverberation to some, to simulate other takes.
 
     Raises:
-        FileNotFoundError, ValueError: as `find_recordings` does, or folds other than 1 to 4, or none.
+        FileNotFoundError, ValueError: as in `find_recordings`.
+        ValueError: if no folds are given, or folds other than 1 to 4.
     """
     if not folds or not set(folds) <= set(FOLDS):
-        raise ValueError(f"folds of ESC-10 are {', '.join(map(str, FOLDS))}; give some of them, not {folds!r}")
+        raise ValueError(f"folds must be one or more of {', '.join(map(str, FOLDS))}, not {folds!r}")
     return {
         name: partial(_draw_crop, tuple(path for fold in sorted(set(folds)) for path in by_fold[fold]), varied)
         for name, by_fold in find_recordings(folder).items()
@@ -199,18 +208,23 @@ def recorded_synthesisers(folder: str | Path, folds: Collection[int], varied: bo
 
 
 def spread_crops(path: Path, count: int = 3, size: int = NUM_SAMPLES) -> list[np.ndarray]:
-    """Crops to test on, evenly spread over a recording's sounding part: the first begins where it begins, the last
-    ends where it ends. A recording that is shorter stands at evenly spread places within zeros.
+    """Return evenly spaced crops of a recording for testing.
 
-    A crop that would fall into a pause (less than AUDIBLE_SHARE of the loudest one's energy) gives way to the nearest
-    one that does not.
+    The first crop starts at the beginning of the sounding part and the last crop ends at its end. A shorter recording
+    is placed at evenly spaced positions within zeros. A crop in a pause, with less than AUDIBLE_SHARE of the energy of
+    the loudest crop, is replaced with the nearest crop that is not.
+
+    Args:
+        path: file of the recording.
+        count: number of crops.
+        size: samples per crop.
 
     Returns:
-        `count` crops (size,) float32 at SAMPLING_RATE, with peak PEAK.
+        `count` arrays (size,) float32 at SAMPLING_RATE, with peak amplitude PEAK.
 
     Raises:
-        ValueError: a count or size below 1.
-        MediaError: as `sounding_part` does.
+        ValueError: if `count` or `size` is less than 1.
+        MediaError: as in `sounding_part`.
     """
     if count < 1 or size < 1:
         raise ValueError(f"count={count}, size={size}: both must be at least 1")

@@ -1,4 +1,4 @@
-"""Scenes of AVWorld: what is there, where, when and how loud; and their sound and frames."""
+"""Scenes of AVWorld: sampling of their contents, and rendering of their audio and frames."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -20,44 +20,48 @@ GRID = 2
 CELL = IMAGE_SIZE // GRID
 NUM_FRAMES = 4
 
-# What a scene holds.
+# Contents of a scene.
 SOURCE_COUNTS = (0.72, 0.20, 0.08)  # probabilities of 1, 2, 3 audible sources
-SILENT_OBJECT_COUNTS = (0.75, 0.20, 0.05)  # of 0, 1, 2 silent objects
-OFF_SCREEN = 0.15  # share of audible sources that are out of sight
-SILENT_SOURCE = 0.10  # share of visible sounding objects that keep silent
-TYPICAL = 0.8  # share of sounding objects in their class's colour, and of scenes in the place of their first source
+SILENT_OBJECT_COUNTS = (0.75, 0.20, 0.05)  # probabilities of 0, 1, 2 silent objects
+OFF_SCREEN = 0.15  # share of audible sources that are not visible
+SILENT_SOURCE = 0.10  # share of visible objects of sounding classes that are silent
+TYPICAL = 0.8  # share of objects in the colour of their class, and of scenes at the place of their first source
 
-# Soloists: the classes that recordings are played for. Their sounds are few, and each is to be heard for itself.
+# Soloists: the classes with recordings. There are few recordings, so most of their scenes have no other source.
 SOLO = 0.8  # share of the scenes with a soloist in which it sounds alone
-SOLOIST_WEIGHT = 2.0  # of all soloists together, relative to their synthesisers'
+SOLOIST_WEIGHT = 2.0  # weight of all soloists together, relative to the same classes without recordings
 
-# How hard it is to hear.
-MIN_SECONDS = 1.0  # a source sounds at least this long
+# Audio difficulty.
+MIN_SECONDS = 1.0  # minimum duration of a source
 FULL_LENGTH = 0.35  # share of sources that sound throughout
-LEVEL_SPREAD = 6.0  # dB between the loudest source and the faintest possible one
-SNR = (4.0, 20.0)  # dB, the loudest source over the noise
-NOISE_POLE = (0.0, 0.95)  # of the one-pole filter that colours the noise
-FADE = 0.02  # seconds at either end of a source
+LEVEL_SPREAD = 6.0  # largest difference in dB between the levels of two sources
+SNR = (4.0, 20.0)  # level of the loudest source relative to the noise, in dB
+NOISE_POLE = (0.0, 0.95)  # pole of the one-pole filter that colours the noise
+FADE = 0.02  # seconds of fade-in and fade-out of a source
 PEAK = 0.9
 
-# Outside the training ranges: `test_shifted`.
+# Values outside the training ranges, for `test_shifted`.
 SHIFTED_SNR = (1.0, 4.0)
 SHIFTED_NOISE_POLE = (-0.3, -0.05)  # brighter than white
 REVERBERATION_TIME = (0.2, 0.5)  # seconds to -60 dB
-REVERBERATION_LEVEL = (-12.0, -6.0)  # dB, reverberant over direct sound
+REVERBERATION_LEVEL = (-12.0, -6.0)  # level of reverberant relative to direct sound, in dB
 
-# How hard it is to see.
-MOTION = 1  # pixels by which an object sways to either side of its cell
-PLATE = (0, 0, 0)  # colour of the square an object stands on: its shape then shows in each patch, whatever the ground
-GRAIN = 8  # standard deviation of the frames' noise, of 255
+# Image difficulty.
+MOTION = 1  # largest horizontal offset of an object, in pixels
+PLATE = (0, 0, 0)  # colour of the square behind an object, which makes its shape visible on every background
+GRAIN = 8  # standard deviation of the image noise, on the scale of 0 to 255
 
 
 @dataclass(frozen=True)
 class Entity:
-    """One thing in a scene.
+    """An object in a scene.
 
-    name: a class or a silent object; colour; cell: 0 to 3, reading order, None off screen; span: when it sounds
-    (start, end) in seconds, None if it keeps silent; level: dB relative to the loudest source.
+    Attributes:
+        name: name of a sounding class or a silent object.
+        colour: name of its colour.
+        cell: 0 to 3 in reading order, or None if it is not visible.
+        span: (start, end) of its sound in seconds, or None if it is silent.
+        level: dB relative to the loudest source.
     """
 
     name: str
@@ -69,7 +73,14 @@ class Entity:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that captions and ground truth depend on. snr in dB; shift 0 inside the training ranges."""
+    """A scene, which determines the captions and the ground truth.
+
+    Attributes:
+        entities: objects of the scene.
+        background: name of the background.
+        snr: level of the loudest source relative to the noise, in dB.
+        shift: 0 for parameters inside the training ranges, 1 for parameters outside.
+    """
 
     entities: tuple[Entity, ...]
     background: str
@@ -78,17 +89,17 @@ class Scene:
 
     @property
     def audible(self) -> list[Entity]:
-        """What sounds, the loudest first."""
+        """Audible objects, in order of decreasing loudness."""
         return sorted((e for e in self.entities if e.span is not None), key=lambda entity: -entity.level)
 
     @property
     def visible(self) -> list[Entity]:
-        """What shows, in reading order of the grid."""
+        """Visible objects, in reading order of the grid."""
         return sorted((e for e in self.entities if e.cell is not None), key=lambda entity: entity.cell)
 
     @property
     def seen(self) -> list[Entity]:
-        """What sounds and shows and is not mistakable for another class by its look, the loudest first."""
+        """Objects that are audible, visible and not visually ambiguous, in order of decreasing loudness."""
         return [e for e in self.audible if e.cell is not None and e.name not in LOOK_AMBIGUOUS]
 
 
@@ -97,7 +108,7 @@ _WEIGHTS = np.array([sounding.weight for sounding in CLASSES.values()])
 
 
 def _draw_class(rng: np.random.Generator, excluded: set[str], cumulative: np.ndarray) -> str:
-    """A class by cumulative weight, and its exclusion and its rival's from further draws."""
+    """Draw a class by weight, and exclude it and the other class of its pair from further draws."""
     while True:
         name = _NAMES[int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))]
         if name not in excluded:
@@ -112,7 +123,7 @@ def _draw_span(rng: np.random.Generator) -> tuple[float, float]:
 
 
 def _even_weights(weights: np.ndarray, classes: Collection[str]) -> np.ndarray:
-    """The weights, those of `classes` replaced by SOLOIST_WEIGHT times their mean."""
+    """Replace the weights of `classes` with SOLOIST_WEIGHT times their mean."""
     chosen = np.isin(_NAMES, tuple(classes))
     return np.where(chosen, SOLOIST_WEIGHT * weights[chosen].mean(), weights) if chosen.any() else weights
 
@@ -126,13 +137,18 @@ def sample_scene(
 ) -> Scene:
     """Draw a scene.
 
-    Each visible sound brings a silent sounding object with such a probability that SILENT_SOURCE of all visible
-    sounding objects keep silent. At least one thing sounds and one shows. `shifted` draws what `test_shifted` holds;
-    `curated` draws what a user would choose as an example: all that sounds shows, all that could sound does.
-    `flattened` draws classes and numbers of sources by the square root of their weights: pictures of several things,
-    and a shorter tail.
-    `soloists` are classes drawn equally often, and SOLOIST_WEIGHT times as often together as they would be. In SOLO of
-    the scenes with one, it sounds throughout and shows, and no other class is there; silent objects may be.
+    At least one object is audible and at least one is visible. Silent objects of sounding classes are added so that
+    they make up SILENT_SOURCE of all visible objects of sounding classes.
+
+    Args:
+        rng: random generator.
+        shifted: if True, draw from the ranges of `test_shifted`.
+        curated: if True, draw a scene that a user would choose as an example: all audible objects are visible, and all
+            objects of sounding classes are audible.
+        flattened: if True, draw classes and numbers of sources by the square root of their weights, which gives more
+            objects per scene and more rare classes.
+        soloists: classes that are drawn with equal probability, with SOLOIST_WEIGHT times their total weight. In SOLO
+            of the scenes with a soloist, it is visible, sounds throughout, and is the only object of a sounding class.
     """
     weights = np.sqrt(_WEIGHTS) if flattened else _WEIGHTS
     cumulative = np.cumsum(_even_weights(weights, soloists))
@@ -175,7 +191,7 @@ def sample_scene(
 
 
 def another_view(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same things in other colours, at other places of the grid, before another ground."""
+    """Return a scene of the same objects with other colours, cells and background."""
     cells = iter(rng.permutation(GRID * GRID).tolist())
     entities = tuple(
         replace(
@@ -189,7 +205,7 @@ def another_view(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def _normalise(signal: np.ndarray) -> np.ndarray:
-    """Unit power over the 20 ms frames within 20 dB of the strongest, so that pauses do not count as faintness."""
+    """Scale to unit power over the 20 ms frames within 20 dB of the loudest, so that pauses are ignored."""
     size = SAMPLING_RATE // 50
     power = np.square(signal[: signal.size // size * size].reshape(-1, size)).mean(axis=1)
     return signal / np.sqrt(power[power >= 0.01 * power.max()].mean() + 1e-12)
@@ -198,14 +214,16 @@ def _normalise(signal: np.ndarray) -> np.ndarray:
 def render_audio(
     scene: Scene, rng: np.random.Generator, synthesisers: Mapping[str, Synthesiser] | None = None
 ) -> np.ndarray:
-    """The scene's sound.
+    """Render the audio of a scene.
 
     Args:
-        synthesisers: by class name, in place of the built-in ones; may name some classes. They play recordings, which
-            bring a noise of their own: a scene with one of them gets no other.
+        scene: scene to render.
+        rng: random generator.
+        synthesisers: synthesisers that replace the built-in ones, by class name, for some or all classes. They play
+            recordings, which contain background noise, so no noise is added to a scene that uses one of them.
 
     Returns:
-        (NUM_SAMPLES,) float32 at SAMPLING_RATE, with peak PEAK.
+        (NUM_SAMPLES,) float32 at SAMPLING_RATE, with peak amplitude PEAK.
     """
     synthesisers = synthesisers or {}
     mix = np.zeros(NUM_SAMPLES, dtype=np.float32)
@@ -229,7 +247,7 @@ def render_audio(
 
 
 def _paint_background(background: str, rng: np.random.Generator) -> np.ndarray:
-    """(IMAGE_SIZE, IMAGE_SIZE, 3) float32, each place with a texture of its own at a random offset."""
+    """Background image (IMAGE_SIZE, IMAGE_SIZE, 3) float32. Each background has its own texture, randomly shifted."""
     rows, columns = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + rng.integers(0, IMAGE_SIZE, 2)[:, None, None]
     texture = {
         "grass": np.where((columns + rows // 4 * 3) % 5 == 0, 22, 0),  # blades
@@ -243,7 +261,7 @@ def _paint_background(background: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def render_frames(scene: Scene, rng: np.random.Generator, num_frames: int = NUM_FRAMES) -> list[np.ndarray]:
-    """The scene's pictures: each object sways in its cell from frame to frame.
+    """Render the frames of a scene. The objects move randomly within their cells from frame to frame.
 
     Returns:
         num_frames arrays (IMAGE_SIZE, IMAGE_SIZE, 3) uint8.

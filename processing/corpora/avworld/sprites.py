@@ -1,6 +1,6 @@
-"""Pixel art of AVWorld: one 8 x 8 bitmap for each look.
+"""Sprites of AVWorld: one 8 x 8 bitmap per visual class.
 
-Drawn side by side, a band of sprites at a time, so that the sheet can be read and edited as a picture.
+The sprites are drawn side by side in rows, so that the sheet can be read and edited as an image.
 """
 
 import numpy as np
@@ -81,17 +81,17 @@ def _parse(sheet: str) -> dict[str, np.ndarray]:
     return sprites
 
 
-# name -> (8, 8) bool
+# (8, 8) bool by name
 SPRITES: dict[str, np.ndarray] = _parse(_SHEET)
 
-# name -> (24, 24) bool, as drawn into the image
+# (24, 24) bool by name, at image resolution
 MASKS: dict[str, np.ndarray] = {
     name: np.kron(sprite, np.ones((SCALE, SCALE), dtype=bool)) for name, sprite in SPRITES.items()
 }
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> int:
-    """Fewest differing pixels between two (8, 8) sprites over shifts of the second by at most one pixel."""
+    """Smallest number of differing pixels between two (8, 8) sprites, over shifts of the second by up to one pixel."""
     padded = np.pad(second, 1)
     shifts = [padded[y : y + SPRITE_SIZE, x : x + SPRITE_SIZE] for y in range(3) for x in range(3)]
     return min(int(np.sum(first != shifted)) for shifted in shifts)

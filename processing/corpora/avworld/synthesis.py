@@ -1,7 +1,7 @@
-"""One synthesiser for each sound of AVWorld.
+"""Synthesisers of AVWorld, one per sound.
 
-Each is `f(rng, num_samples, sampling_rate, shift) -> (num_samples,) float32`, of arbitrary level. Every parameter that
-matters is drawn anew for each call; `shift` above 0 draws it outside the range that training sees.
+A synthesiser is a function `f(rng, num_samples, sampling_rate, shift) -> (num_samples,) float32` with an arbitrary
+output level. Each call draws new parameters. If `shift` is greater than 0, they are outside the training ranges.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def crow(rng, num_samples, sampling_rate, shift):
 
 
 def meow(rng, num_samples, sampling_rate, shift):
-    """A soft glide up and down whose vowel opens and closes."""
+    """A soft glide up and down with a vowel that opens and closes."""
     pitch, length = draw(rng, 560, 850, shift), draw(rng, 0.4, 0.65, shift)
     size = int(length * sampling_rate)
     position = np.linspace(0, 1, size, dtype=np.float32)
@@ -94,7 +94,7 @@ def meow(rng, num_samples, sampling_rate, shift):
 
 
 def rotor(rng, num_samples, sampling_rate, shift):
-    """Low noise chopped into blades."""
+    """Low noise, amplitude-modulated by the rotor blades."""
     rate = draw(rng, 10, 17, shift)
     blades = (0.5 + 0.5 * np.sin(2 * np.pi * rate * seconds(num_samples, sampling_rate))) ** 3
     wash = lowpass(noise(rng, num_samples), draw(rng, 300, 600, shift), sampling_rate)
@@ -143,7 +143,7 @@ def sneeze(rng, num_samples, sampling_rate, shift):
 
 
 def drum(rng, num_samples, sampling_rate, shift):
-    """Kicks and snares in turn, on a steady beat."""
+    """Alternating kick and snare on a steady beat."""
     starts = onsets(rng, num_samples, sampling_rate, draw(rng, 0.18, 0.32, shift))
     size = int(0.22 * sampling_rate)
     time = seconds(size, sampling_rate)
@@ -169,7 +169,7 @@ def hoot(rng, num_samples, sampling_rate, shift):
 
 
 def patter(rng, num_samples, sampling_rate, shift):
-    """Steady hiss with countless drops."""
+    """Steady hiss with many short drops."""
     count = rng.poisson(draw(rng, 150, 400, shift) * num_samples / sampling_rate)
     drops = impulses(num_samples, rng.integers(0, num_samples, count), 8 * rng.random(count))
     drops = resonate(drops, draw(rng, 3500, 5000, shift), 2500, sampling_rate)
@@ -177,7 +177,7 @@ def patter(rng, num_samples, sampling_rate, shift):
 
 
 def engine(rng, num_samples, sampling_rate, shift):
-    """A low even drone of pulses."""
+    """A low, even drone of pulses."""
     drift = 1 + 0.03 * np.sin(2 * np.pi * draw(rng, 0.5, 1.5, shift) * seconds(num_samples, sampling_rate))
     pulses = oscillate(phase_of(draw(rng, 28, 50, shift) * drift, sampling_rate), np.ones(20))
     body = resonate(pulses, draw(rng, 120, 220, shift), 120, sampling_rate)
@@ -185,7 +185,7 @@ def engine(rng, num_samples, sampling_rate, shift):
 
 
 def whistle(rng, num_samples, sampling_rate, shift):
-    """Two close steady tones in a stream of air, starting from below."""
+    """Two steady tones of similar pitch in air noise, starting with a rise in pitch."""
     pitch = draw(rng, 1300, 2100, shift) * (1 - 0.25 * np.exp(-seconds(num_samples, sampling_rate) / 0.25))
     first, second = phase_of(pitch, sampling_rate), phase_of(pitch * draw(rng, 1.12, 1.25, shift), sampling_rate)
     air = resonate(noise(rng, num_samples), float(pitch[-1]), 1500, sampling_rate)
@@ -193,14 +193,14 @@ def whistle(rng, num_samples, sampling_rate, shift):
 
 
 def beep(rng, num_samples, sampling_rate, shift):
-    """One tone, on and off in even halves."""
+    """One tone, switched on and off for equal durations."""
     gate = (draw(rng, 1.4, 2.4, shift) * seconds(num_samples, sampling_rate) + 0.5 * rng.random()) % 1.0 < 0.5
     tone = oscillate(seconds(num_samples, sampling_rate) * draw(rng, 950, 1350, shift), [1.0, 0.0, 0.3])
     return lowpass(gate.astype(np.float32), 100, sampling_rate) * tone
 
 
 def chirp(rng, num_samples, sampling_rate, shift):
-    """Single short high notes that fall, at uneven distances."""
+    """Short, high, falling notes at uneven intervals."""
     pitch, size = draw(rng, 3400, 4600, shift), int(draw(rng, 0.05, 0.09, shift) * sampling_rate)
     position = np.linspace(0, 1, size, dtype=np.float32)
     note = oscillate(phase_of(pitch * (1.25 - 0.5 * position), sampling_rate), [1.0, 0.1]) * swell(size, 0.2, 0.5)
@@ -209,7 +209,7 @@ def chirp(rng, num_samples, sampling_rate, shift):
 
 
 def trill(rng, num_samples, sampling_rate, shift):
-    """Long high phrases that waver fast and climb or fall."""
+    """Long, high phrases with fast vibrato that rise or fall."""
     length, pitch = draw(rng, 0.5, 0.8, shift), draw(rng, 3200, 4400, shift)
     size = int(length * sampling_rate)
     position = np.linspace(0, 1, size, dtype=np.float32)
@@ -223,7 +223,7 @@ def trill(rng, num_samples, sampling_rate, shift):
 
 
 def _strikes(rng, num_samples, sampling_rate, starts, pitch, ratios, time_constant):
-    """Struck metal: inharmonic partials, the high ones fading first."""
+    """Struck metal: inharmonic partials, of which the higher ones decay faster."""
     time = seconds(num_samples, sampling_rate)
     out = np.zeros(num_samples, dtype=np.float32)
     for index, ratio in enumerate(ratios):
@@ -233,21 +233,21 @@ def _strikes(rng, num_samples, sampling_rate, starts, pitch, ratios, time_consta
 
 
 def toll(rng, num_samples, sampling_rate, shift):
-    """A great bell: slow strokes that ring on."""
+    """A large bell: slow strokes with long decay."""
     starts = onsets(rng, num_samples, sampling_rate, draw(rng, 0.8, 1.3, shift))
     ratios = (1.0, 0.5, 1.19, 1.5, 2.0, 2.75)
     return _strikes(rng, num_samples, sampling_rate, starts, draw(rng, 380, 620, shift), ratios, 0.7)
 
 
 def jingle(rng, num_samples, sampling_rate, shift):
-    """A small bell shaken."""
+    """A small, shaken bell."""
     starts = onsets(rng, num_samples, sampling_rate, draw(rng, 0.11, 0.2, shift), jitter=0.25)
     ratios = (1.0, 1.37, 1.83, 2.3)
     return _strikes(rng, num_samples, sampling_rate, starts, draw(rng, 1700, 2600, shift), ratios, 0.12)
 
 
 def ring(rng, num_samples, sampling_rate, shift):
-    """Two gongs struck in turn at great speed, with pauses."""
+    """Two bells struck alternately at high speed, with pauses."""
     period = draw(rng, 0.8, 1.1, shift)
     starts = onsets(rng, num_samples, sampling_rate, 1 / draw(rng, 18, 26, shift))
     starts = starts[(starts / sampling_rate + period * 0.3 * rng.random()) % period < 0.65 * period]
@@ -257,14 +257,14 @@ def ring(rng, num_samples, sampling_rate, shift):
 
 
 def buzz(rng, num_samples, sampling_rate, shift):
-    """A motor's hum in long pulses."""
+    """The hum of a motor in long pulses."""
     gate = (draw(rng, 1.2, 2.0, shift) * seconds(num_samples, sampling_rate) + 0.4 * rng.random()) % 1.0 < 0.65
     hum = oscillate(seconds(num_samples, sampling_rate) * draw(rng, 140, 200, shift), [0.6, 1.0, 0.8, 0.7, 0.6, 0.3])
     return lowpass(gate.astype(np.float32), 40, sampling_rate) * hum
 
 
 def tick(rng, num_samples, sampling_rate, shift):
-    """Dry clicks in pairs of unequal pitch."""
+    """Dry clicks that alternate between two pitches."""
     starts = onsets(rng, num_samples, sampling_rate, draw(rng, 0.2, 0.4, shift))
     pitch = draw(rng, 2200, 3200, shift)
     first = resonate(impulses(num_samples, starts[::2]), pitch, 250, sampling_rate)

@@ -46,7 +46,7 @@ def test_silence_at_the_ends_is_cut_off(tmp_path):
 
 
 def test_silent_recordings_are_rejected(tmp_path):
-    with pytest.raises(MediaError, match=r"1-1-A.wav: holds nothing but silence; download it again or remove it"):
+    with pytest.raises(MediaError, match=r"1-1-A.wav: contains only silence; download it again or remove it"):
         sounding_part(write(tmp_path / "1-1-A.wav", 1.0))
 
 

@@ -131,7 +131,7 @@ def test_misnamed_files_are_named(copied, name):
 
 @pytest.mark.parametrize("folds", [(), (0, 1), (5,)])
 def test_folds_are_1_to_4(tones, folds):
-    with pytest.raises(ValueError, match="folds of ESC-10 are 1, 2, 3, 4; give some of them"):
+    with pytest.raises(ValueError, match="folds must be one or more of 1, 2, 3, 4, not"):
         recorded_synthesisers(tones, folds)
 
 

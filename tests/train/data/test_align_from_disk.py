@@ -185,7 +185,7 @@ def test_a_script_ends_in_a_line(broken_folder, run_dir, stage_words, tmp_path, 
     for path in broken_folder.glob("*.flac"):
         path.write_bytes(b"")
     with pytest.raises(
-        SystemExit, match=r"^align.py: error: 100 clips in a row cannot be opened, the last: clip 'tr"
+        SystemExit, match=r"^align.py: error: 100 consecutive clips cannot be opened; last error: clip 'tr"
     ) as end:
         run_stage_script(align.main)
     assert "\n" not in end.value.code and len(end.value.code) < 400

@@ -73,7 +73,9 @@ def test_another_clip_takes_the_place_of_a_broken_one(corpus, kind, caplog):
     assert opener.broken == len(caplog.records) >= 20
     told = caplog.records[0].getMessage()
     assert (
-        told.startswith("clip 'clip 4': ") and "4.wav" in told and told.endswith("another clip is taken in its place")
+        told.startswith("clip 'clip 4': ")
+        and "4.wav" in told
+        and told.endswith("the clip is replaced with another one")
     )
 
 
@@ -104,7 +106,9 @@ def test_workers_share_the_count(corpus, kind):
 
 def test_a_corpus_of_broken_clips_ends(corpus):
     opener = ClipOpener(corpus.select(BROKEN))
-    with pytest.raises(MediaError, match=f"{MOST_IN_A_ROW} clips in a row cannot be opened, the last: clip 'clip "):
+    with pytest.raises(
+        MediaError, match=f"{MOST_IN_A_ROW} consecutive clips cannot be opened; last error: clip 'clip "
+    ):
         opener([corpus[1]], audio=True)
     assert opener.broken == MOST_IN_A_ROW
 

@@ -1,4 +1,4 @@
-"""The pre-filter's report: both ends of the ranking, with sound and frames; it comes whole, and before the list."""
+"""Tests of the pre-filter's report: nearest and farthest clips, media, escaping and atomic writing."""
 
 import errno
 import random
@@ -21,13 +21,13 @@ RED = (214, 39, 40)  # matplotlib's tab:red
 
 
 def sound_of(index: int) -> np.ndarray:
-    """The samples of clip `index`, (1600 + index,) int16: no two clips' are alike."""
+    """Samples of clip `index`, (1600 + index,) int16, different for each clip."""
     return np.random.default_rng(index).integers(-20_000, 20_000, 1600 + index, dtype=np.int16)
 
 
 @pytest.fixture
 def make_clips(tmp_path):
-    """`make_clips(scores, kept)`: clips with sound and three frames, grey of level 10 * index, two captioned."""
+    """`make_clips(scores, kept)`: clips with audio, three frames of grey level 10 * index and two captions."""
 
     def make_clips(scores: list[float], kept: int) -> tuple[Dataset, list[dict]]:
         rows, scored = [], []
@@ -50,7 +50,7 @@ def make_clips(tmp_path):
 
 @pytest.fixture
 def read_report(read_page):
-    """`read_report(folder)`: the page, and each of its articles as a page of its own."""
+    """`read_report(folder)`: the parsed page, and each of its articles parsed separately."""
 
     def read_report(folder):
         text = (folder / "index.html").read_text(encoding="utf-8")
@@ -76,19 +76,19 @@ def test_both_ends_are_shown_in_order_with_their_media(make_clips, read_report, 
     write_report(tmp_path / "report", *make_clips(scores, 7), {}, "the 7 nearest")
     page, articles = read_report(tmp_path / "report")
 
-    assert page.texts_of("p")[0] == "7 of 25 scored clips kept: the 7 nearest. The farthest of them lies at 0.0600."
+    assert page.texts_of("p")[0] == "7 of 25 scored clips kept: the 7 nearest. Their largest distance is 0.0600."
     assert page.texts_of("h2") == ["Nearest", "Farthest"]
     ranked = [scores.index(score) for score in sorted(scores)]
     shown = ranked[:10] + ranked[::-1][:10]
-    assert page.texts_of("h3") == [f"clip{index}" for index in shown] == opened  # and no other clip is opened
+    assert page.texts_of("h3") == [f"clip{index}" for index in shown] == opened  # no other clip is opened
     for index, article in zip(shown, articles, strict=True):
-        told = f"distance {scores[index]:.4f}, {'kept' if scores[index] < 0.07 else 'left out'}"
+        told = f"distance {scores[index]:.4f}, {'kept' if scores[index] < 0.07 else 'not kept'}"
         assert article.texts_of("p")[0] == told and f"labels: label of clip{index}" in article.texts_of("p")
         assert article.texts_of("li") == [f"first of clip{index}", f"second of clip{index}"]
         sound, *frames = article.sources()
         samples, rate = soundfile.read(tmp_path / "report" / sound, dtype="int16")
         assert rate == 16_000 and np.array_equal(samples, sound_of(index))
-        assert len(frames) == 2  # of three: as many as were captioned
+        assert len(frames) == 2  # of three frames, the two captioned ones
         assert np.abs(np.asarray(Image.open(tmp_path / "report" / frames[0]), int) - 10 * index).max() <= 1
     assert set(files_of(tmp_path / "report")) == {"index.html", *page.sources()}
 
