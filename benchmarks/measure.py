@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from dali_llava.eval.results import versions, write_text
+from dali_llava.atomic import write_text
+from dali_llava.eval.results import versions
 
 
 RESULTS = Path(__file__).parent / "results"

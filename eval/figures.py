@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dali_llava.atomic import atomic_path
+
 from .mean_tokens import modality_gap
 
 
@@ -88,13 +90,9 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, path: str | os.PathLike) -> Path:
-    """Write a PNG under a temporary name and rename it."""
+    """Write a PNG, whole or not at all; make its folder if missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

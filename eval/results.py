@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dali_llava.atomic import write_text
 from dali_llava.eval.avworld.source_metrics import SOURCE_METRICS
 
 from .caption_metrics import CAPTION_METRICS
@@ -147,17 +148,6 @@ def write_results(results: Results, directory: str | os.PathLike) -> tuple[Path,
     for path, content in zip(paths, (text, to_markdown(results)), strict=True):
         write_text(path, content)
     return paths
-
-
-def write_text(path: str | os.PathLike, content: str) -> None:
-    """Writes a UTF-8 file under a temporary name and renames it, so that no reader sees half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_results(path: str | os.PathLike) -> Results:

@@ -58,9 +58,10 @@ def run(args: argparse.Namespace) -> int:
     import json
     import sys
 
+    from dali_llava.atomic import write_text
     from dali_llava.eval.caption_metrics import CaptionScorer
     from dali_llava.eval.evaluation import System, caption_split, score_split
-    from dali_llava.eval.results import Results, print_results, versions, write_text
+    from dali_llava.eval.results import Results, print_results, versions
     from dali_llava.eval.runner import CaptionRunner
     from dali_llava.processing.corpora.avworld import names
     from dali_llava.processing.processing_llava_audio import SOUND_PROMPT

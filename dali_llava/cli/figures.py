@@ -33,8 +33,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from transformers import logging
 
+    from dali_llava.atomic import write_text
     from dali_llava.eval.avworld.recordings import RECORDINGS_SPLIT
-    from dali_llava.eval.results import load_results, write_text
+    from dali_llava.eval.results import load_results
     from dali_llava.eval.summary import summary_markdown
 
     logging.disable_progress_bar()

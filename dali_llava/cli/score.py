@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     """Score `args.candidates` against `args.references`, write and print the scores; 0."""
     from rich.console import Console
 
+    from dali_llava.atomic import write_text
     from dali_llava.eval.caption_files import read_candidates, read_references
     from dali_llava.eval.caption_metrics import CaptionScorer, check_ids
-    from dali_llava.eval.results import write_text
 
     out = Path(args.out)
     if out.is_dir():

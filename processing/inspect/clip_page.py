@@ -27,7 +27,7 @@ article img { height: 9rem; margin: 0 .25rem .25rem 0; }
 
 
 @dataclass(frozen=True)
-class Sample:
+class ClipSample:
     """An opened clip: its row, its media by extension (flac, 0.jpg, 1.jpg, ...), what of it cannot be opened, and
     why."""
 
@@ -36,7 +36,7 @@ class Sample:
     problems: list[Dropped]
 
 
-def open_clip(row: Mapping[str, Any], frames: int = 10) -> Sample:
+def open_clip(row: Mapping[str, Any], frames: int = 10) -> ClipSample:
     """
     Sound and frames of a clip, decoded as `dali-llava prepare` does; each on its own, so that one may be broken.
 
@@ -55,7 +55,7 @@ def open_clip(row: Mapping[str, Any], frames: int = 10) -> Sample:
             problems.append(outcome)
         else:
             files |= {name: content for name, content in outcome.files.items() if name != "json"}
-    return Sample(row, files, problems)
+    return ClipSample(row, files, problems)
 
 
 def check_folder(out: Path, names: Set[str], option: str) -> None:
@@ -116,7 +116,7 @@ def write_text(path: Path, text: str) -> None:
     path.write_bytes(text.encode(errors="replace"))
 
 
-def write_media(folder: Path, samples: Sequence[Sample]) -> None:
+def write_media(folder: Path, samples: Sequence[ClipSample]) -> None:
     """Write the samples' media into `folder`/media, by the names that `article` gives them."""
     (folder / MEDIA).mkdir()
     for number, sample in enumerate(samples):
@@ -153,7 +153,7 @@ def to_table(lines: Sequence[tuple[str, str]]) -> str:
     return "\n".join(["<table>", *rows, "</table>"])
 
 
-def article(number: int, sample: Sample, captions: Sequence[str], *facts: str) -> str:
+def article(number: int, sample: ClipSample, captions: Sequence[str], *facts: str) -> str:
     """
     One clip: `facts`, where it is from, its labels, what of it cannot be opened, its media, and captions.
 

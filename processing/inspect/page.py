@@ -9,7 +9,7 @@ from typing import Any
 from dali_llava.processing.inspect.clip_page import (
     MEDIA,
     PAGE,
-    Sample,
+    ClipSample,
     article,
     check_folder,
     new_folder,
@@ -19,7 +19,7 @@ from dali_llava.processing.inspect.clip_page import (
     write_media,
     write_text,
 )
-from dali_llava.processing.inspect.summary import Summary
+from dali_llava.processing.inspect.summary import CorpusSummary
 
 
 FIGURES = "summary.json"
@@ -34,7 +34,9 @@ def check_output(out: Path) -> None:
     check_folder(out, *FOLDER)
 
 
-def write_page(out: Path, title: str, summary: Summary, samples: Sequence[Sample], about: dict[str, Any]) -> None:
+def write_page(
+    out: Path, title: str, summary: CorpusSummary, samples: Sequence[ClipSample], about: dict[str, Any]
+) -> None:
     """
     Write index.html, summary.json and media/ into the folder `out`, whole or not at all; an older page is replaced.
 
@@ -55,7 +57,7 @@ def write_page(out: Path, title: str, summary: Summary, samples: Sequence[Sample
         write_text(folder / PAGE, to_html(title, summary, samples))
 
 
-def to_html(title: str, summary: Summary, samples: Sequence[Sample]) -> str:
+def to_html(title: str, summary: CorpusSummary, samples: Sequence[ClipSample]) -> str:
     """The page; its media are named as `write_media` names them."""
     durations = [(span(low, high), count) for low, high, count in summary.histogram()]
     return to_page(

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-from dali_llava.processing.inspect.clip_page import Sample, open_clip
+from dali_llava.processing.inspect.clip_page import ClipSample, open_clip
 from dali_llava.processing.media import probe
 from dali_llava.processing.shards.clip import is_given
 
@@ -23,7 +23,7 @@ SHOWN_LABELS = 5  # in the table
 
 
 @dataclass
-class Summary:
+class CorpusSummary:
     """The figures of a corpus.
 
     clips: all; with_sound, with_frames, with_captions, with_labels: those that list any; captions: of all clips;
@@ -123,7 +123,7 @@ def inspect_rows(
     check: int = 0,
     seed: int = 0,
     total: int | None = None,
-) -> tuple[Summary, list[Sample]]:
+) -> tuple[CorpusSummary, list[ClipSample]]:
     """
     Go through a corpus once, and open some of its clips.
 
@@ -140,7 +140,7 @@ def inspect_rows(
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
-    summary, draw = Summary(), random.Random(seed)
+    summary, draw = CorpusSummary(), random.Random(seed)
     # The clips with the smallest of random numbers are a fair choice, though nobody knows how many will come.
     chosen = heapq.nsmallest(max(samples, check), _counted(rows, summary, total), key=lambda row: draw.random())
     if not chosen:
@@ -156,7 +156,7 @@ def inspect_rows(
     return summary, opened
 
 
-def _counted(rows: Iterable[Mapping], summary: Summary, total: int | None) -> Iterator[Mapping]:
+def _counted(rows: Iterable[Mapping], summary: CorpusSummary, total: int | None) -> Iterator[Mapping]:
     for row in tqdm(rows, desc="reading", unit=" clips", total=total, delay=2, leave=False):
         summary.add(row)
         yield row

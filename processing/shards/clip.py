@@ -72,7 +72,7 @@ class ClipSettings:
 
 
 @dataclass(frozen=True)
-class Clip:
+class PreparedClip:
     """A clip that is ready: its key in a shard, its files by extension (flac, 0.jpg ... 9.jpg, json), its length."""
 
     key: str
@@ -93,7 +93,7 @@ class _Drop(Exception):
     """Ends the work on a clip; its arguments are the reason and the detail."""
 
 
-def prepare_clip(row: Mapping, settings: ClipSettings) -> Clip | Dropped:
+def prepare_clip(row: Mapping, settings: ClipSettings) -> PreparedClip | Dropped:
     """
     Decode, cut and encode one clip: 16 kHz mono FLAC of 16 bits, and a JPEG for the first frame of each second.
 
@@ -117,7 +117,7 @@ def prepare_clip(row: Mapping, settings: ClipSettings) -> Clip | Dropped:
     except Exception as error:  # what media files do to decoders cannot be listed, and the other clips must go on
         return Dropped(row["id"], "broken", f"{type(error).__name__}: {' '.join(str(error).split())}")
     files["json"] = json.dumps({name: row[name] for name in METADATA}).encode()
-    return Clip(clip_key(row["id"]), files, 0.0 if waveform is None else len(waveform) / SAMPLING_RATE)
+    return PreparedClip(clip_key(row["id"]), files, 0.0 if waveform is None else len(waveform) / SAMPLING_RATE)
 
 
 def clip_key(name: str) -> str:

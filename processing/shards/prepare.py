@@ -10,11 +10,11 @@ import datasets
 from tqdm import tqdm
 
 from ..corpora.shards import INDEX_FILE
-from .clip import Clip, ClipSettings, Dropped, prepare_clip
+from .clip import ClipSettings, Dropped, PreparedClip, prepare_clip
 from .lock import output_lock
 from .plan import Plan, make_plan
 from .pool import Died, WorkerPool
-from .report import Summary, read_record, shard_name, summarise, write_index, write_record
+from .report import ShardSummary, read_record, shard_name, summarise, write_index, write_record
 from .writer import TarShard, tar_size, write_error, write_whole
 
 
@@ -33,7 +33,7 @@ def prepare_shards(
     num_proc: int | None = None,
     num_jobs: int = 1,
     job_id: int = 0,
-) -> Summary:
+) -> ShardSummary:
     """
     Put the clips of a corpus into shards: tar files in the layout of WebDataset, 16 kHz FLAC and JPEG.
 
@@ -107,11 +107,13 @@ def _clips_for(shard_size: int, rows: datasets.Dataset, settings: ClipSettings, 
     sampled = (rows[number] for number in range(0, len(rows), step))
     with WorkerPool(partial(prepare_clip, settings=settings), num_proc) as pool:
         outcomes = tqdm(pool.map(sampled), total=-(-len(rows) // step), desc="sizing the shards", leave=False)
-        sizes = [tar_size(outcome) if isinstance(outcome, Clip) else 0 for outcome in outcomes]
+        sizes = [tar_size(outcome) if isinstance(outcome, PreparedClip) else 0 for outcome in outcomes]
     return max(1, round(shard_size * 1_000_000 / (sum(sizes) / len(sizes) or ASSUMED_SIZE)))
 
 
-def _outcomes(rows: datasets.Dataset, plan: Plan, shards: list[int], pool: WorkerPool) -> Iterator[Clip | Dropped]:
+def _outcomes(
+    rows: datasets.Dataset, plan: Plan, shards: list[int], pool: WorkerPool
+) -> Iterator[PreparedClip | Dropped]:
     """What becomes of the rows of the shards, in their order; the clips of the next shard are begun in good time."""
     numbers = [number for shard in shards for number in plan.rows_of(shard)]
     results = pool.map(rows[number] for number in numbers if number not in plan.duplicates)
@@ -131,7 +133,7 @@ def _ending(exit_code: int | None) -> str:
     return f"exit code {exit_code}"
 
 
-def _make_shard(out: Path, number: int, plan: Plan, outcomes: Iterator[Clip | Dropped], bar: tqdm) -> None:
+def _make_shard(out: Path, number: int, plan: Plan, outcomes: Iterator[PreparedClip | Dropped], bar: tqdm) -> None:
     """Write a shard, and when it is whole its record."""
     dropped = []
     path = out / shard_name(number)
@@ -139,7 +141,7 @@ def _make_shard(out: Path, number: int, plan: Plan, outcomes: Iterator[Clip | Dr
         shard = TarShard(file)
         for _ in plan.rows_of(number):
             outcome = next(outcomes)
-            if isinstance(outcome, Clip):
+            if isinstance(outcome, PreparedClip):
                 shard.add(outcome)
             else:
                 dropped.append(outcome)

@@ -19,7 +19,7 @@ REPORT_FILE = "report.csv"
 
 
 @dataclass(frozen=True)
-class Summary:
+class ShardSummary:
     """What an output folder holds: totals over its finished shards.
 
     dropped: clips left out, by reason; seconds: of sound; shards: finished ones, of num_shards.
@@ -94,13 +94,13 @@ def read_record(out: Path, number: int, plan: Plan) -> dict[str, Any] | None:
     return record if is_current else None
 
 
-def summarise(records: Sequence[dict[str, Any]], num_shards: int) -> Summary:
+def summarise(records: Sequence[dict[str, Any]], num_shards: int) -> ShardSummary:
     """The totals of the records of finished shards."""
     counts = Counter(reason for record in records for _, reason, _ in record["dropped"])
     totals = {name: sum(record[name] for record in records) for name in ("rows", "clips", "bytes")}
     seconds = round(sum(record["seconds"] for record in records), 4)
     dropped = {reason: counts[reason] for reason in REASONS if counts[reason]}
-    return Summary(**totals, seconds=seconds, dropped=dropped, shards=len(records), num_shards=num_shards)
+    return ShardSummary(**totals, seconds=seconds, dropped=dropped, shards=len(records), num_shards=num_shards)
 
 
 def write_index(out: Path, plan: Plan, records: Sequence[dict[str, Any]], tag: str = "") -> None:

@@ -2,14 +2,15 @@
 
 import errno
 import hashlib
-import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from .clip import Clip
+from dali_llava.atomic import atomic_path
+
+from .clip import PreparedClip
 
 
 _REMEDIES = {
@@ -29,29 +30,19 @@ def write_error(path: Path, error: OSError) -> OSError:
 
 @contextmanager
 def write_whole(path: Path, tag: str = "") -> Iterator[BinaryIO]:
-    """A binary file that gets its name when the block ends well, and is gone when it does not.
-
-    The temporary name is always the same, so that what a killed run left is written over; writers that may meet need a
-    `tag` each.
+    """
+    A binary file that is written whole or not at all; see `atomic_path`.
 
     Raises:
-        OSError: it cannot be written; one line with the remedy.
+        OSError: the file cannot be written; the message is one line with the remedy.
     """
-    temporary = path.with_name(f".{path.name}{tag}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with atomic_path(path, tag) as temporary, open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:  # a read-only file system
-            pass
-        if isinstance(error, OSError) and error.errno is not None:
-            raise write_error(path, error) from error
-        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise write_error(path, error) from error
 
 
 class TarShard:
@@ -69,7 +60,7 @@ class TarShard:
         self._file = file
         self._hash = hashlib.sha256()
 
-    def add(self, clip: Clip) -> None:
+    def add(self, clip: PreparedClip) -> None:
         """Append a clip."""
         for extension, content in clip.files.items():
             header = tarfile.TarInfo(f"{clip.key}.{extension}")
@@ -92,6 +83,6 @@ class TarShard:
         self.size += len(data)
 
 
-def tar_size(clip: Clip) -> int:
+def tar_size(clip: PreparedClip) -> int:
     """Bytes that a clip takes in a shard."""
     return sum(tarfile.BLOCKSIZE + len(content) + -len(content) % tarfile.BLOCKSIZE for content in clip.files.values())

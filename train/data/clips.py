@@ -28,7 +28,7 @@ def open_frame(row: Row, second: int | None = None) -> Image.Image:
 
 
 @dataclass
-class Clip:
+class OpenedClip:
     """An opened row, with `image` (RGB) and `audio` (samples,) float32, or None if not requested."""
 
     row: Row
@@ -67,7 +67,7 @@ class ClipOpener:
         audio: bool = False,
         second: int | None = None,
         sampling_rate: int = 16_000,
-    ) -> list[Clip]:
+    ) -> list[OpenedClip]:
         """
         Open one clip per row.
 
@@ -82,14 +82,14 @@ class ClipOpener:
             MediaError: if a clip is broken and `spares` is None, or if 100 consecutive clips are broken.
         """
 
-        def opened(row: Row) -> Clip:
-            return Clip(
+        def opened(row: Row) -> OpenedClip:
+            return OpenedClip(
                 row, open_frame(row, second) if image else None, open_audio(row, sampling_rate) if audio else None
             )
 
         return [self._try(opened, row) for row in rows]
 
-    def _try(self, opened: Callable[[Row], Clip], row: Row) -> Clip:
+    def _try(self, opened: Callable[[Row], OpenedClip], row: Row) -> OpenedClip:
         for _ in range(MOST_IN_A_ROW):
             try:
                 return opened(row)

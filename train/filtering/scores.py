@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.arrow_writer import ParquetWriter
 
-from dali_llava.eval.results import write_text
+from dali_llava.atomic import atomic_path, write_text
 from dali_llava.train.data.corpus import KEPT
 
 from .page import check_report, write_report
@@ -110,13 +110,8 @@ def _read_parts(paths: Sequence[Path]) -> list[dict]:
 
 
 def _write_parquet(rows: Iterable[Mapping], features: Features, path: Path) -> None:
-    """Write rows to a temporary file and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with ParquetWriter(path=str(temporary), features=features) as writer:
-            for row in rows:
-                writer.write(row)
-            writer.finalize()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write rows, whole or not at all."""
+    with atomic_path(path) as temporary, ParquetWriter(path=str(temporary), features=features) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()

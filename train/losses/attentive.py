@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from dali_llava.atomic import atomic_path
 from dali_llava.train.losses.base import LossOutput, uniform_weights
 from dali_llava.train.losses.transport import TransportLoss, mean_distance
 
@@ -127,8 +128,8 @@ def save_alignment_attention(attention: AlignmentAttention, folder: str | os.Pat
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in attention.state_dict().items()}
     options = {name: json.dumps(getattr(attention, name)) for name in ("num_heads", "temperature")}
-    save_file(tensors, folder / f".{ATTENTION_WEIGHTS}", metadata={"format": "pt", **options})
-    os.replace(folder / f".{ATTENTION_WEIGHTS}", folder / ATTENTION_WEIGHTS)
+    with atomic_path(folder / ATTENTION_WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", **options})
 
 
 def load_alignment_attention(folder: str | os.PathLike) -> AlignmentAttention:

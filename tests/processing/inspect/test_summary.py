@@ -12,7 +12,7 @@ import soundfile
 from PIL import Image
 
 from dali_llava.processing.inspect.clip_page import open_clip
-from dali_llava.processing.inspect.summary import Summary, clip_duration, inspect_rows
+from dali_llava.processing.inspect.summary import CorpusSummary, clip_duration, inspect_rows
 
 
 def source(path: Path | None, content: bytes | None = None) -> dict:
@@ -25,14 +25,14 @@ def make_row(name: str = "clip", audio: Path | dict | None = None, *frames: Path
     return row | {"captions": [], "labels": [], "start": 0.0, "end": None, "source": "made"} | fields
 
 
-def summary_of(*rows: dict) -> Summary:
-    summary = Summary()
+def summary_of(*rows: dict) -> CorpusSummary:
+    summary = CorpusSummary()
     for row in rows:
         summary.add(row)
     return summary
 
 
-def timed(*durations: float) -> Summary:
+def timed(*durations: float) -> CorpusSummary:
     return summary_of(*(make_row(start=1.0, end=1.0 + duration) for duration in durations))
 
 

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from dali_llava.processing.shards.clip import Clip, ClipSettings, Dropped, clip_key, prepare_clip
+from dali_llava.processing.shards.clip import ClipSettings, Dropped, PreparedClip, clip_key, prepare_clip
 
 
 SETTINGS = ClipSettings()
@@ -29,14 +29,14 @@ MADE = [
 ]
 
 
-def samples_of(clip: Clip) -> np.ndarray:
+def samples_of(clip: PreparedClip) -> np.ndarray:
     """The 16-bit samples of a clip's FLAC file."""
     samples, rate = soundfile.read(io.BytesIO(clip.files["flac"]), dtype="int16")
     assert rate == 16_000 and samples.ndim == 1
     return samples
 
 
-def frames_of(clip: Clip) -> list[Image.Image]:
+def frames_of(clip: PreparedClip) -> list[Image.Image]:
     names = [name for name in clip.files if name.endswith(".jpg")]
     assert names == [f"{number}.jpg" for number in range(len(names))]
     return [Image.open(io.BytesIO(clip.files[name])) for name in names]
@@ -215,7 +215,7 @@ def test_a_bad_clip_is_left_out_for_its_reason(bad_row, fault, reason, detail):
 )
 def test_what_a_setting_keeps(bad_row, fault, settings):
     clip = prepare_clip(bad_row(fault), settings)
-    assert isinstance(clip, Clip)
+    assert isinstance(clip, PreparedClip)
     assert ("flac" in clip.files) == (fault != "no_sound_track")
     assert ("0.jpg" in clip.files) == (fault != "no_video_track")
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from dali_llava.processing.shards import ClipSettings, Summary, prepare_shards
+from dali_llava.processing.shards import ClipSettings, ShardSummary, prepare_shards
 from dali_llava.processing.shards.clip import clip_key
 from dali_llava.processing.shards.lock import output_lock
 from dali_llava.processing.shards.pool import Died, WorkerPool
@@ -147,7 +147,7 @@ def test_reasons_are_counted_and_listed(made, corpus, tmp_path):
     rows = made["as_corpus"]([*corpus.select(range(5)), *bad, *corpus.select(range(5, 7))])
     summary = prepare_shards(rows, tmp_path / "out", clips_per_shard=5, num_proc=2)
     expected = {"missing": 2, "broken": 1, "silent": 1, "duplicate": 1}
-    assert summary == Summary(12, 7, summary.bytes, pytest.approx(7 * 1.2), expected, 3, 3)
+    assert summary == ShardSummary(12, 7, summary.bytes, pytest.approx(7 * 1.2), expected, 3, 3)
     assert str(summary).splitlines()[0].endswith("5 left out; 3 of 3 shards done")
     assert "  silent            1  the sound's peak is below --silence" in str(summary).splitlines()
     with open(tmp_path / "out" / "report.csv", newline="") as file:
