@@ -129,7 +129,7 @@ def test_dialogues_about_two_pictures_name_what_either_shows_and_what_could_soun
         able = [name for name in row["visible"] if name in CLASSES]
         assert len(row["dialogues"]) == (4 if able else 2)
         for number, dialogue in enumerate(row["dialogues"]):
-            said = f" {dialogue['answer']} "
+            said = f" {dialogue['answer'].replace(',', ' ,')} "
             for name in row["visible"] if number < 2 else able:
                 assert sum(said.count(f" {noun} ") for noun in names(name)) == 1, (index, name, said)
             assert not any(f" {colour} " in said for colour in COLOURS)

@@ -200,7 +200,8 @@ def test_tokenizer_knows_every_word_and_gives_it_back():
     for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
         assert tokenizer.unk_token_id not in ids
         assert ids[0] == tokenizer.bos_token_id
-        assert tokenizer.decode(ids, skip_special_tokens=True) == text.lower()
+        written = text.lower().replace(" ?", "?").replace(" .", ".")  # captions have no such blanks, questions do
+        assert tokenizer.decode(ids, skip_special_tokens=True) == written
 
 
 def test_tokenizer_splits_punctuation_and_pads_left():
