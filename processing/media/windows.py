@@ -50,8 +50,12 @@ def load_windows(
     Raises:
         MediaError: at the window where it shows: see `load_audio` and `load_frames`.
 
-    >>> for window in load_windows("long.mp3", 10.24):  # doctest: +SKIP
-    ...     print(window.start, window.end, window.audio.shape)
+    >>> import tempfile
+    >>> import soundfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     soundfile.write(f"{folder}/a.wav", np.zeros(25_000), 10_000)
+    ...     [(window.start, window.end) for window in load_windows(f"{folder}/a.wav", 1.0)]
+    [(0.0, 1.0), (1.0, 2.0), (2.0, 2.5)]
     """
     info = probe(path)
     if info.kind == "image":

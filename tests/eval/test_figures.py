@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_llava.cli.figures import load_stage
 from dali_llava.eval.avworld.attention_maps import attention_by_content, image_attention
+from dali_llava.eval.captioner import load_captioner
 from dali_llava.eval.figures import plot_attention, plot_mean_tokens, principal_components
 from dali_llava.eval.mean_tokens import encode_rows, mean_tokens, modality_gap
 from dali_llava.processing.corpora import load_corpus
@@ -45,7 +45,7 @@ def test_figure_is_a_whole_png_with_a_panel_a_method(tmp_path):
 
 @pytest.mark.parametrize("modality", ["audio", "image"])
 def test_mean_tokens_are_a_rows_own_whatever_the_batch(tiny_model_dir, modality):
-    model, processor = load_stage(tiny_model_dir)
+    model, processor = load_captioner(str(tiny_model_dir))
     rows = load_corpus("avworld", "test", sizes={"test": 5})
     together, apart = (mean_tokens(model, processor, rows, modality, batch_size) for batch_size in (5, 2))
     assert together.shape == (5, model.config.vision_config.hidden_size) and together.dtype == np.float32
@@ -54,7 +54,7 @@ def test_mean_tokens_are_a_rows_own_whatever_the_batch(tiny_model_dir, modality)
 
 
 def test_attention_is_the_losses_on_the_pictures_grid(tiny_model_dir):
-    model, processor = load_stage(tiny_model_dir)
+    model, processor = load_captioner(str(tiny_model_dir))
     rows = load_corpus("avworld", "test", sizes={"test": 3})
     torch.manual_seed(0)
     attention = AlignmentAttention(model.config.vision_config.hidden_size, num_heads=4, temperature=0.05)
