@@ -28,7 +28,7 @@ from transformers import (
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing.corpora import load_corpus
-from dali_llava.processing.corpora.listing import FEATURES
+from dali_llava.processing.corpora.builder import FEATURES
 from dali_llava.processing.corpora.rows import open_audio
 from dali_llava.train import prefilter
 from dali_llava.train.avworld.captioner_cache import pretrained_captioner

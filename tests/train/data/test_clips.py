@@ -11,7 +11,7 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dali_llava.processing.corpora.listing import FEATURES
+from dali_llava.processing.corpora.builder import FEATURES
 from dali_llava.processing.media import MediaError
 from dali_llava.train.data.clips import MOST_IN_A_ROW, ClipOpener, open_frame
 

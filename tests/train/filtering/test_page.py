@@ -10,7 +10,7 @@ import soundfile
 from datasets import Dataset
 from PIL import Image
 
-from dali_llava.processing.corpora.listing import FEATURES
+from dali_llava.processing.corpora.builder import FEATURES
 from dali_llava.processing.inspect import clip_page
 from dali_llava.train.filtering.page import plot_scores, write_report
 from dali_llava.train.filtering.scores import ScoreFolder
