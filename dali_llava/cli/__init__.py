@@ -26,7 +26,7 @@ COMMANDS = {
     "prepare": "convert the media of a corpus to shards for training",
     "inspect": "summarise a corpus and write a page of random clips",
     "merge": "merge a stage with its base into one complete checkpoint",
-    "figures": "draw the figures of runs and summarise several seeds in one table",
+    "figures": "draw the figures of runs and summarise seeds in one table",
 }
 
 

@@ -147,7 +147,7 @@ class _Session:
 
     def _files(self) -> list[str]:
         """The inputs, with the media files of a folder in its place."""
-        from dali_llava.processing.corpora.listing import KINDS
+        from dali_llava.processing.corpora.names import KINDS
         from dali_llava.processing.media import find_file, media_files
 
         files = []

@@ -57,7 +57,7 @@ def test_missing_run_checkpoint_or_seed_is_named_before_anything_is_drawn(make_r
     for words, message in (
         ([run, tmp_path / "nowhere"], "nowhere: no such results file"),
         ([run, other], f"{other / 'prefix'}: no such checkpoint"),
-        ([run, run], "runs of the same seed"),
+        ([run, run], "two runs have the same seed"),
     ):
         assert main(["figures", *map(str, words)]) == 1
         error = capsys.readouterr().err
