@@ -83,10 +83,13 @@ def test_line_breaks_in_cells(write):
 
 
 def test_corpora(shared_data, audiocaps):
-    assert read_references(shared_data / "audiocaps" / "test.csv") == audiocaps
+    path = shared_data / "audiocaps" / "test.csv"
+    assert read_references(path, "youtube_id") == audiocaps
+    by_clip = read_references(path)  # the ids of the corpus: YOUTUBEID_START
+    assert {name.rpartition("_")[0]: captions for name, captions in by_clip.items()} == audiocaps
     clotho = read_references(shared_data / "clotho" / "clotho_captions_evaluation_head.csv")
     assert len(clotho) == 200 and {len(captions) for captions in clotho.values()} == {5}
-    assert clotho["Santa Motor.wav"][1] == "A person is using electric clippers to trim bushes."
+    assert clotho["Santa Motor"][1] == "A person is using electric clippers to trim bushes."
 
 
 @pytest.mark.parametrize(
