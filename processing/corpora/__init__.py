@@ -1,17 +1,18 @@
 """
 Corpora: one loader over dataset builders. The rows of every corpus begin with the same columns.
 
-    id: str, unique in its split
-    audio: {path, bytes}, the sound or video file that holds the clip's sound, or its bytes; None without
-    frames: list of {path, bytes}: pictures, the first of each second, in order; or one video, which stands for the
-        first frame of each of its seconds in [start, end)
-    captions: list of str, every reference
+    id: str, unique within the split
+    audio: {path, bytes}, the sound or video file with the clip's sound, or its content; None for a clip without sound
+    frames: list of {path, bytes}: the first frame of each second as pictures, in order; or a single video, which
+        stands for the first frame of each of its seconds in [start, end)
+    captions: list of str, all reference captions
     labels: list of str
-    start, end: float, the clip's place in the file of `audio`, in seconds; `end` is None where the clip goes on to the
-        end of the file
-    source: str, the corpus
+    start, end: float, the clip's position in the `audio` file in seconds; `end` is None for a clip that extends to
+        the end of the file
+    source: str, name of the corpus
 
-For files on disk `bytes` is None; bytes hold the clip alone. `rows.open_audio` and `rows.open_frames` open both.
+`bytes` is None for files on disk; otherwise it contains the clip alone. `rows.open_audio` and `rows.open_frames` read
+both forms.
 """
 
 import importlib
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "dali_llava.corpora"
 
-# name -> "module:class" or the class: a `ListedCorpus`, or a `datasets` builder whose configuration has options and a
-# field `splits`. A module is imported when its corpus is first used.
+# name -> "module:class" or the class: a `ListedCorpus`, or a `datasets` builder with a configuration that has options
+# and a field `splits`. A module is imported when its corpus is first used.
 _CORPORA: dict[str, str | type] = {
     "avworld": "dali_llava.processing.corpora.avworld.avworld:AVWorld",
     "audioset": "dali_llava.processing.corpora.audioset:AudioSet",
@@ -39,7 +40,7 @@ _CORPORA: dict[str, str | type] = {
 
 def register_corpus(name: str, corpus: str | type) -> None:
     """
-    Make a corpus known to `load_corpus`, to the stages and to the commands of this process.
+    Register a corpus for `load_corpus`, the stages and the commands in this process.
 
     An installed package registers its corpora for every process with an entry point instead:
 
@@ -47,15 +48,16 @@ def register_corpus(name: str, corpus: str | type) -> None:
         toy = "my_package.toy:Toy"
 
     Args:
-        name: the corpus's name, as given to `load_corpus` and to the commands.
-        corpus: a class or "module:class", which is imported on first use: a `listing.ListedCorpus`, or a builder of
-            `datasets` with a `BUILDER_CONFIG_CLASS` that declares its options by `options.option` and its `splits`.
+        name: name of the corpus in `load_corpus` and the commands.
+        corpus: a class, or "module:class" to import it on first use. The class is a `listing.ListedCorpus`, or a
+            `datasets` builder with a `BUILDER_CONFIG_CLASS` that declares `splits`, and options with
+            `options.option`.
     """
     _CORPORA[name] = corpus
 
 
 def known_corpora() -> dict[str, str | type]:
-    """Name -> class or "module:class" of every corpus: the package's own, entry points' and registered ones."""
+    """All corpora, name -> class or "module:class": built-in corpora, entry points and registered corpora."""
     from importlib.metadata import entry_points
 
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)} | _CORPORA
@@ -66,7 +68,7 @@ def corpus_class(name: str) -> type:
     The class of a corpus.
 
     Raises:
-        ValueError: unknown name; it lists the known ones.
+        ValueError: the name is unknown; the message lists the known names.
     """
     known = known_corpora()
     if name not in known:
@@ -78,7 +80,7 @@ def corpus_class(name: str) -> type:
 
 
 def configuration_of(name: str) -> type:
-    """The dataclass that declares the options of a corpus and its `splits`; raises as `corpus_class`."""
+    """The dataclass that declares the options and `splits` of a corpus. Raises the errors of `corpus_class`."""
     found = corpus_class(name)
     return getattr(found, "BUILDER_CONFIG_CLASS", found)
 
@@ -92,27 +94,27 @@ def load_corpus(
     num_proc: int | None = None,
     **options: Any,
 ) -> "datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict":
-    """Load a corpus, preparing it first where the cache does not hold it.
+    """Load a corpus. Prepare it first if it is not in the cache.
 
-    Each split is prepared and cached on its own, so that asking for one never makes the others.
+    Each split is prepared and cached separately, so loading one split does not prepare the others.
 
     Args:
-        name: a registered corpus.
-        split: one split; None for all of them.
-        streaming: yield the rows one by one; nothing is prepared or cached. `split_dataset_by_node` and the workers of
-            a `DataLoader` share them out.
-        cache_dir: in place of the cache of `datasets`.
-        num_proc: processes that prepare it; the rows do not depend on their number.
-        options: options of the corpus (for AVWorld: seed, sizes, recordings; elsewhere `data_dir`, the folder of the
-            media, and more).
+        name: name of a registered corpus.
+        split: name of the split to load; all splits by default.
+        streaming: whether to yield the rows one by one, without preparing or caching them. `split_dataset_by_node` and
+            the workers of a `DataLoader` can divide the stream.
+        cache_dir: cache folder; the cache of `datasets` by default.
+        num_proc: number of processes that prepare the corpus. The rows do not depend on it.
+        options: options of the corpus: seed, sizes and recordings for AVWorld; `data_dir`, the folder of the media,
+            and more for the others.
 
     Returns:
-        the split, or a `DatasetDict` of all splits; an `IterableDataset` or `IterableDatasetDict` when streaming.
+        The split, or a `DatasetDict` of all splits. With `streaming`, an `IterableDataset` or `IterableDatasetDict`.
 
     Raises:
-        ValueError: unknown corpus, split or option (it lists the known ones), or a list that differs from the
-            published form (it names file and line).
-        FileNotFoundError: an option names a missing file or folder, or the media are missing.
+        ValueError: the corpus, split or option is unknown (the message lists the known ones), or a list of clips
+            differs from the published format (the message names file and line).
+        FileNotFoundError: a file or folder in the options does not exist, or the media are missing.
     """
     import datasets
 
@@ -141,7 +143,7 @@ def load_corpus(
 
 
 def _splits(configuration: type, options: dict[str, Any]) -> tuple[str, ...]:
-    """All splits of a corpus; a configuration whose splits depend on its options has `find_splits(**options)`."""
+    """All splits of a corpus. A configuration has `find_splits(**options)` if its splits depend on the options."""
     find_splits = getattr(configuration, "find_splits", None)
     return tuple(configuration.splits if find_splits is None else find_splits(**options))
 

@@ -1,4 +1,4 @@
-"""AudioCaps 1.0 and 2.0: captions of AudioSet clips, beside the media on disk."""
+"""AudioCaps 1.0 and 2.0: captions of AudioSet clips, with the media on disk."""
 
 import math
 from collections.abc import Sequence
@@ -9,36 +9,39 @@ from .options import option
 
 
 COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
-DURATION = 10.0  # seconds; the CSVs tell only where a clip starts
+DURATION = 10.0  # seconds; the CSV files contain only the start of a clip
 
 
 @dataclass
 class AudioCaps(ListedCorpus):
     """
-    AudioCaps: a row per clip, with all its captions, duplicates too: one in `train`, five in `val` and `test`.
+    AudioCaps: one row per clip, with all its captions, including duplicates: one in `train`, five in `val` and `test`.
 
-    Columns are described in `dali_llava.processing.corpora`; `id` is `YOUTUBEID_START`, `labels` is empty.
+    `dali_llava.processing.corpora` describes the columns; `id` is `YOUTUBEID_START` and `labels` is empty.
 
     Args:
         data_dir: the folder of the media.
-        csv: the folder of `train.csv`, `val.csv`, `test.csv`, or one such file; the media's folder by default.
+        csv: the folder of `train.csv`, `val.csv` and `test.csv`, or one of these files; `data_dir` by default.
         splits: the splits to load.
-        whole_videos: whether a file that is named by the YouTube id alone holds the whole video, or else the clip.
-        missing: clips without media are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
+        whole_videos: whether a file named only by the YouTube id contains the whole video. By default, it contains
+            the clip.
+        missing: clips without media are skipped ("skip"), have no `audio` ("keep"), or raise an error ("error").
     """
 
     name = "audiocaps"
     splits: Sequence[str] = ("train", "val", "test")
     csv: str | None = option(
-        "the list of the clips, or the folder of all lists; default: --data-dir",
+        "CSV file of the clips, or the folder with the CSV files of all splits; default: --data-dir",
         metavar="PATH",
         is_path=True,
         example="audiocaps/dataset",
     )
-    whole_videos: bool = option("a file named by the YouTube id alone is the whole video, to be cut", default=False)
+    whole_videos: bool = option(
+        "treat files named only by the YouTube id as whole videos and cut the clips from them", default=False
+    )
 
     def read_rows(self, split: str) -> list[dict]:
-        """A row for each clip, in the order of its first caption."""
+        """One row per clip, in the order of their first captions."""
         path = split_file(self, f"{split}.csv")
         clips: dict[tuple[str, float], list[str]] = {}
         for place, row in read_csv(path, COLUMNS, filled=("youtube_id", "start_time")):
@@ -51,7 +54,7 @@ class AudioCaps(ListedCorpus):
             caption = row["caption"].strip()
             if not caption or not row["youtube_id"].strip():
                 empty = "youtube_id" if caption else "caption"
-                raise ValueError(f"{place}: the {empty} is empty; fill it in, or remove the line")
+                raise ValueError(f"{place}: {empty} is empty; fill it in, or remove the line")
             clips.setdefault((row["youtube_id"].strip(), start), []).append(caption)
         found, rows = find_media(self), []
         for (youtube_id, start), captions in clips.items():
@@ -63,7 +66,7 @@ class AudioCaps(ListedCorpus):
                     "captions": captions,
                     "labels": [],
                     "start": 0.0 if alone else start,
-                    # Not every video had ten seconds left: only the file knows where a clip of its own ends.
+                    # Some videos end within ten seconds of the start, so a file that is the clip sets its own end.
                     "end": None if alone else start + DURATION,
                     "source": "audiocaps",
                 }

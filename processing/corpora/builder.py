@@ -13,7 +13,7 @@ from . import listing, names
 from .listing import ListedCorpus
 
 
-NUM_SHARDS = 128  # units of work of num_proc, of nodes and of their workers
+NUM_SHARDS = 128  # units of work for the processes of num_proc, nodes and data loader workers
 
 FEATURES = datasets.Features(
     {
@@ -31,7 +31,7 @@ FEATURES = datasets.Features(
 
 @dataclass
 class ListingConfig(datasets.BuilderConfig):
-    """The configuration of `ListingBuilder`: the corpus, of which it reads the rows."""
+    """The configuration of `ListingBuilder`: the corpus to read."""
 
     name: str = "listing"
     corpus: ListedCorpus | None = None
@@ -41,7 +41,7 @@ class ListingConfig(datasets.BuilderConfig):
         self.name = self.corpus.name
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        """Read the rows into `rows`, and return the cache key, which depends on them and on the source code."""
+        """Read the rows into `rows` and return the cache key, which depends on the rows and the source code."""
         self.rows = {split: self.corpus.select_rows(split) for split in self.corpus.splits}
         digest = hashlib.sha256(str(custom_features or "").encode())
         for path in (__file__, names.__file__, listing.__file__, inspect.getfile(type(self.corpus))):
@@ -74,6 +74,6 @@ class ListingBuilder(datasets.GeneratorBasedBuilder):
 
 
 def shard(count: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of each of up to `NUM_SHARDS` shards of `count` rows, in order."""
+    """The (first, last + 1) indices of up to `NUM_SHARDS` shards of `count` rows, in order."""
     shards = min(NUM_SHARDS, count)
     return [(count * number // shards, count * (number + 1) // shards) for number in range(shards)]

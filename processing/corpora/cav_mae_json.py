@@ -1,4 +1,4 @@
-"""The JSON lists of CAV-MAE: sounds, each with the first frame of each of its seconds, and labels."""
+"""JSON lists of CAV-MAE: sounds with labels and the first frame of each second."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ NUM_FRAMES = 10
 
 
 def read_list(path: str) -> list[dict[str, str]]:
-    """The entries of a JSON list, each with all `KEYS`."""
+    """The entries of a JSON list. Each has all `KEYS`."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
@@ -27,13 +27,13 @@ def read_list(path: str) -> list[dict[str, str]]:
         raise ValueError(f"{path}: is not JSON in UTF-8 ({error}); give the list as published") from error
     entries = content.get("data") if isinstance(content, dict) else None
     if not isinstance(entries, list):
-        raise ValueError(f'{path}: expected {{"data": [...]}}; give a list in the form of CAV-MAE')
+        raise ValueError(f'{path}: expected {{"data": [...]}}; give a list in the format of CAV-MAE')
     seen = {}
     for number, entry in enumerate(entries):
         place = f"{path}, entry {number} of data"
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in KEYS):
             found = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
-            raise ValueError(f"{place}: expected texts under {', '.join(KEYS)}; found {found}; complete it")
+            raise ValueError(f"{place}: expected strings for {', '.join(KEYS)}; found {found}; complete the entry")
         if seen.setdefault(entry["video_id"], number) != number:
             first = seen[entry["video_id"]]
             raise ValueError(f"{place}: video_id {entry['video_id']!r} is also in entry {first}; remove one")
@@ -42,11 +42,11 @@ def read_list(path: str) -> list[dict[str, str]]:
 
 def file_finder(root: str, data_dir: str | None) -> Callable[..., str | None]:
     """
-    A function from a folder of the list and a file in it to the file's path, None where it is not there.
+    A function that maps a folder in the list and a file in it to the file's path, or to None if it does not exist.
 
-    Lists hold paths of the machine they were made on. Where such a folder does not exist, `data_dir` is searched for
-    its last parts, the longest run of them first, and at last `data_dir` itself. Names match as `name_key` has it.
-    Each folder is read once.
+    Lists contain paths from the machine that created them. If such a folder does not exist, its last parts are looked
+    up in `data_dir`, the longest sequence first, and finally `data_dir` itself. Names match by their `name_key`. Each
+    folder is read once.
     """
 
     @functools.cache
@@ -77,28 +77,29 @@ class CAVMAE(ListedCorpus):
     """
     The clips of a JSON list of CAV-MAE: `{"data": [{"video_id", "wav", "video_path", "labels"}, ...]}`.
 
-    Columns are described in `dali_llava.processing.corpora`; `frames` are the files `video_path/frame_0/VIDEO_ID.jpg`
-    to `frame_9` that exist, `captions` is empty, `end` is null: the clip is the whole file.
+    `dali_llava.processing.corpora` describes the columns; `frames` are the files `video_path/frame_0/VIDEO_ID.jpg` to
+    `frame_9` that exist, `captions` is empty, and `end` is None because the clip is the whole file.
 
     Args:
-        json: the list; relative paths in it start from its folder.
-        data_dir: the folder in which to look for files that are not where the list says.
-        labels_csv: AudioSet's `class_labels_indices.csv`, to turn labels into names; without it they stay as they are.
-        splits: "train": a list is one split.
-        missing: clips without sound are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
+        json: the list. Relative paths in it start from its folder.
+        data_dir: the folder to search for files that do not exist at the path in the list.
+        labels_csv: AudioSet's `class_labels_indices.csv`, to convert labels to names. By default, labels are not
+            converted.
+        splits: "train", because a list is one split.
+        missing: clips without sound are skipped ("skip"), have no `audio` ("keep"), or raise an error ("error").
     """
 
     name = "cav_mae_json"
     splits: Sequence[str] = ("train",)
     json: str | None = option(
-        "the list of the clips", metavar="FILE", is_path=True, required=True, example="train.json"
+        "JSON list of the clips", metavar="FILE", is_path=True, required=True, example="train.json"
     )
     labels_csv: str | None = option(
-        "AudioSet's class_labels_indices.csv, to turn labels into names", metavar="FILE", is_path=True
+        "AudioSet's class_labels_indices.csv, to convert labels to names", metavar="FILE", is_path=True
     )
 
     def read_rows(self, split: str) -> list[dict]:
-        """A row for each entry, in the order of the list."""
+        """One row per entry, in the order of the list."""
         if self.json is None:
             raise ValueError("cav_mae_json needs json=, the list of the clips")
         names = None if self.labels_csv is None else read_label_names(self.labels_csv)
@@ -107,7 +108,7 @@ class CAVMAE(ListedCorpus):
             video_id, labels = entry["video_id"], [label for label in entry["labels"].split(",") if label]
             unknown = None if names is None else next((label for label in labels if label not in names), None)
             if unknown is not None:
-                trouble = f"label {unknown!r} is not in {self.labels_csv}; take the index of its release"
+                trouble = f"label {unknown!r} is not in {self.labels_csv}; use the same release's index"
                 raise ValueError(f"{self.json}, entry {number} of data: {trouble}")
             sound = find(*os.path.split(entry["wav"]))
             frames = [find(entry["video_path"], f"frame_{second}", f"{video_id}.jpg") for second in range(NUM_FRAMES)]

@@ -1,4 +1,4 @@
-"""Clotho: recordings of Freesound with five captions each, beside the media that the reader has."""
+"""Clotho: recordings from Freesound with five captions each, with the media on disk."""
 
 import os
 from collections.abc import Sequence
@@ -15,34 +15,34 @@ CAPTIONS = tuple(f"caption_{number}" for number in range(1, 6))
 @dataclass
 class Clotho(ListedCorpus):
     """
-    Clotho: a row per recording of 15 to 30 seconds, with five captions.
+    Clotho: one row per recording of 15 to 30 seconds, with five captions.
 
-    Columns are described in `dali_llava.processing.corpora`; `id` is the file name without `.wav`, `frames` and
-    `labels` are empty, `end` is null: the clip is the whole file.
+    `dali_llava.processing.corpora` describes the columns; `id` is the file name without `.wav`, `frames` and `labels`
+    are empty, and `end` is None because the clip is the whole file.
 
     Args:
         data_dir: the folder of the recordings.
-        csv: the folder of `clotho_captions_development.csv`, `_validation.csv`, `_evaluation.csv`, or one such file;
-            the recordings' folder by default.
+        csv: the folder of `clotho_captions_development.csv`, `clotho_captions_validation.csv` and
+            `clotho_captions_evaluation.csv`, or one of these files; `data_dir` by default.
         splits: the splits to load.
-        missing: clips without recording are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
+        missing: clips without a recording are skipped ("skip"), have no `audio` ("keep"), or raise an error ("error").
     """
 
     name = "clotho"
     splits: Sequence[str] = ("development", "validation", "evaluation")
     csv: str | None = option(
-        "the list of the recordings, or the folder of all lists; default: --data-dir",
+        "CSV file of the captions, or the folder with the CSV files of all splits; default: --data-dir",
         metavar="PATH",
         is_path=True,
         example="clotho",
     )
 
     def find_recordings(self, split: str) -> dict[str, str]:
-        """Key of the file name (`name_key`) -> path, preferring a folder that is named like the split."""
+        """The recordings, `name_key` of the file name -> path. A folder named like the split takes precedence."""
         found: dict[str, tuple[bool, str]] = {}
         if self.data_dir is None:
             if self.missing != "keep":
-                raise ValueError("clotho needs data_dir=, the folder of its recordings; missing='keep' does without")
+                raise ValueError("clotho needs data_dir=, the folder of its recordings, or missing='keep'")
             return {}
         for path, kind in walk_media(self.data_dir):
             if kind == "sound":
@@ -52,14 +52,14 @@ class Clotho(ListedCorpus):
         return {key: path for key, (_, path) in found.items()}
 
     def read_rows(self, split: str) -> list[dict]:
-        """A row for each recording, in the order of the CSV."""
+        """One row per recording, in the order of the CSV file."""
         path = split_file(self, f"clotho_captions_{split}.csv")
         found, rows, seen = self.find_recordings(split), [], {}
         for place, row in read_csv(path, ("file_name", *CAPTIONS)):
             name = row["file_name"]
             empty = next((column for column in ("file_name", *CAPTIONS) if not row[column].strip()), None)
             if empty is not None:
-                raise ValueError(f"{place}: the {empty} of {name!r} is empty; fill it in, or remove the line")
+                raise ValueError(f"{place}: {empty} of {name!r} is empty; fill it in, or remove the line")
             if seen.setdefault(name_key(name), place) != place:
                 raise ValueError(f"{place}: {name!r} is also in {seen[name_key(name)]}; remove one")
             rows.append(

@@ -1,4 +1,4 @@
-"""What listed corpora share: a list of clips, in a file of a known form, beside media in a folder."""
+"""Base class and helpers of listed corpora: a file that lists the clips, and a folder of their media."""
 
 import csv
 import logging
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 @dataclass
 class ListedCorpus:
     """
-    A corpus that a list describes, beside media on disk.
+    A corpus described by a list of clips, with the media on disk.
 
-    A subclass is a dataclass that declares its options with `option`, sets `name` and `splits` (all that there are),
-    and implements `read_rows`. Its instance holds the options of one load.
+    A subclass is a dataclass that declares its options with `option`, sets `name` and `splits` (all splits), and
+    implements `read_rows`. An instance holds the options for one call of `load_corpus`.
 
     Args:
         data_dir: the folder of the media.
         splits: the splits to load.
-        missing: clips without media are left out ("skip"), have no `audio` ("keep"), or are an error ("error").
+        missing: clips without media are skipped ("skip"), have no `audio` ("keep"), or raise an error ("error").
 
     Raises:
-        ValueError: an unknown split or choice, or a `data_dir` that is a file.
-        FileNotFoundError: a path that does not exist.
+        ValueError: a split or choice is unknown, or `data_dir` is a file.
+        FileNotFoundError: a path does not exist.
     """
 
     name: ClassVar[str]
@@ -37,7 +37,7 @@ class ListedCorpus:
     data_dir: str | None = option("folder of the media, searched at any depth", metavar="DIR", is_path=True)
     splits: Sequence[str] = ()
     missing: str = option(
-        "clips without media: leave out, keep, or stop with an error",
+        "skip or keep clips without media, or stop with an error",
         default="skip",
         choices=("skip", "keep", "error"),
     )
@@ -63,15 +63,15 @@ class ListedCorpus:
             raise ValueError(f"{table}: one file holds one split; name the split, or give the folder of all CSVs")
 
     def read_rows(self, split: str) -> list[dict]:
-        """The rows of a split, with or without media; columns as in `dali_llava.processing.corpora`."""
+        """The rows of a split, with or without media. `dali_llava.processing.corpora` describes the columns."""
         raise NotImplementedError
 
     def select_rows(self, split: str) -> list[dict]:
-        """The rows that have media, or all where `missing` is "keep"; logs how many have."""
+        """The rows with media, or all rows if `missing` is "keep". Logs the number of clips with media."""
         rows, corpus = self.read_rows(split), f"{self.name} {split}"
         lacking = [row["id"] for row in rows if row["audio"] is None]
         if not rows:
-            raise ValueError(f"{corpus}: holds no clip; check the file that lists them, or data_dir=")
+            raise ValueError(f"{corpus}: contains no clips; check the file that lists them, or data_dir=")
         if lacking and self.missing == "error":
             first = f"{len(lacking)} of {len(rows)} clips have no media in {self.data_dir}, first {lacking[0]!r}"
             raise FileNotFoundError(f"{corpus}: {first}; add the files, or pass missing='skip'")
@@ -86,25 +86,26 @@ class ListedCorpus:
 
 
 def split_file(corpus: ListedCorpus, name: str) -> str:
-    """The CSV of a split: `csv` itself where it is a file, or `name` in that folder, by default the media's."""
+    """The CSV file of a split: `csv` if it is a file, else the file `name` in the folder `csv` or `data_dir`."""
     place = corpus.csv or corpus.data_dir
     if place is None:
-        raise ValueError(f"{corpus.name} needs csv=, the file {name} or its folder, and data_dir=, that of its media")
+        raise ValueError(f"{corpus.name} needs csv=, the file {name} or its folder, and data_dir=, the media folder")
     path = place if os.path.isfile(place) else os.path.join(place, name)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; give csv=, the file {name} or its folder")
+        raise FileNotFoundError(f"{path}: no such file; pass csv=, the file {name} or its folder")
     return path
 
 
 def read_csv(path: str, columns: Sequence[str], filled: Sequence[str] = ()) -> list[tuple[str, dict[str, str]]]:
     """
-    The rows of a CSV file, each with the place that errors name ("FILE, line N").
+    The rows of a CSV file, each preceded by its place ("FILE, line N").
 
-    A torn row, which has too few or too many cells or nothing in the columns `filled`, is skipped with a warning that
-    names its line.
+    Torn rows are skipped with a warning that names the line. A row is torn if it has too few or too many cells, or if
+    all its cells in the columns `filled` are empty.
 
     Raises:
-        ValueError: no CSV in UTF-8, a column of `columns` is missing, a column is there twice, or every row is torn.
+        ValueError: the file is not CSV in UTF-8, one of `columns` is missing, a column appears twice, or all rows are
+            torn.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -118,19 +119,19 @@ def read_csv(path: str, columns: Sequence[str], filled: Sequence[str] = ()) -> l
         raise ValueError(f"{path}, line 1: {wanted}; give the file as published")
     twice = next((name for number, name in enumerate(header) if name in header[:number]), None)
     if twice is not None:
-        raise ValueError(f"{path}, line 1: the column {twice!r} is there twice; rename one of the two")
+        raise ValueError(f"{path}, line 1: the column {twice!r} appears twice; rename one of them")
     rows = []
     for number, cells in lines:
         place = f"{path}, line {number}"
         row = dict(zip(header, cells, strict=False))
         if len(cells) != len(header):
-            torn = f"{len(cells)} cells of {len(header)}"
+            torn = f"{len(cells)} cells instead of {len(header)}"
         elif filled and not any(row[column].strip() for column in filled):
-            torn = f"nothing under {' and '.join(filled)}"
+            torn = f"{' and '.join(filled)} are empty"
         else:
             rows.append((place, row))
             continue
-        logger.warning("%s: torn row, %s; it is left out; quote cells with commas or line breaks", place, torn)
+        logger.warning("%s: skipped a torn row (%s); quote cells with commas or line breaks", place, torn)
     if lines and not rows:
         place = f"{path}, line {lines[0][0]}"
         raise ValueError(f"{place}: does not have {len(header)} cells; quote cells with commas, or correct the line")
@@ -138,14 +139,14 @@ def read_csv(path: str, columns: Sequence[str], filled: Sequence[str] = ()) -> l
 
 
 def read_label_names(path: str) -> dict[str, str]:
-    """mid -> display name."""
+    """The label names of AudioSet, mid -> display name."""
     return {row["mid"]: row["display_name"] for _, row in read_csv(path, ("index", "mid", "display_name"))}
 
 
 def walk_media(folder: str) -> Iterator[tuple[str, str]]:
-    """(relative path, kind) of every media file of a folder, at any depth, sorted by path.
+    """Yield (relative path, kind) of each media file in a folder at any depth, sorted by path.
 
-    Hidden files are skipped. A name that is not UTF-8 is skipped with a warning that names it.
+    Hidden files are skipped. Files with names that are not UTF-8 are skipped with a warning.
     """
     found = []
     for parent, _, names in os.walk(folder, followlinks=True):
@@ -157,16 +158,16 @@ def walk_media(folder: str) -> Iterator[tuple[str, str]]:
             if is_utf8(path):
                 found.append((os.path.relpath(path, folder), kind))
             else:
-                logger.warning("%s: its name is not UTF-8; the file is left out, rename it", printable(path))
+                logger.warning("%s: skipped, the file name is not UTF-8; rename the file", printable(path))
     yield from sorted(found)
 
 
 def find_media(corpus: ListedCorpus) -> dict[str, dict[str, str]]:
-    """The files of `data_dir`, at any depth: key of the name (`name_key`) -> kind -> path, the first of several."""
+    """The media in `data_dir` at any depth, `name_key` of the file name -> kind -> path, the first of several."""
     found: dict[str, dict[str, str]] = {}
     if corpus.data_dir is None:
         if corpus.missing != "keep":
-            raise ValueError(f"{corpus.name} needs data_dir=, the folder of its media; missing='keep' does without")
+            raise ValueError(f"{corpus.name} needs data_dir=, the folder of its media, or missing='keep'")
         return found
     for path, kind in walk_media(corpus.data_dir):
         found.setdefault(name_key(os.path.basename(path)), {}).setdefault(kind, os.path.join(corpus.data_dir, path))
@@ -176,7 +177,7 @@ def find_media(corpus: ListedCorpus) -> dict[str, dict[str, str]]:
 def clip_media(
     found: dict[str, dict[str, str]], youtube_id: str, start: float, end: float, whole_videos: bool
 ) -> tuple[dict[str, str], bool]:
-    """The files of a clip by kind, at any of the usual names, and whether they hold the clip alone."""
+    """The files of a clip by kind, under any of the common names, and whether they contain only the clip."""
     starts = (f"{start:g}", f"{start:.1f}", f"{start:.3f}", f"{start:06g}", f"{1000 * start:.0f}_{1000 * end:.0f}")
     bare = [youtube_id, f"Y{youtube_id}"]
     alone = [f"{name}_{suffix}" for name in bare for suffix in starts]
@@ -190,7 +191,7 @@ def clip_media(
 
 
 def media_columns(files: dict[str, str]) -> dict:
-    """`audio` and `frames` of a row: sound rather than a video's, and the video rather than a picture."""
+    """`audio` and `frames` of a row. A sound file takes precedence over a video, and a video over a picture."""
     sounds, pictures = (
         [{"path": files[kind], "bytes": None} for kind in kinds if kind in files]
         for kinds in (("sound", "video"), ("video", "image"))

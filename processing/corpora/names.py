@@ -1,4 +1,4 @@
-"""Names of clips and files, as both sides of a match spell them."""
+"""Matching the names of clips with the names of files."""
 
 import os
 import posixpath
@@ -13,16 +13,16 @@ KINDS = {
 
 
 def media_kind(name: str) -> str | None:
-    """ "sound", "video" or "image" by the suffix of a file, in any case; None for another suffix."""
+    """The kind of a file ("sound", "video" or "image") by its suffix, ignoring case; None for other suffixes."""
     return KINDS.get(posixpath.splitext(name.rstrip())[1].lower())
 
 
 def name_key(name: str) -> str:
     """
-    The key under which the name of a clip and the name of its file match.
+    The key that matches the name of a clip with the name of its file.
 
-    It has no media suffix and no blanks at its ends, forward slashes, and composed characters (NFC), as macOS
-    decomposes them.
+    The key has no media suffix, no leading or trailing blanks, forward slashes, and composed characters (NFC), because
+    macOS decomposes them.
 
     >>> name_key("./street/ tram.WAV")
     'street/ tram'
@@ -35,13 +35,13 @@ def name_key(name: str) -> str:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name, of a file or in a text, can be written as UTF-8."""
+    """Whether a file name or text can be encoded as UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def printable(name: str) -> str:
     r"""
-    The name with what UTF-8 cannot express escaped, for messages and reports.
+    The name for messages and reports, with characters that UTF-8 cannot encode escaped.
 
     >>> printable("caf\udce9.wav")
     'caf\\xe9.wav'

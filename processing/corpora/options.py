@@ -1,4 +1,4 @@
-"""The options of a corpus: dataclass fields, from which the commands derive their arguments."""
+"""The options of a corpus: dataclass fields that the commands convert to command-line arguments."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ def option(
     A dataclass field that is an option of a corpus.
 
     Args:
-        help: what it means, in one line of the commands' help.
-        default: its value where it is not given; a mapping is copied for each corpus.
-        metavar: how the help shows its value.
-        is_path: whether it names a file or folder, which must exist.
-        required: whether the corpus cannot be loaded without it.
-        choices: its possible values.
-        example: a value for the example in the commands' help.
+        help: one line of description for the help of the commands.
+        default: the default value. A mapping is copied for each corpus.
+        metavar: placeholder of the value in the help.
+        is_path: whether the value is a file or folder, which must exist.
+        required: whether the corpus requires the option.
+        choices: the allowed values.
+        example: a value for the example in the help of the commands.
     """
     metadata = {
         "help": help,
@@ -42,8 +42,15 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """An option of a corpus: its name, its type (`bool`, `int`, `float`, `str`, or `dict` for JSON), and `metadata` as
-    given to `option`."""
+    """
+    An option of a corpus.
+
+    Attributes:
+        name: name of the field.
+        type: `bool`, `int`, `float`, `str`, or `dict` for JSON.
+        default: the default value.
+        metadata: the other arguments of `option`.
+    """
 
     name: str
     type: type
@@ -53,10 +60,10 @@ class Option:
 
 def options_of(configuration: type) -> list[Option]:
     """
-    The options of a corpus, in the order of their declaration.
+    The options of a corpus, in the order of declaration.
 
     Args:
-        configuration: a dataclass; its options are the fields made by `option`.
+        configuration: a dataclass. Its options are the fields declared with `option`.
     """
     hints, found = get_type_hints(configuration), []
     for field in dataclasses.fields(configuration):
@@ -67,6 +74,6 @@ def options_of(configuration: type) -> list[Option]:
 
 
 def _simple_type(hint: Any) -> type:
-    """The type of an annotation without its `None`; `dict` for any that a single word cannot hold."""
+    """The type of an annotation without `None`; `dict` for any type that is not a single word on a command line."""
     kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
     return kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float, str) else dict

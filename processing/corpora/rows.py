@@ -1,4 +1,4 @@
-"""The media of corpus rows: a clip's sound and its frames, in bytes or out of files (columns: see `load_corpus`)."""
+"""Reading the sound and frames of corpus rows, from bytes or files (columns: see `dali_llava.processing.corpora`)."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,18 +14,18 @@ from .members import read_member
 
 
 TIME_ROUNDING = 0.002  # seconds; containers keep milliseconds
-END_TOLERANCE = 1.0  # seconds by which a sound may stop before its clip's end: published ends are rounded
+END_TOLERANCE = 1.0  # seconds that a sound may end before its clip, because published ends are rounded
 
 
 def open_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> np.ndarray:
     """
     The sound of a clip, (samples,) float32 mono at `sampling_rate` Hz.
 
-    A file is cut to [start, end); bytes hold the clip alone.
+    A file is cut to [start, end). Bytes contain only the clip and are not cut.
 
     Raises:
-        MediaError: on a row without sound, a file that `load_audio` rejects, or a clip that lies outside its file, or
-            ends over `END_TOLERANCE` after it; it names the row's id. The sound of a video may end before its picture.
+        MediaError: the row has no sound, `load_audio` rejects the file, or the clip starts after its file or ends more
+            than `END_TOLERANCE` after it. The sound of a video may end before its picture. The message names the id.
     """
     with _naming(row):
         if row["audio"] is None:
@@ -57,19 +57,19 @@ def open_frames(
     """
     The first frame of each second of a clip, as RGB images.
 
-    Pictures are the frames as they stand. Of a video the frames are shown at start, start + 1, ... up to `end` or the
-    video's own; a last second of less than half is none. Where the picture ends before the sound, so do the frames; a
-    clip after that end has the last one.
+    Pictures are returned as they are. The frames of a video are those at start, start + 1, ... up to `end` or the end
+    of the video; a final part of less than half a second is ignored. If the picture ends before the sound, the frames
+    end with the picture. A clip that starts after the end of the picture has its last frame.
 
     Args:
-        row: of a corpus.
-        seconds: indices of the frames to open, in the order wanted; all by default.
-        most: without `seconds`, open the first so many frames, or all that there are.
-        shorter_side: pixels, to which larger frames are shrunk.
+        row: a row of a corpus.
+        seconds: indices of the frames to open, in order; all frames by default.
+        most: maximum number of frames to open, from the first; only without `seconds`.
+        shorter_side: length in pixels of the shorter side; larger frames are shrunk to it.
 
     Raises:
-        MediaError: on a row without frames, files that cannot be read, a clip that starts after its video, or a second
-            that the clip does not have; it names the row's id.
+        MediaError: the row has no frames, a file cannot be read, the clip starts after its video, or an index is out
+            of range. The message names the id.
     """
     with _naming(row):
         count, start = _frames(row)
@@ -77,7 +77,7 @@ def open_frames(
             seconds = range(_known(count, row) if most is None else int(min(count, most)))
         for second in seconds:
             if not 0 <= second < count:
-                raise MediaError(f"has no second {second}: it has {count}, from 0")
+                raise MediaError(f"has no second {second}; it has {count}, counted from 0")
         if start is None:
             return [load_image(read_member(row["frames"][second]), shorter_side) for second in seconds]
         return load_frames(row["frames"][0], [start + second for second in seconds], shorter_side)
@@ -85,23 +85,28 @@ def open_frames(
 
 def count_frames(row: Mapping[str, Any]) -> int:
     """
-    How many frames `open_frames` gives, without decoding any.
+    The number of frames that `open_frames` returns, without decoding them.
 
     Raises:
-        MediaError: on a row without frames, a video that cannot be read or does not tell how long it is, or a clip
-            that starts after its video; it names the row's id.
+        MediaError: the row has no frames, the video cannot be read or declares no duration, or the clip starts after
+            its video. The message names the id.
     """
     with _naming(row):
         return _known(_frames(row)[0], row)
 
 
 def open_middle_frame(row: Mapping[str, Any]) -> Image.Image:
-    """The middle frame of a clip, RGB (the sixth of ten, as the reference evaluates); MediaError as `open_frames`."""
+    """
+    The middle frame of a clip as an RGB image: the sixth of ten, as in the reference evaluation.
+
+    Raises:
+        MediaError: see `open_frames`.
+    """
     return open_frames(row, [count_frames(row) // 2])[0]
 
 
 def _frames(row: Mapping[str, Any]) -> tuple[float, float | None]:
-    """How many frames a row has, infinity where that is unknown; and of a video, the time of the first."""
+    """The number of frames of a row (infinity if unknown), and the time of the first frame of a video, else None."""
     frames = row["frames"]
     if not frames:
         raise MediaError("the row has no frames; add a video or pictures")
@@ -122,7 +127,7 @@ def _frames(row: Mapping[str, Any]) -> tuple[float, float | None]:
 
 
 def _lasts(source: Mapping[str, Any], end: float) -> bool:
-    """Whether a file goes on to `end`, with its picture alone."""
+    """Whether the picture of a file lasts until `end`."""
     info = probe(source)
     return info.has_video and info.duration is not None and info.duration >= end - END_TOLERANCE
 
@@ -130,13 +135,13 @@ def _lasts(source: Mapping[str, Any], end: float) -> bool:
 def _known(count: float, row: Mapping[str, Any]) -> int:
     if count == math.inf:
         path = row["frames"][0]["path"]
-        raise MediaError(f"{path}: declares no duration; give the clip an end, or name the seconds")
+        raise MediaError(f"{path}: declares no duration; set the end of the clip, or pass seconds=")
     return int(count)
 
 
 @contextmanager
 def _naming(row: Mapping[str, Any]) -> Iterator[None]:
-    """Errors within say whose they are."""
+    """Prefix media errors with the id of the row."""
     try:
         yield
     except MediaError as error:

@@ -1,4 +1,4 @@
-"""What `dali-llava prepare` has made, as a corpus: clips in tar archives, streamed or opened where they lie."""
+"""The output of `dali-llava prepare` as a corpus: clips in tar archives, streamed or read in place."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from .builder import FEATURES
 from .options import option
 
 
-ANY_SPLIT = "train"  # what any folder of shards answers to; it also knows the split that it was made of
+ANY_SPLIT = "train"  # supported by every folder of shards, besides the split that the shards were prepared from
 INDEX_FILE = "index.json"
 
 
@@ -28,15 +28,15 @@ class ShardsConfig(datasets.BuilderConfig):
     Options of the corpus `shards`.
 
     Args:
-        data_dir: a folder that `dali-llava prepare` has filled; to stream, also a URL that fsspec knows (`hf://`,
+        data_dir: the output folder of `dali-llava prepare`; for streaming, also a URL that fsspec supports (`hf://`,
             `s3://`, `memory://`, ...).
-        storage_options: of the URL's file system.
-        splits: the split of which the shards were made, as `index.json` records it, or `train`, which all shards
-            answer to.
+        storage_options: options of the URL's file system.
+        splits: the split that the shards were prepared from, as recorded in `index.json`, or `train`, which all shards
+            support.
 
     Raises:
-        ValueError: several splits, no `data_dir`, or a folder from which every clip was left out.
-        FileNotFoundError: no index.json: there is no such folder, or its run has not finished.
+        ValueError: more than one split, no `data_dir`, or a folder without shards because all clips were skipped.
+        FileNotFoundError: no `index.json`, because the folder does not exist or its preparation has not finished.
     """
 
     name: str = "shards"
@@ -58,7 +58,7 @@ class ShardsConfig(datasets.BuilderConfig):
 
     @classmethod
     def find_splits(cls, **options: Any) -> tuple[str, ...]:
-        """The split that the shards were made of, and `train`."""
+        """The split that the shards were prepared from, and `train`."""
         corpus = json.loads(cls(**options).read_index()).get("settings", {}).get("corpus") or ""
         recorded = re.fullmatch(r"[^/]+/(\w+)", corpus)  # `dali-llava prepare` writes CORPUS/SPLIT
         return (ANY_SPLIT,) if recorded is None else tuple(dict.fromkeys((recorded[1], ANY_SPLIT)))
@@ -66,26 +66,25 @@ class ShardsConfig(datasets.BuilderConfig):
     def read_index(self) -> bytes:
         """The content of `index.json`."""
         if self.data_dir is None:
-            raise ValueError("shards needs data_dir=, a folder that `dali-llava prepare` has filled")
+            raise ValueError("shards needs data_dir=, the output folder of `dali-llava prepare`")
         url = xjoin(self.data_dir, INDEX_FILE)
         try:
             with xopen(url, "rb", download_config=self.download_config) as file:
                 content = file.read()
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{url}: no such file, or out of reach; `dali-llava prepare` writes it when all shards are complete"
+                f"{url}: no such file, or not reachable; `dali-llava prepare` writes it when all shards are complete"
             ) from error
         try:
             is_empty = not json.loads(content)["shards"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{url}: is not an index of shards; run `dali-llava prepare` again") from error
         if is_empty:
-            raise ValueError(f"{url}: lists no shards; report.csv has the reason why every clip was left out")
+            raise ValueError(f"{url}: lists no shards because all clips were skipped; see the reasons in report.csv")
         return content
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        """Read the index into `index`, and return the cache key, which depends on it: it has the digests of all
-        shards."""
+        """Read the index into `index` and return the cache key, which depends on the digests of all shards in it."""
         content = self.read_index()
         self.index = json.loads(content)
         digest = hashlib.sha256(f"{self.data_dir}\0{self.splits[0]}\0{custom_features or ''}\0".encode() + content)
@@ -102,9 +101,9 @@ class Shards(datasets.GeneratorBasedBuilder):
     """
     The clips of a folder of shards.
 
-    A stream reads the archives one after another, and its rows hold the bytes of sound (FLAC, 16 kHz mono) and frames
-    (JPEG). Otherwise the archives stay where they are and rows hold the places of their files in them, so that clips
-    are read in any order and no copy is made.
+    With streaming, the archives are read one after another, and rows contain the bytes of the sound (FLAC, 16 kHz
+    mono) and the frames (JPEG). Without streaming, rows contain the positions of the files in the archives, so clips
+    can be read in any order without a copy.
     """
 
     BUILDER_CONFIG_CLASS = ShardsConfig
@@ -118,12 +117,14 @@ class Shards(datasets.GeneratorBasedBuilder):
         urls = [xjoin(config.data_dir, shard["name"]) for shard in config.index["shards"]]
         if not streamed:
             if "://" in config.data_dir:
-                raise ValueError(f"{config.data_dir}: is not on a disk; pass streaming=True, or copy the folder")
+                raise ValueError(
+                    f"{config.data_dir}: is not a local folder; pass streaming=True, or copy it to a disk"
+                )
             for url, shard in zip(urls, config.index["shards"], strict=True):
                 size = os.path.getsize(url) if os.path.exists(url) else 0
                 if size != shard["bytes"]:
                     raise _damaged(url, f"{size} bytes of {shard['bytes']}")
-        # A list among the arguments is what `datasets` divides among processes, ranks and workers.
+        # `datasets` divides the list in these arguments among processes, ranks and workers.
         kwargs = {"urls": urls, "streamed": streamed, "download_config": config.download_config}
         return [datasets.SplitGenerator(config.splits[0], gen_kwargs=kwargs)]
 
@@ -147,8 +148,11 @@ def _damaged(url: str, what: object) -> ValueError:
 
 
 def _rows(tar: tarfile.TarFile, archive: str | None) -> Iterator[dict[str, Any]]:
-    """The rows of an archive: its files' bytes, or their places in `archive`. A clip's files lie together, the JSON
-    last."""
+    """
+    The rows of an archive, with the bytes of its files, or with their paths in `archive`.
+
+    The files of a clip are adjacent, and its JSON file is the last.
+    """
     audio, frames = None, []
     for member in tar:
         if member.name.endswith(".json"):

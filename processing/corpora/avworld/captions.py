@@ -1,8 +1,8 @@
-"""What is said about a scene of AVWorld: captions of its sound, captions of its look, and the captioner's dialogues.
+"""Texts about a scene of AVWorld: captions of the sound, captions of the picture, and dialogues of the captioner.
 
-A caption of the sound names no colour and no place; a caption of the look no sound. The captioner, which never hears,
-answers every general prompt with the look, the prompt for the sound included; what things do it says only when asked
-"What is everything doing ?", from knowledge of language.
+Captions of the sound contain no colours or places, and captions of the picture contain no sounds. The captioner does
+not hear, so it answers all general prompts with the picture, including the prompt for the sound. It describes
+activities only if asked "What is everything doing ?", from its knowledge of language.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ ACTIVITY_PROMPTS: tuple[str, ...] = (
     "Write what each thing in the picture is doing .",
 )
 
-# All answered with a caption of the look.
+# The answer to each is a caption of the picture.
 VISUAL_PROMPTS: tuple[str, ...] = (
     SOUND_PROMPT,
     SEE_PROMPT,
@@ -38,28 +38,28 @@ VISUAL_PROMPTS: tuple[str, ...] = (
 )
 
 NUM_AUDIO_CAPTIONS = 5
-SYNONYMS = 0.3  # share of mentions in paraphrases that leave the primary noun or verb
-CANONICAL_ANSWERS = 0.6  # share of the captioner's answers in the first form of their grammar
-QUESTIONS = 0.4  # share of the captioner's pictures that bring a question about a detail as well
+SYNONYMS = 0.3  # share of mentions in paraphrases that replace the primary noun or verb
+CANONICAL_ANSWERS = 0.6  # share of the captioner's answers in the first form of the grammar
+QUESTIONS = 0.4  # share of the captioner's pictures with an additional question about a detail
 
-# Words of a caption that speaks of sound.
+# Words in captions that describe sound.
 _HEARING_WORDS = {"sound", "sounds", "noise", "noises", "hear", "hears", "heard", "loud", "quiet", "audible"}
 _VERB_FORMS = {form for sounding in CLASSES.values() for pair in sounding.verbs for form in pair}
 SOUND_WORDS: frozenset[str] = frozenset(_VERB_FORMS | _HEARING_WORDS)
 
-# Words for what only a picture could show.
+# Words for properties that only a picture can show.
 VISUAL_WORDS: frozenset[str] = frozenset(COLOURS) | {background.word for background in BACKGROUNDS.values()}
 
 
 def with_article(noun: str, countable: bool = True) -> str:
-    """The noun with "a" or "an" where it takes one."""
+    """The noun, with "a" or "an" if it is countable."""
     if not countable:
         return noun
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def enumerate_phrases(phrases: Sequence[str]) -> str:
-    """ "x", "x and y", "x, y and z"."""
+    """Join phrases: "x", "x and y", "x, y and z"."""
     *rest, last = phrases
     return f"{', '.join(rest)} and {last}" if rest else last
 
@@ -69,14 +69,14 @@ def _countable(name: str) -> bool:
 
 
 def _choose(rng: np.random.Generator | None, options: Sequence, share: float):
-    """The first option, or with probability `share` one of the others; always the first without rng."""
+    """The first option, or one of the others with probability `share`. Without `rng`, always the first."""
     if rng is None or len(options) == 1 or rng.random() >= share:
         return options[0]
     return options[int(rng.integers(1, len(options)))]
 
 
 class _Clause(NamedTuple):
-    """What one thing does: "a dog", "barking", "barks", "is"."""
+    """The activity of one thing, such as "a dog", "barking", "barks", "is"."""
 
     subject: str
     gerund: str
@@ -117,10 +117,10 @@ def _joint_forms(clauses: Sequence[_Clause]) -> list[str]:
 def activity_captions(
     class_names: Sequence[str], rng: np.random.Generator, count: int = NUM_AUDIO_CAPTIONS
 ) -> list[str]:
-    """Paraphrases of what the named classes do, all of different form.
+    """Paraphrases of the activities of the given classes, each in a different form.
 
     The first is canonical: primary nouns and gerunds in the given order ("a dog barking and a siren wailing"). The
-    others draw synonyms, orders and forms ("a siren wails while a dog barks").
+    others use random synonyms, orders and forms ("a siren wails while a dog barks").
 
     Returns:
         list of `count` (at most 6) str.
@@ -134,16 +134,19 @@ def activity_captions(
 
 
 def audio_captions(scene: Scene, rng: np.random.Generator, as_seen: bool = False) -> list[str]:
-    """Five paraphrases of what is heard. The first is canonical and goes from the loudest to the faintest source, or,
-    `as_seen`, in reading order of the picture, as somebody writes who looks at it (everything heard must show)."""
+    """Five paraphrases of the audible sources. The first is canonical.
+
+    The canonical caption lists the sources from the loudest to the faintest. With `as_seen`, it lists them in reading
+    order of the picture, like a writer who looks at it; all audible sources must be visible.
+    """
     sources = [entity for entity in scene.visible if entity.span is not None] if as_seen else scene.audible
     return activity_captions([entity.name for entity in sources], rng)
 
 
 def visual_captions(scene: Scene) -> list[str]:
-    """Four captions of what is seen, in reading order; the first is canonical ("a red dog and a blue key on grass").
+    """Four captions of the picture, in reading order. The first is canonical ("a red dog and a blue key on grass").
 
-    A class that looks like another is called by its own noun, which the picture cannot tell.
+    A class that looks like another has its own noun, although the picture does not identify it.
     """
     things = []
     for entity in scene.visible:
@@ -159,7 +162,7 @@ def visual_captions(scene: Scene) -> list[str]:
 
 
 def concise_caption(scene: Scene) -> str:
-    """The visible nouns alone."""
+    """The visible nouns only."""
     return enumerate_phrases([with_article(e.name, _countable(e.name)) for e in scene.visible])
 
 
@@ -168,7 +171,7 @@ def _activity_answer(class_names: Sequence[str], rng: np.random.Generator) -> st
 
 
 def _presence_dialogue(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
-    """ "Is there a dog ?", half of the time about what is not there nor looks like something that is."""
+    """ "Is there a dog ?", half of the time about a thing that is absent and looks like nothing in the scene."""
     visible = [entity.name for entity in scene.visible]
     if rng.random() < 0.5:
         name, answer = str(rng.choice(visible)), "yes"
@@ -186,7 +189,7 @@ def _colour_dialogue(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
 
 
 def image_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Dialogues about a picture: a caption, what everything does (where anything could), and perhaps a question.
+    """Dialogues about a picture: a caption, the activities unless all objects are silent, and sometimes a question.
 
     Returns:
         list of {"question", "answer"}.
@@ -214,8 +217,10 @@ def image_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, st
 
 
 def pair_dialogues(first: Scene, second: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Dialogues about two pictures at once: two that list what they show, without colours and places, in which the
-    two may differ; and two about all that could sound in either, where anything could.
+    """Dialogues about two pictures at once.
+
+    Two dialogues list the content of both pictures, without colours and places, which may differ between them. Two
+    dialogues describe the activities of everything that can sound in either picture, if there is any.
 
     Returns:
         list of {"question", "answer"}.
@@ -232,8 +237,7 @@ def pair_dialogues(first: Scene, second: Scene, rng: np.random.Generator) -> lis
 
 
 def text_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Three dialogues without a picture, about how things sound: one about each of the scene's sources in turn, and
-    one about all of them."""
+    """Three dialogues about sounds, without a picture: two about single sources of the scene, one about all."""
     class_names = [entity.name for entity in scene.audible]
     dialogues = []
     for index in range(2):
@@ -248,7 +252,7 @@ def text_dialogues(scene: Scene, rng: np.random.Generator) -> list[dict[str, str
 
 
 def grammar_texts() -> list[str]:
-    """Sentences that together hold every word that the grammar can say or ask."""
+    """Sentences that together contain every word of the grammar."""
     texts = [*VISUAL_PROMPTS, CONCISE_PROMPT, PLACE_PROMPT, *ACTIVITY_PROMPTS, "yes no a an and, ."]
     texts += ["What colour is the", "What colour are the", "Is there", "Are there", "there is", "a picture of"]
     texts += ["What does do ?", "How does sound ?", "How do sound ?"]

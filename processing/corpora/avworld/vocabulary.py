@@ -16,7 +16,7 @@ from .captions import SOUND_WORDS, VISUAL_WORDS, grammar_texts
 SPECIAL_TOKENS: tuple[str, ...] = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<audio>", "<prefix>")
 PUNCTUATION = ".?,':"
 
-# Words that a user may type beyond the grammar.
+# Words outside the grammar that users may type.
 COMMON_WORDS: tuple[str, ...] = tuple(
     "user assistant ' : it its they this that these those who when how why which where you i we he she one two three "
     "four five some many more other with without from to at by for under over near behind beside between left right "
@@ -26,16 +26,16 @@ COMMON_WORDS: tuple[str, ...] = tuple(
 
 
 def vocabulary() -> list[str]:
-    """The special tokens, then every word of the grammar and the common words in alphabetical order."""
+    """The special tokens, followed by the words of the grammar and the common words in alphabetical order."""
     tokens = re.findall(f"[{PUNCTUATION}]|[^\\s{PUNCTUATION}]+", " ".join(grammar_texts()).lower())
     return [*SPECIAL_TOKENS, *sorted({*tokens} | SOUND_WORDS | VISUAL_WORDS | set(COMMON_WORDS))]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of lowercase words and single punctuation marks, which pads on the left and puts <s> in front.
+    """A tokenizer of lowercase words and single punctuation marks. It pads on the left and adds <s> at the start.
 
-    Decoding with `skip_special_tokens=True` gives text as in the captions: words separated by blanks, with no blank
-    before a comma, a full stop or a question mark.
+    Decoding with `skip_special_tokens=True` returns text as in the captions: words separated by blanks, without a
+    blank before a comma, a full stop or a question mark.
     """
     tokens = vocabulary()
     tokenizer = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
@@ -44,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", tokens.index("<s>"))]
     )
-    # Joins words with blanks and puts none before punctuation; its prefix of word pieces occurs in no word.
+    # Joins words with blanks, without a blank before punctuation. No word starts with its prefix of word pieces.
     tokenizer.decoder = WordPiece(prefix="##", cleanup=True)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""AudioCaps: its CSVs, and media under the names that downloads have."""
+"""AudioCaps: CSV files, and media under common names of downloads."""
 
 import csv
 import logging
@@ -23,7 +23,7 @@ def _quiet():
 
 @pytest.fixture
 def load(tmp_path):
-    """Writes `test.csv` and empty media, and loads the split."""
+    """Write `test.csv` and empty media, and load the split."""
 
     def load(content: str, *media: str, split: str | None = "test", **options):
         (tmp_path / "media").mkdir(exist_ok=True)
@@ -125,7 +125,7 @@ def test_a_bare_name_is_a_clip_or_the_whole_video(name, whole_videos, segment, l
         (["K.wav", "K.mp4", "K.jpg"], False, "K.wav", "K.mp4"),
         (["K.wav", "K.jpg"], False, "K.wav", "K.jpg"),
         (["K_30.wav", "K.mp4"], False, "K_30.wav", "K.mp4"),
-        (["K_30.wav", "K.mp4"], True, "K_30.wav", None),  # the video's seconds are not the sound's
+        (["K_30.wav", "K.mp4"], True, "K_30.wav", None),  # the video is not cut to the clip, unlike the sound
         (["K.wav", "K_30.png"], True, "K.wav", None),
         (["b/K.wav", "a/K.flac"], False, "a/K.flac", None),
     ],
@@ -170,9 +170,9 @@ def test_new_media_and_new_captions_are_seen_at_the_next_load(load):
             r"csv, line 1: expected the columns audiocap_id, .*; found id, youtube",
         ),
         ("", "line 1: expected the columns .*; found none"),
-        (HEADER, "holds no clip"),
-        (HEADER + "1,abcdefghijk,30,Rain\n2,abcdefghijk,30,  \n", "line 3: the caption is empty; fill it in"),
-        (HEADER + "1,,30,Rain\n", "line 2: the youtube_id is empty"),
+        (HEADER, "contains no clips"),
+        (HEADER + "1,abcdefghijk,30,Rain\n2,abcdefghijk,30,  \n", "line 3: caption is empty; fill it in"),
+        (HEADER + "1,,30,Rain\n", "line 2: youtube_id is empty"),
         (HEADER + "1,abcdefghijk,soon,Rain\n", "line 2: start_time 'soon' is not a number of seconds"),
         (HEADER + "1,abcdefghijk,-1,Rain\n", "line 2: start_time '-1' is not a number of seconds"),
         (HEADER + "1,abcdefghijk,nan,Rain\n", "line 2: start_time 'nan' is not a number of seconds"),
@@ -185,7 +185,7 @@ def test_a_bad_csv_is_named_with_its_line(content, message, load):
 
 
 def test_a_torn_row_is_named_and_the_rest_is_read(load, caplog):
-    """A row cut by a line break, as in AudioCaps 2.0's train list, and one with a comma that is not quoted."""
+    """A row split by a line break, as in the train list of AudioCaps 2.0, and a row with an unquoted comma."""
     quoted = '1,abcdefghijk,30,"Rain\nand wind"\n'
     rows = load(
         HEADER + quoted + "2,abcdefghijk,30,Rain, wind\n3,abcdefghijk,30,A man\nspeaks,,,\n", "abcdefghijk.wav"
@@ -193,12 +193,12 @@ def test_a_torn_row_is_named_and_the_rest_is_read(load, caplog):
     assert rows["captions"] == [["Rain\nand wind", "A man"]]
     torn = [record.getMessage() for record in caplog.records if "torn row" in record.getMessage()]
     assert len(torn) == 2
-    assert "test.csv, line 4: torn row, 5 cells of 4; it is left out" in torn[0]
-    assert "test.csv, line 6: torn row, nothing under youtube_id and start_time; it is left out" in torn[1]
+    assert "test.csv, line 4: skipped a torn row (5 cells instead of 4); quote" in torn[0]
+    assert "test.csv, line 6: skipped a torn row (youtube_id and start_time are empty); quote" in torn[1]
 
 
 def test_a_column_that_is_there_twice_is_named(load):
-    with pytest.raises(ValueError, match="test.csv, line 1: the column 'caption' is there twice; rename one"):
+    with pytest.raises(ValueError, match="test.csv, line 1: the column 'caption' appears twice; rename one"):
         load(HEADER.strip() + ",caption\n1,abcdefghijk,30,Rain,Wind\n", "abcdefghijk.wav")
 
 
@@ -214,7 +214,7 @@ def test_bad_options(load, tmp_path):
         load(content, data_dir=tmp_path / "absent")
     with pytest.raises(ValueError, match="data_dir= of audiocaps is the folder of the media"):
         load(content, data_dir=tmp_path / "test.csv")
-    with pytest.raises(FileNotFoundError, match=r"val.csv: no such file; give csv="):
+    with pytest.raises(FileNotFoundError, match=r"val.csv: no such file; pass csv="):
         load(content, split="val")
     with pytest.raises(ValueError, match="test.csv: one file holds one split; name the split"):
         load(content, split=None, csv=tmp_path / "test.csv")

@@ -1,4 +1,4 @@
-"""AudioSet: its segments, the names of its labels, and media."""
+"""AudioSet: segments, label names and media."""
 
 import csv
 
@@ -22,7 +22,7 @@ def _quiet():
 
 @pytest.fixture
 def load(tmp_path):
-    """Writes the segments of `eval`, the labels and empty media, and loads the split."""
+    """Write the segments of `eval`, the labels and empty media, and load the split."""
 
     def load(content: str, *media: str, labels: str | None = LABELS, **options):
         (tmp_path / "eval_segments.csv").write_text(content)
@@ -55,7 +55,7 @@ def test_the_published_segments_have_the_names_of_their_labels(shared_data, tmp_
     labels = [label for row in corpus["labels"] for label in row]
     with open(folder / "class_labels_indices.csv", newline="") as file:
         assert set(labels) == {row["display_name"] for row in csv.DictReader(file)}
-    assert len(labels) == 52882  # num_positive_labels of the CSV's own header
+    assert len(labels) == 52882  # num_positive_labels in the header of the CSV file
     lengths = [row["end"] - row["start"] for row in corpus.select_columns(["start", "end"])]
     assert lengths.count(10.0) == 21813 and min(lengths) > 0
 
@@ -87,7 +87,7 @@ def test_a_row(load, tmp_path):
 def test_the_clip_in_its_file(name, whole_videos, segment, load):
     (row,) = load(
         'abcdefghijk, 30.000, 37.500, "/m/09x0r"\n', name, whole_videos=whole_videos
-    )  # without the comments, too
+    )  # also without the comments
     assert (row["start"], row["end"]) == segment
 
 
@@ -104,13 +104,16 @@ def test_rows_without_media_keep_their_place_in_the_video(load):
             r"line 1: expected the columns YTID, start_seconds, .*; found abcdefghijk, 30",
         ),
         ("youtube_id,start_time,caption,other\n", r"start and end \['start_time', 'caption'\] are not numbers"),
-        (COMMENTS + "abcdefghijk, 40.000, 40.000, x\n", "line 4: 'abcdefghijk' goes from 40 to 40 s; give 0 <= start"),
-        (COMMENTS + "abcdefghijk, -1.000, 40.000, x\n", "line 4: 'abcdefghijk' goes from -1 to 40 s"),
-        (COMMENTS + "abcdefghijk, 0, inf, x\n", "line 4: 'abcdefghijk' goes from 0 to inf s"),
-        (COMMENTS + "abcdefghijk, nan, 1, x\n", "line 4: 'abcdefghijk' goes from nan to 1 s"),
+        (
+            COMMENTS + "abcdefghijk, 40.000, 40.000, x\n",
+            "line 4: 'abcdefghijk' starts at 40 s and ends at 40 s; give 0 <= start",
+        ),
+        (COMMENTS + "abcdefghijk, -1.000, 40.000, x\n", "line 4: 'abcdefghijk' starts at -1 s and ends at 40 s"),
+        (COMMENTS + "abcdefghijk, 0, inf, x\n", "line 4: 'abcdefghijk' starts at 0 s and ends at inf s"),
+        (COMMENTS + "abcdefghijk, nan, 1, x\n", "line 4: 'abcdefghijk' starts at nan s and ends at 1 s"),
         (COMMENTS + GOOD + GOOD, r"line 5: 'abcdefghijk' is also in .*csv, line 4; remove one"),
-        (COMMENTS + 'abcdefghijk, 0, 1, "/m/09x0r,/m/no"\n', r"line 4: label '/m/no' is not in .*indices.csv; take"),
-        (COMMENTS, "audioset eval: holds no clip"),
+        (COMMENTS + 'abcdefghijk, 0, 1, "/m/09x0r,/m/no"\n', r"line 4: label '/m/no' is not in .*indices.csv; use"),
+        (COMMENTS, "audioset eval: contains no clips"),
     ],
 )
 def test_bad_segments_are_named_with_their_line(content, message, load):

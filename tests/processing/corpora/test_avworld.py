@@ -95,7 +95,7 @@ def test_shots_show_all_that_sounds():
 
 def test_test_shifted_is_noisier_than_test():
     def floor(split: str) -> float:
-        """Mean level in dB of the quietest tenth of 20 ms frames, below the loudest frame."""
+        """Mean level in dB of the quietest tenth of the 20 ms frames, relative to the loudest frame."""
         levels = []
         for index in range(30):
             samples, _ = soundfile.read(io.BytesIO(make_row(split, index)["audio"]["bytes"]))
@@ -111,10 +111,10 @@ def test_captioner_rows(tmp_path):
     assert len(corpus) == 60
     lengths = [len(row["frames"]) for row in corpus]
     assert set(lengths) == {0, 1, 2}
-    assert 1 <= lengths.count(0) <= 13 and 5 <= lengths.count(2) <= 25  # 10% and 25% of 60, within three deviations
+    assert 1 <= lengths.count(0) <= 13 and 5 <= lengths.count(2) <= 25  # 10% and 25% of 60, within 3 sigma
     for row in corpus:
         assert row["audio"] is None and row["captions"] == []
-        # A caption, what everything does unless nothing could, a question for some; three without a picture.
+        # A caption, an activity unless all objects are silent, sometimes a question. Three dialogues without picture.
         assert 1 <= len(row["dialogues"]) <= (4 if len(row["frames"]) == 2 else 3)
         assert bool(row["visible"]) == bool(row["frames"])
         assert len(row["visual_captions"]) == (4 if len(row["frames"]) == 1 else 0)

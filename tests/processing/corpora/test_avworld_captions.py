@@ -139,7 +139,7 @@ def test_dialogues_about_pictures_answer_truthfully():
 
 
 def _answers(count: int = 300) -> list[str]:
-    """Whatever the grammar says of scenes: references, and answers about a picture, two pictures and none."""
+    """All texts of the grammar about scenes: references, and answers about one, two and no pictures."""
     texts = []
     for index in range(count):
         rng = np.random.default_rng(index)

@@ -1,4 +1,4 @@
-"""Crops of recordings: what a class of AVWorld plays, and what is tested on."""
+"""Crops of recordings: those that a class of AVWorld plays, and those of the tests."""
 
 from pathlib import Path
 
@@ -24,12 +24,12 @@ SIZE = 40960
 
 
 def tone(frequency: float, seconds: float) -> np.ndarray:
-    """A cosine: loud from its first sample on."""
+    """A cosine, which is loud from the first sample."""
     return 0.5 * np.cos(2 * np.pi * frequency * np.arange(round(seconds * RATE)) / RATE)
 
 
 def write(path: Path, *parts: np.ndarray | float) -> Path:
-    """A file of sounds and of pauses, given in seconds."""
+    """A file of sounds and pauses with the given durations in seconds."""
     path.parent.mkdir(exist_ok=True, parents=True)
     sound = [np.zeros(round(part * RATE)) if isinstance(part, float) else part for part in parts]
     soundfile.write(path, np.concatenate(sound), RATE)
@@ -51,7 +51,7 @@ def test_silent_recordings_are_rejected(tmp_path):
 
 
 def dog_playing(folder: Path, *parts: np.ndarray | float, varied: bool = False):
-    """The synthesiser of a dog whose one recording of fold 1 holds these sounds and pauses."""
+    """The synthesiser of a dog with one recording in fold 1, which contains these sounds and pauses."""
     for category in CATEGORIES.values():
         for fold in (1, 2, 3, 4):
             path = folder / f"001 - {category}" / f"{fold}-1-A.wav"
@@ -66,9 +66,9 @@ def test_varied_recordings_play_at_speeds_within_their_range(tmp_path):
     rng = np.random.default_rng(0)
     crops = [synthesise(rng, RATE, RATE, 0.0) for _ in range(200)]
     assert all(crop.shape == (RATE,) and crop.dtype == np.float32 for crop in crops)
-    frequencies = np.array([np.abs(np.fft.rfft(crop)).argmax() for crop in crops])  # 1 Hz a bin
+    frequencies = np.array([np.abs(np.fft.rfft(crop)).argmax() for crop in crops])  # 1 Hz per bin
     speeds = np.log(frequencies / 1000) / np.log(LARGEST_SPEED)  # uniform in [-1, 1]
-    assert -1.1 <= speeds.min() < -0.9 and 0.9 < speeds.max() <= 1.1  # steps of 2% are a tenth
+    assert -1.1 <= speeds.min() < -0.9 and 0.9 < speeds.max() <= 1.1  # steps of 2% are 0.1 on this scale
     assert abs(speeds.mean()) < 0.15 and speeds.var() == pytest.approx(1 / 3, abs=0.08)
 
 
@@ -79,7 +79,7 @@ def test_some_varied_recordings_are_played_in_a_room(tmp_path, monkeypatch):
     synthesise = dog_playing(tmp_path, clicks, varied=True)
     rng = np.random.default_rng(0)
     filled = np.array([np.mean(np.abs(synthesise(rng, RATE, RATE, 0.0)) > 1e-4) for _ in range(200)])
-    assert not ((filled > 0.001) & (filled < 0.1)).any()  # silence between the clicks, or the room's answer
+    assert not ((filled > 0.001) & (filled < 0.1)).any()  # silence between the clicks, or the response of the room
     assert (filled > 0.1).mean() == pytest.approx(REVERBERANT, abs=0.1)
 
 
@@ -88,7 +88,7 @@ def test_a_crop_is_never_silent(tmp_path, size):
     synthesise = dog_playing(tmp_path, 0.5, tone(440, 0.2), 4.0, 0.5 * tone(600, 0.2), 0.1)
     rng = np.random.default_rng(0)
     energies = np.array([np.square(synthesise(rng, size, RATE, 0.0)).sum() for _ in range(200)])
-    assert energies.min() >= 0.5 * 0.125 * 3200 * 0.99  # half of the louder tone's
+    assert energies.min() >= 0.5 * 0.125 * 3200 * 0.99  # half of the louder tone
 
 
 def test_a_crop_may_begin_anywhere_in_a_steady_sound(tmp_path):
@@ -121,7 +121,7 @@ def test_a_click_survives_the_fades_of_a_scene(tmp_path):
     scene = Scene((Entity("dog", "red", 0, (0.5, 1.5)),), "grass", snr=60.0)
     for seed in range(30):
         sound = render_audio(scene, np.random.default_rng(seed), {"dog": synthesise})
-        assert np.flatnonzero(np.abs(sound) > 0.85).size == 1  # PEAK 0.9: the hiss is far below
+        assert np.flatnonzero(np.abs(sound) > 0.85).size == 1  # PEAK is 0.9; the hiss is far below it
 
 
 def test_crops_spread_over_the_sounding_part(tmp_path):

@@ -37,17 +37,17 @@ def _quiet():
 
 
 def tone(frequency: float, seconds: float) -> np.ndarray:
-    """A cosine: loud from its first sample on."""
+    """A cosine, which is loud from the first sample."""
     return 0.5 * np.cos(2 * np.pi * frequency * np.arange(round(seconds * RATE)) / RATE)
 
 
 def frequency_of(name: str, fold: int) -> int:
-    """Hz, another one for each class and fold: 340 to 1900."""
+    """A frequency in Hz for each class and fold, from 340 to 1900."""
     return 300 + 160 * list(CATEGORIES).index(name) + 40 * fold
 
 
 def write(path: Path, *parts: np.ndarray | float) -> Path:
-    """A file of sounds and of pauses, given in seconds."""
+    """A file of sounds and pauses with the given durations in seconds."""
     path.parent.mkdir(exist_ok=True, parents=True)
     sound = [np.zeros(round(part * RATE)) if isinstance(part, float) else part for part in parts]
     soundfile.write(path, np.concatenate(sound), RATE)
@@ -56,7 +56,7 @@ def write(path: Path, *parts: np.ndarray | float) -> Path:
 
 @pytest.fixture(scope="module")
 def tones(tmp_path_factory) -> Path:
-    """One recording a class and fold: a second of `frequency_of`'s tone after 0.5 s of silence and before 1 s."""
+    """One recording per class and fold: 0.5 s of silence, a tone of 1 s at `frequency_of`, and 1 s of silence."""
     folder = tmp_path_factory.mktemp("tones")
     for number, (name, category) in enumerate(CATEGORIES.items(), 1):
         for fold in (1, 2, 3, 4):
@@ -67,7 +67,7 @@ def tones(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(tones, tmp_path) -> Path:
-    """A copy of `tones` to spoil."""
+    """A copy of `tones` that a test can damage."""
     return Path(shutil.copytree(tones, tmp_path / "copied"))
 
 
@@ -84,7 +84,7 @@ def decoded(row: dict) -> np.ndarray:
 
 
 def strongest(sound: np.ndarray) -> float:
-    """The frequency in Hz of a spectrum's peak."""
+    """The frequency in Hz at the peak of the spectrum."""
     return float(np.abs(np.fft.rfft(sound)).argmax() * RATE / sound.size)
 
 
@@ -147,7 +147,7 @@ def test_draws_depend_on_the_generator_alone(tones):
     ("split", "folds"), [("train", {1, 2, 3}), ("val", {1, 2, 3}), ("test", {4}), ("test_shifted", {4})]
 )
 def test_splits_keep_to_their_folds(tones, split, folds, monkeypatch):
-    monkeypatch.setattr(recordings, "LARGEST_SPEED", 1.0)  # a tone tells its fold by its frequency
+    monkeypatch.setattr(recordings, "LARGEST_SPEED", 1.0)  # the frequency of a tone identifies its fold
     synthesisers = AVWorldConfig(recordings=tones).synthesisers(split)
     heard = []
     for index in range(40):
@@ -204,7 +204,7 @@ def test_cache_key(copied):
     assert key(splits="val") == key(splits="val", recordings=None) == plain
     recorded = key(splits="val", recordings=copied)
     assert recorded != plain
-    assert key(splits="captioner", recordings=copied) == key(splits="captioner")  # it holds no sound
+    assert key(splits="captioner", recordings=copied) == key(splits="captioner")  # it contains no sound
     moved = copied.rename(copied.with_name("moved"))
     assert key(splits="val", recordings=f"{moved}/") == recorded
     write(moved / "001 - Dog bark" / "1-1-A.wav", tone(440, 0.7))

@@ -1,4 +1,4 @@
-"""Scenes of AVWorld: what they hold, how they sound, how they look."""
+"""Scenes of AVWorld: content, sound and pictures."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def scenes() -> list[Scene]:
 
 
 def _within(successes: int, trials: int, share: float, deviations: float = 4.0) -> bool:
-    """Whether a count lies within so many standard deviations of a binomial's mean."""
+    """Whether a count lies within the given number of standard deviations of a binomial mean."""
     return abs(successes - trials * share) <= deviations * np.sqrt(trials * share * (1 - share))
 
 
@@ -115,8 +115,8 @@ def test_soloists_mostly_sound_alone_throughout_and_show():
         and own[0].cell is not None
     ]
     assert all(scene.audible[0].level == 0.0 for scene in alone)
-    assert any(len(scene.entities) > 1 for scene in alone)  # beside silent objects
-    # Of the others one source, throughout and on screen, without a silent class: 0.72 * 0.35 * 0.85 * 0.9.
+    assert any(len(scene.entities) > 1 for scene in alone)  # some with silent objects
+    # The others have one visible source that sounds throughout, and no silent class: 0.72 * 0.35 * 0.85 * 0.9.
     assert _within(len(alone), len(heard), SOLO + (1 - SOLO) * 0.72 * 0.35 * 0.85 * 0.9)
     names = [scene.audible[0].name for scene in alone]
     for name in soloists:
@@ -150,7 +150,7 @@ def test_audio_has_its_length_and_peak_and_sounds_when_its_source_does():
     power = np.square(audio)
     inside = power[int(0.85 * SAMPLING_RATE) : int(1.75 * SAMPLING_RATE)].mean()
     outside = power[: int(0.8 * SAMPLING_RATE)].mean()
-    assert 10 * np.log10(inside / outside) == pytest.approx(30.0, abs=1.5)  # a steady whistle: the SNR itself
+    assert 10 * np.log10(inside / outside) == pytest.approx(30.0, abs=1.5)  # for a steady whistle, this is the SNR
     assert power[int(1.8 * SAMPLING_RATE) :].mean() == pytest.approx(outside, rel=0.1)
 
 

@@ -1,4 +1,4 @@
-"""The things of AVWorld, their looks and their sounds."""
+"""The classes of AVWorld, their pictures and their sounds."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def test_alike_pairs_share_exactly_one_of_sound_and_look():
     for first, second in ALIKE_LOOKING:
         assert sprite_of(first) == sprite_of(second)
         assert CLASSES[first].synthesiser != CLASSES[second].synthesiser
-    # One partner each: no class is ambiguous in both ways, so RIVALS loses nothing.
+    # Each class has one partner: no class is ambiguous in both ways, so RIVALS is complete.
     members = [name for pair in ALIKE_SOUNDING + ALIKE_LOOKING for name in pair]
     assert len(members) == len(set(members)) == len(RIVALS)
     for first, second in itertools.combinations(set(CLASSES) - set(members), 2):
@@ -130,7 +130,7 @@ def test_a_synthesiser_returns_finite_sound_that_depends_on_its_generator_alone(
 
 
 def _statistics(sound: np.ndarray) -> np.ndarray:
-    """Mean and spread over time of a log spectrum in 32 bands."""
+    """Mean and standard deviation over time of a log spectrum in 32 bands."""
     _, _, power = spectrogram(sound / sound.std(), RATE, nperseg=512, noverlap=256)
     bands = np.log(power[1:].reshape(32, 8, -1).mean(axis=1) + 1e-8)
     return np.concatenate([bands.mean(axis=1), bands.std(axis=1)])

@@ -27,7 +27,7 @@ def entry(video_id: str = "a", **changes) -> dict:
 
 @pytest.fixture
 def load(tmp_path):
-    """Writes a list and empty media in `media`, and loads it."""
+    """Write a list, and empty media in `media`, and load the list."""
 
     def load(content, *media: str, **options):
         text = content if isinstance(content, str) else json.dumps({"data": content}, indent=1)
@@ -117,11 +117,14 @@ def test_missing_sound(load):
         ('{"data": [\n{"video_id": }]}', r"list.json, line 2: is not JSON \(Expecting value\); give the list"),
         ("[]", r'list.json: expected \{"data": \[...\]\}; give a list'),
         ('{"data": {}}', r'expected \{"data": \[...\]\}'),
-        ([entry(), ["b"]], r"entry 1 of data: expected texts under video_id, wav, video_path, labels; found \['b'\]"),
-        ([{"video_id": "a", "wav": "a.wav"}], "entry 0 of data: expected texts .*; found video_id, wav; complete it"),
-        ([entry(labels=["x"])], "entry 0 of data: expected texts under"),
+        ([entry(), ["b"]], r"entry 1 of data: expected strings for video_id, wav, video_path, labels; found \['b'\]"),
+        (
+            [{"video_id": "a", "wav": "a.wav"}],
+            "entry 0 of data: expected strings .*; found video_id, wav; complete the entry",
+        ),
+        ([entry(labels=["x"])], "entry 0 of data: expected strings for"),
         ([entry("a"), entry("b"), entry("a")], "entry 2 of data: video_id 'a' is also in entry 0; remove one"),
-        ([], "cav_mae_json train: holds no clip"),
+        ([], "cav_mae_json train: contains no clips"),
     ],
 )
 def test_a_bad_list_is_named_with_its_place(content, message, load):
@@ -131,7 +134,7 @@ def test_a_bad_list_is_named_with_its_place(content, message, load):
 
 def test_bad_options(load, tmp_path):
     (tmp_path / "labels.csv").write_text("index,mid,display_name\n0,/m/09x0r,Speech\n")
-    with pytest.raises(ValueError, match=r"entry 0 of data: label '/m/05zppz' is not in .*labels.csv; take the index"):
+    with pytest.raises(ValueError, match=r"entry 0 of data: label '/m/05zppz' is not in .*labels.csv; use the same"):
         load([entry()], "audio/a.flac", labels_csv=tmp_path / "labels.csv")
     with pytest.raises(FileNotFoundError, match=r"absent.csv: no such file or folder; check labels_csv="):
         load([entry()], labels_csv=tmp_path / "absent.csv")

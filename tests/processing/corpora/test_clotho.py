@@ -1,4 +1,4 @@
-"""Clotho: its CSVs and its recordings."""
+"""Clotho: CSV files and recordings."""
 
 import csv
 
@@ -85,7 +85,7 @@ def test_missing_recordings(load):
             "line 1: expected the columns file_name, caption_1, .*; found file_name, caption; give",
         ),
         (HEADER + "a.wav,1,2,3,4\n", "line 2: does not have 6 cells; quote cells with commas"),
-        (HEADER + "a.wav,1,2,, 4,5\n", "line 2: the caption_3 of 'a.wav' is empty; fill it in"),
+        (HEADER + "a.wav,1,2,, 4,5\n", "line 2: caption_3 of 'a.wav' is empty; fill it in"),
         (HEADER + "a.wav,1,2,3,4,5\na.wav,1,2,3,4,5\n", "line 3: 'a.wav' is also in .*csv, line 2; remove one"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A folder of the reader's own clips."""
+"""The corpus of clips in a folder."""
 
 import json
 
@@ -17,7 +17,7 @@ def _quiet():
 
 @pytest.fixture
 def load(tmp_path):
-    """Fills a folder with empty media and a table, and loads it."""
+    """Load a folder filled with empty media and a table."""
     folder = tmp_path / "clips"
 
     def load(*media: str, csv: str | None = None, jsonl: str | list | None = None, **options):
@@ -119,19 +119,19 @@ def test_changes_are_seen_at_the_next_load(load):
     [
         (
             "name,caption\na.wav,Rain\n",
-            "csv, line 2: expected a text under file_name or id; found name, caption; name",
+            "csv, line 2: expected a string for file_name or id; found name, caption; add the name",
         ),
         ("file_name\na.wav\nb.wav\na.flac\n", "line 4: 'a' is also in .*csv, line 2; remove one, or give each"),
         ("id,file_name\nx,a.wav\nx,b.wav\n", "line 3: 'x' is also in .*csv, line 2"),
-        ('file_name,caption\na.wav," "\n', r"line 2: caption is \[' '\], not texts of at least a letter; fill it in"),
-        ('file_name,captions\na.wav,"[""Rain"""\n', "line 2: captions is not a list in JSON"),
-        ('file_name,captions\na.wav,"[""Rain"", 3]"\n', "line 2: captions is .*, not texts"),
+        ('file_name,caption\na.wav," "\n', r"line 2: caption is \[' '\], expected non-empty strings; fill it in"),
+        ('file_name,captions\na.wav,"[""Rain"""\n', "line 2: captions is not a JSON list"),
+        ('file_name,captions\na.wav,"[""Rain"", 3]"\n', "line 2: captions is .*, expected non-empty strings"),
         ("file_name,start\na.wav,soon\n", r"line 2: start and end \['soon', None\] are not numbers of seconds"),
-        ("file_name,start,end\na.wav,3,3\n", r"line 2: goes from 3.0 to 3.0 s; give 0 <= start < end"),
-        ("file_name,start\na.wav,-1\n", r"line 2: goes from -1.0 to None s"),
-        ("file_name,end\na.wav,nan\n", r"line 2: goes from 0.0 to nan s"),
+        ("file_name,start,end\na.wav,3,3\n", r"line 2: start is 3.0 s and end is 3.0 s; give 0 <= start < end"),
+        ("file_name,start\na.wav,-1\n", r"line 2: start is -1.0 s and end is None s"),
+        ("file_name,end\na.wav,nan\n", r"line 2: start is 0.0 s and end is nan s"),
         ("file_name\na.wav,Rain, wind\n", "line 2: does not have 1 cells"),
-        ("", "folder train: holds no clip"),
+        ("", "folder train: contains no clips"),
     ],
 )
 def test_a_bad_csv_is_named_with_its_line(content, message, load):
@@ -142,14 +142,14 @@ def test_a_bad_csv_is_named_with_its_line(content, message, load):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"id": "a"}\n{"id": b}\n', r"metadata.jsonl, line 2: is not JSON \(.*\); write one object a line"),
+        ('{"id": "a"}\n{"id": b}\n', r"metadata.jsonl, line 2: is not JSON \(.*\); write one object per line"),
         ('\n["a"]\n', r"line 2: expected an object, found \['a'\]"),
-        ([{"id": 3}], "line 1: expected a text under file_name or id; found id"),
+        ([{"id": 3}], "line 1: expected a string for file_name or id; found id"),
         (
             [{"id": "a", "captions": ["Rain", " "]}],
-            r"line 1: captions is \['Rain', ' '\], not texts of at least a letter",
+            r"line 1: captions is \['Rain', ' '\], expected non-empty strings",
         ),
-        ([{"id": "a", "labels": 7}], "line 1: labels is 7, not texts"),
+        ([{"id": "a", "labels": 7}], "line 1: labels is 7, expected non-empty strings"),
         ([{"id": "a", "start": [1]}], r"line 1: start and end \[\[1\], None\] are not numbers"),
     ],
 )
@@ -159,7 +159,9 @@ def test_bad_json_lines_are_named_with_their_line(content, message, load):
 
 
 def test_bad_options(load, tmp_path):
-    with pytest.raises(ValueError, match="holds both metadata.csv and metadata.jsonl; remove one, or give metadata="):
+    with pytest.raises(
+        ValueError, match="contains both metadata.csv and metadata.jsonl; remove one, or pass metadata="
+    ):
         load("a.wav", csv="file_name\na.wav\n", jsonl=[{"id": "a"}])
     with pytest.raises(FileNotFoundError, match="none of 1 clips has media in .*; the first is 'b'"):
         (tmp_path / "mine.csv").write_text("file_name\nb.wav\n")

@@ -1,4 +1,4 @@
-"""What the builders of real corpora share: the schema, the loader, the cache, streaming."""
+"""Common behaviour of the real corpora: schema, loader, cache and streaming."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def _quiet():
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, dict]:
-    """Three clips of each corpus: its split and the options that load it."""
+    """Three clips of each corpus. Returns its split and the options that load it."""
     root = tmp_path_factory.mktemp("corpora")
     media = root / "media"
     media.mkdir()
@@ -169,7 +169,7 @@ def test_options_are_those_of_the_corpus(tmp_path):
 
 
 def test_options_and_splits_are_known_without_datasets_and_torch():
-    """What the help of the commands needs, in a fresh process."""
+    """Importing the corpora and their options in a new process, as the help of the commands does."""
     code = f"""
 import sys
 from dali_llava.processing.corpora import configuration_of
@@ -192,7 +192,7 @@ from dali_llava.processing.corpora.options import option
 
 @dataclass
 class Toy(ListedCorpus):
-    """Toy clips, all with one label."""
+    """Toy clips, all with the same label."""
 
     name = "toy"
     splits: Sequence[str] = ("train", "test")

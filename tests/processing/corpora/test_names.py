@@ -1,4 +1,4 @@
-"""Names of files and clips: one key on both sides, and names that cannot be used are reported."""
+"""Names of files and clips: matching keys, and reports of unusable names."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_what_is_not_utf8_is_printed_with_escapes():
 
 @pytest.fixture
 def media(tmp_path):
-    """Names as macOS, cameras and careless hands write them, and one that is not UTF-8."""
+    """File names as macOS, cameras and users write them, and one that is not UTF-8."""
     folder = tmp_path / "media"
     folder.mkdir()
     for name in (DECOMPOSED + ".wav", " leading.wav", "UPPER.WAV", "-dash.wav", "plain.Mp4"):
@@ -57,7 +57,7 @@ def test_a_folder_reports_a_bad_name_and_takes_the_rest(media, tmp_path, caplog)
     rows = load_corpus("folder", "train", data_dir=str(media), cache_dir=tmp_path / "cache")
     assert sorted(rows["id"]) == sorted([COMPOSED, "leading", "UPPER", "-dash", "plain"])
     assert all(os.path.exists(row["audio"]["path"]) for row in rows)
-    assert "media/caf\\xe9.wav: its name is not UTF-8; the file is left out, rename it" in caplog.text
+    assert "media/caf\\xe9.wav: skipped, the file name is not UTF-8; rename the file" in caplog.text
 
 
 def test_a_table_finds_files_however_either_spells_the_name(media, tmp_path):
@@ -83,7 +83,7 @@ def test_clotho_and_audiocaps_find_them_too(media, tmp_path):
 def test_a_caption_cut_within_an_emoji_is_named_with_its_line(media, tmp_path):
     lines = ['{"id": "-dash", "captions": ["Rain \\ud83c\\udf27"]}', '{"id": "UPPER", "captions": ["Rain \\ud83c"]}']
     (media / "metadata.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="metadata.jsonl, line 2: a text is cut within a character"):
+    with pytest.raises(ValueError, match="metadata.jsonl, line 2: a string contains a lone surrogate"):
         load_corpus("folder", "train", data_dir=str(media), cache_dir=tmp_path / "cache")
     (media / "metadata.jsonl").write_text(lines[0])
     (row,) = load_corpus("folder", "train", data_dir=str(media), cache_dir=tmp_path / "cache")

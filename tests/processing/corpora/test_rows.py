@@ -100,9 +100,9 @@ def test_frames_of_a_video_are_the_first_of_each_second(media_dir):
     assert equal(open_frames(row(frames=[path])), [0, 1, 2])
     assert equal(open_frames(row(frames=[path], start=0.5, end=2.5)), [0.5, 1.5])
     assert equal(open_frames(row(frames=[path], start=1.0, end=2.7)), [1, 2])
-    assert equal(open_frames(row(frames=[path], start=1.0, end=2.4)), [1])  # 0.4 s are no second
+    assert equal(open_frames(row(frames=[path], start=1.0, end=2.4)), [1])  # the last 0.4 s are ignored
     assert equal(open_frames(row(frames=[path], start=1.0, end=1.2)), [1])
-    assert equal(open_frames(row(frames=[path], start=1.0, end=3.9)), [1, 2])  # the video is shorter
+    assert equal(open_frames(row(frames=[path], start=1.0, end=3.9)), [1, 2])  # the video ends first
     assert equal(open_frames(row(frames=[path], start=1.0), seconds=[1, 0, 1]), [2, 1, 2])
 
 
@@ -143,9 +143,9 @@ def test_a_row_that_names_nothing_is_told():
     ("names", "options", "seconds", "message"),
     [
         (["clip.mp4"], {"start": 5.0, "end": 6.0}, None, r"the clip starts at 5 s, the video ends at 3\.\d\d s$"),
-        (["clip.mp4"], {}, [3], "has no second 3: it has 3, from 0$"),
-        (["clip.mp4"], {}, [-1], "has no second -1: it has 3, from 0$"),
-        (["photo.jpg"], {}, [1], "has no second 1: it has 1, from 0$"),
+        (["clip.mp4"], {}, [3], "has no second 3; it has 3, counted from 0$"),
+        (["clip.mp4"], {}, [-1], "has no second -1; it has 3, counted from 0$"),
+        (["photo.jpg"], {}, [1], "has no second 1; it has 1, counted from 0$"),
         (["bark.wav"], {}, None, "holds sound only, no picture"),
         (["photo.jpg", "clip.mp4"], {}, None, "is video, not a still image"),
         (["absent.mp4"], {}, None, "no such file"),

@@ -62,7 +62,7 @@ def test_an_archive_that_went_or_ends_early_is_named(unbroken, tmp_path):
     shutil.copytree(unbroken, folder)
     rows = load_corpus("shards", "train", data_dir=folder, cache_dir=tmp_path)
     os.truncate(folder / "shard-000001.tar", 3000)
-    with pytest.raises(MediaError, match=r"clip 'clip-003': .*shard-000001.tar: is damaged, it ends within clip-003"):
+    with pytest.raises(MediaError, match=r"clip 'clip-003': .*shard-000001.tar: is damaged \(it ends within clip-003"):
         open_audio(rows[3])
     os.remove(folder / "shard-000000.tar")
     with pytest.raises(MediaError, match=r"clip 'clip-000': .*shard-000000.tar: cannot be read \(No such file"):
@@ -71,7 +71,7 @@ def test_an_archive_that_went_or_ends_early_is_named(unbroken, tmp_path):
         with pytest.raises(ValueError, match=rf"shard-{name}.tar: is damaged \({size} bytes of \d+\); copy it again"):
             load_corpus("shards", "train", data_dir=folder, cache_dir=tmp_path / "new")
         shutil.copy(unbroken / f"shard-{name}.tar", folder)
-    with pytest.raises(ValueError, match=r"memory://x: is not on a disk; pass streaming=True"):
+    with pytest.raises(ValueError, match=r"memory://x: is not a local folder; pass streaming=True"):
         fsspec.filesystem("memory").pipe("/x/index.json", (unbroken / "index.json").read_bytes())
         load_corpus("shards", "train", data_dir="memory://x", cache_dir=tmp_path)
 
@@ -133,7 +133,7 @@ def test_shards_are_shuffled_and_resumed(unbroken, corpus):
 def test_a_folder_that_is_not_finished_or_not_there(unbroken, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere", "memory://nowhere"):
         with pytest.raises(
-            FileNotFoundError, match=r"index.json: no such file, or out of reach; `dali-llava prepare`"
+            FileNotFoundError, match=r"index.json: no such file, or not reachable; `dali-llava prepare`"
         ):
             stream_shards(folder)
     (tmp_path / "index.json").write_text(json.dumps({"shards": []}))

@@ -114,5 +114,5 @@ def test_a_corpus_of_broken_clips_ends(corpus):
 
 
 def test_a_second_that_the_clip_does_not_have(corpus):
-    with pytest.raises(MediaError, match="clip 'clip 0': has no second 1: it has 1, from 0"):
+    with pytest.raises(MediaError, match="clip 'clip 0': has no second 1; it has 1, counted from 0"):
         open_frame(corpus[0], 1)
