@@ -1,7 +1,7 @@
 """
 Feature extractor, processor, media decoding and corpora.
 
-The classes load on first use, so that `dali_llava.processing.corpora` and the help of the commands need no torch.
+The classes are imported on first use, so `dali_llava.processing.corpora` and the help of the commands need no torch.
 """
 
 import importlib
@@ -43,7 +43,7 @@ def _load_classes() -> None:
     processing = importlib.import_module(".processing_llava_audio", __name__)
     for name in __all__:
         globals()[name] = getattr(processing if hasattr(processing, name) else extraction, name)
-    # A saved processor names its classes, and the Auto classes look names up among what is registered. Without this,
-    # loading our own class from our own package would ask for trust in the checkpoint's copy of the code.
+    # The Auto classes look up the class names of a saved processor among the registered classes. Without registration,
+    # they would ask to trust the copy of the code in the checkpoint.
     AutoFeatureExtractor.register("llava_audio", extraction.LlavaAudioFeatureExtractor, exist_ok=True)
     AutoProcessor.register("llava_audio", processing.LlavaAudioProcessor, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Feature extractor of LLaVA-Audio: a waveform in, the normalised Kaldi filter bank of CAV-MAE out."""
+"""Feature extractor of LLaVA-Audio: converts waveforms to the normalised Kaldi filter bank of CAV-MAE."""
 
 import math
 import warnings
@@ -13,21 +13,21 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import TensorType, is_torchaudio_available
 
 
-MIN_DURATION = 0.1  # seconds; a shorter clip holds too few frames to say anything
+MIN_DURATION = 0.1  # seconds; shorter clips have too few frames to be useful
 FRAME_LENGTH = 0.025  # seconds
 FRAME_SHIFT = 0.010  # seconds
-LOG_FLOOR = float(np.finfo(np.float32).eps)  # Kaldi's floor under the mel energies
+LOG_FLOOR = float(np.finfo(np.float32).eps)  # Kaldi's lower bound of the mel energies
 BACKENDS = ("auto", "torchaudio", "numpy")
 
 
 @lru_cache
 def _torchaudio_fbank():
-    """torchaudio's Kaldi filter bank, or None where torchaudio is absent or cannot load its library."""
+    """torchaudio's Kaldi filter bank, or None if torchaudio is not installed or cannot load its library."""
     if not is_torchaudio_available():
         return None
     try:
         from torchaudio.compliance.kaldi import fbank
-    except (ImportError, OSError, RuntimeError):  # built for another torch, or for CUDA that is not here
+    except (ImportError, OSError, RuntimeError):  # built for another torch, or for CUDA without a GPU
         return None
     return fbank
 
@@ -40,7 +40,7 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
     Hanning window, 10 ms shift, `htk_compat`, no energy, no dither). The frames are padded with zeros, then normalized
     as `(x - mean) / std`, so that padding becomes `-mean / std` (+1.133 with the defaults), as in the reference.
 
-    The arguments that depend on the audio tower are its configuration's `feature_extractor_kwargs`.
+    `feature_extractor_kwargs` of an audio tower's configuration contains the arguments that depend on the tower.
 
     Args:
         sampling_rate (`int`): rate of the waveforms in Hz.
@@ -48,11 +48,11 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         max_length (`int`): frames per clip under `padding="max_length"`; a multiple of `patch_size`.
         patch_size (`int`): frames per column of audio tokens.
         tokens_per_column (`int`, *optional*): audio tokens that the tower returns for `patch_size` frames. The default
-            suits square patches: `num_mel_bins / patch_size`. A tower that averages over mel returns 1.
+            for square patches is `num_mel_bins / patch_size`. A tower that averages over mel returns 1.
         mean, std (`float`): statistics of the corpus that the tower was trained on.
-        backend (`str`): `"torchaudio"`, `"numpy"` (transformers' `audio_utils`), or `"auto"`: torchaudio where it
-            loads. The two agree within 1e-3 after normalisation on recordings, noise and ordinary tones; a pure tone
-            near full scale above about 2 kHz leaves torchaudio's float32 transform some 5e-3 off in the silent bins.
+        backend (`str`): `"torchaudio"`, `"numpy"` (transformers' `audio_utils`), or `"auto"`, which uses torchaudio if
+            it loads. The two agree within 1e-3 after normalisation on recordings, noise and ordinary tones. For a pure
+            tone near full scale above about 2 kHz, torchaudio's float32 transform is off by about 5e-3 in silent bins.
     """
 
     model_input_names = ["input_features", "input_features_mask"]
@@ -72,8 +72,8 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         **kwargs,
     ):
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
-        # The clips of a batch have one length, or `input_features_mask` marks the padding. Without a side, `pipeline`
-        # pads the text alone and on the tokenizer's side.
+        # The clips of a batch have the same length, or `input_features_mask` marks the padding. Without a padding side
+        # here, `pipeline` pads only the text, on the side of the tokenizer.
         self.padding_side = None
         multiples = {"max_length": max_length}
         if tokens_per_column is None:
@@ -97,16 +97,16 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
 
     @property
     def window_length(self) -> int:
-        """Samples of one analysis window."""
+        """Number of samples in an analysis window."""
         return int(self.sampling_rate * FRAME_LENGTH)
 
     @property
     def hop_length(self) -> int:
-        """Samples between two windows."""
+        """Number of samples between the starts of two windows."""
         return int(self.sampling_rate * FRAME_SHIFT)
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of a clip of `num_samples` samples, before padding or cutting (10 s at 16 kHz: 998)."""
+        """Number of frames of `num_samples` samples, before padding or cutting (10 s at 16 kHz: 998)."""
         return max(0, 1 + (num_samples - self.window_length) // self.hop_length)
 
     def num_audio_tokens(self, num_frames: int) -> int:
@@ -127,20 +127,20 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         Args:
             raw_speech: one clip or a list of clips. A clip is a numpy array, tensor or list of floats in [-1, 1], of
                 shape `(samples,)` or `(channels, samples)`; channels are averaged.
-            sampling_rate (`int`, *optional*): the clips' rate in Hz; where absent, taken to be the extractor's own.
-            padding: `"max_length"` pads or cuts every clip to `max_length` frames, all of which count. `"longest"` (or
-                True) pads each clip to a multiple of `patch_size` frames, which count, and then to the longest of the
-                batch, which do not; nothing is cut unless `max_length` is passed.
-            max_length (`int`, *optional*): frames, in place of the extractor's own; a multiple of `patch_size`.
+            sampling_rate (`int`, *optional*): sampling rate of the clips in Hz; the rate of the extractor by default.
+            padding: `"max_length"` pads or cuts every clip to `max_length` frames, all of which are valid. `"longest"`
+                (or True) pads each clip to a multiple of `patch_size` frames, which are valid, and then to the longest
+                clip of the batch with frames that are masked. It cuts clips only if `max_length` is passed.
+            max_length (`int`, *optional*): number of frames, a multiple of `patch_size`; the extractor's by default.
             return_tensors: `"pt"`, `"np"`, or None for a list of arrays.
 
         Returns:
-            `BatchFeature` with `input_features` `(clips, frames, num_mel_bins)` float32, and under `"longest"`
-            `input_features_mask` `(clips, frames)` bool, True where a frame counts.
+            `BatchFeature` with `input_features` `(clips, frames, num_mel_bins)` float32, and with `"longest"`
+            `input_features_mask` `(clips, frames)` bool, True for valid frames.
 
         Raises:
-            ValueError: naming the clip by its index: wrong shape, integer, NaN or infinite samples, no samples, less
-                than 0.1 s; or a wrong sampling rate, or an unknown `padding`.
+            ValueError: a clip has the wrong shape, integer, NaN or infinite samples, no samples, or less than 0.1 s
+                (the message contains its index); the sampling rate is wrong; or `padding` is unknown.
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise ValueError(
@@ -175,7 +175,7 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
 
     @staticmethod
     def _as_list(raw_speech) -> list:
-        """A list of clips, of one clip or of several."""
+        """Convert one clip or several clips to a list of clips."""
         if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
             return [raw_speech]
         if len(raw_speech) == 0:
@@ -183,7 +183,7 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         return [raw_speech] if isinstance(raw_speech[0], (int, float, np.number)) else list(raw_speech)
 
     def _check_waveform(self, clip, index: int) -> np.ndarray:
-        """The clip as a mono float32 waveform `(samples,)`, or a ValueError that names it."""
+        """The clip as a mono float32 waveform `(samples,)`. Raises a ValueError with `index` for an invalid clip."""
         if isinstance(clip, torch.Tensor):
             clip = clip.detach().cpu().to(torch.float32 if clip.is_floating_point() else clip.dtype)
         is_array = isinstance(clip, (np.ndarray, torch.Tensor))
@@ -199,21 +199,21 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"{name} has shape {waveform.shape}: pass (samples,) or (channels, samples)")
         waveform = waveform.astype(np.float32)
         if not np.isfinite(waveform).all():
-            raise ValueError(f"{name} holds NaN or infinite samples: repair or drop it")
+            raise ValueError(f"{name} contains NaN or infinite samples: repair or remove it")
         if len(waveform) < MIN_DURATION * self.sampling_rate:
             duration = len(waveform) / self.sampling_rate
             raise ValueError(f"{name} lasts {duration:.3f} s: pass a waveform of at least {MIN_DURATION} s")
         return waveform
 
     def _fbank(self, waveform: np.ndarray, max_frames: int) -> np.ndarray:
-        """Log-mel energies `(frames, num_mel_bins)` float32 of a waveform's first frames, not normalised."""
-        # the mean is the whole clip's, also where only its beginning is used
+        """Log-mel energies of the first frames of a waveform, `(frames, num_mel_bins)` float32, not normalised."""
+        # the mean is computed over the whole clip, even if only its beginning is used
         waveform = (waveform - waveform.mean())[: self.window_length + (max_frames - 1) * self.hop_length]
         if self.backend == "numpy" or (self.backend == "auto" and _torchaudio_fbank() is None):
             return self._numpy_fbank(waveform)
         fbank = _torchaudio_fbank()
         if fbank is None:
-            raise ImportError('torchaudio cannot be imported here: install it, or choose backend="auto"')
+            raise ImportError('torchaudio cannot be imported: install it, or choose backend="auto"')
         return fbank(
             torch.from_numpy(waveform)[None],
             htk_compat=True,
@@ -248,7 +248,7 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
 def _kaldi_mel_filters(num_mel_bins: int, num_frequency_bins: int, sampling_rate: int) -> np.ndarray:
     """Kaldi's triangular filters `(num_frequency_bins, num_mel_bins)`, from 20 Hz to half the sampling rate."""
     with warnings.catch_warnings():
-        # 128 mel bins on a 512-point transform leave some low filters empty, in Kaldi as here
+        # with 128 mel bins and a 512-point transform, some low filters are empty, as in Kaldi
         warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
         return mel_filter_bank(
             num_frequency_bins=num_frequency_bins,

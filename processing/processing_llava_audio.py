@@ -1,4 +1,4 @@
-"""Processor of LLaVA-Audio: turns text, images and audio into model inputs."""
+"""Processor of LLaVA-Audio: converts text, images and audio to model inputs."""
 
 import json
 import re
@@ -23,7 +23,7 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-# One turn after the other, without a system sentence; within a turn the media stand first: image, audio, prefix.
+# The turns in order, without a system sentence. A turn starts with its media: image, audio, prefix.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}"
@@ -47,7 +47,7 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
-# LLaVA-1.5's conversation (Vicuna v1.1): the system sentence first, unless the conversation brings its own.
+# The conversation format of LLaVA-1.5 (Vicuna v1.1). A system message replaces the default system sentence.
 DALI_CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}{{ \"" + VICUNA_SYSTEM + ' " }}{% endif %}' + PLAIN_CHAT_TEMPLATE
 )
@@ -57,7 +57,7 @@ SEE_PROMPT = "What can you see ?"
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-# keyword arguments that mean the text when they stand outside `audio_kwargs`
+# keyword arguments that apply only to the text if they are passed outside `audio_kwargs`
 TEXT_ONLY_KWARGS = ("padding", "max_length", "truncation", "pad_to_multiple_of", "return_attention_mask")
 
 
@@ -65,27 +65,27 @@ class LlavaAudioProcessor(ProcessorMixin):
     r"""
     Wraps an image processor, a tokenizer and a feature extractor.
 
-    Each `<image>` of a text is repeated once per image token (576 at full size), each `<audio>` once per audio token
-    (512), each `<prefix>` `prefix_length` times (16). Batches are padded on the left: the processor sets
+    In the text, each `<image>` is repeated once per image token (576 at full size), each `<audio>` once per audio
+    token (512), and each `<prefix>` `prefix_length` times (16). Batches are padded on the left; the processor sets
     `tokenizer.padding_side`.
 
     Args:
         image_processor (`BaseImageProcessor`): the image processor of the vision tower.
-        tokenizer (`PreTrainedTokenizerBase`): a tokenizer that has the placeholder tokens.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer with the placeholder tokens.
         feature_extractor (`FeatureExtractionMixin`): [`LlavaAudioFeatureExtractor`], or any feature extractor that
-            returns `input_features` (and `input_features_mask` for clips of several lengths) and has
+            returns `input_features` (and `input_features_mask` for clips of different lengths) and has
             `num_audio_tokens(num_frames)`.
         patch_size (`int`): patch size of the vision tower.
         vision_feature_select_strategy (`str`): `"default"` drops the vision tower's first token (CLIP's CLS), `"full"`
-            keeps all.
+            keeps all tokens.
         num_additional_image_tokens (`int`): tokens of the vision tower besides its patches: 1 for CLIP, 0 for SigLIP.
-        prefix_length (`int`): learned prefix vectors of the model.
-        prefix_modalities (`list[str]`): modalities (`"audio"`, `"audiovisual"`) whose turns get a prefix when nothing
-            else is said. `from_pretrained` takes it from the model's configuration in the same folder.
-        pad_to_square (`bool`): pad images to a square with the image processor's mean colour, (122, 116, 104) for
-            CLIP, as LLaVA-1.5 does. Square images pass untouched.
-        image_token, audio_token, prefix_token (`str`): the placeholders; the chat template writes the default ones.
-        chat_template (`str`, *optional*): Jinja template; `DALI_CHAT_TEMPLATE` where absent.
+        prefix_length (`int`): number of learned prefix vectors of the model.
+        prefix_modalities (`list[str]`): modalities (`"audio"`, `"audiovisual"`) that get the prefix by default.
+            `from_pretrained` reads it from the model's configuration in the same folder.
+        pad_to_square (`bool`): whether to pad images to a square with the mean colour of the image processor,
+            (122, 116, 104) for CLIP, as LLaVA-1.5 does. Square images are not changed.
+        image_token, audio_token, prefix_token (`str`): the placeholders. The chat template uses the default ones.
+        chat_template (`str`, *optional*): Jinja template; `DALI_CHAT_TEMPLATE` by default.
 
     Raises:
         ValueError: if the tokenizer lacks a placeholder token, or the feature extractor lacks `num_audio_tokens`.
@@ -118,11 +118,11 @@ class LlavaAudioProcessor(ProcessorMixin):
         if not hasattr(feature_extractor, "num_audio_tokens"):
             raise ValueError(
                 f"{type(feature_extractor).__name__} has no num_audio_tokens(num_frames); use "
-                f"{LlavaAudioFeatureExtractor.__name__} or another feature extractor that has it"
+                f"{LlavaAudioFeatureExtractor.__name__} or another feature extractor with this method"
             )
         chat_template = DALI_CHAT_TEMPLATE if chat_template is None else chat_template
         super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template)
-        tokenizer.padding_side = "left"  # generation continues the text, so padding on the right would be inside it
+        tokenizer.padding_side = "left"  # generation continues the text, so padding must not follow it
         self.patch_size = patch_size
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.num_additional_image_tokens = num_additional_image_tokens
@@ -135,14 +135,14 @@ class LlavaAudioProcessor(ProcessorMixin):
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
-        # `AutoTokenizer` reads config.json only to choose a class, which tokenizer_config.json names. Without this, a
-        # process that has not imported the model code would be asked to trust the copy of it in the checkpoint.
+        # `AutoTokenizer` reads config.json only to choose a class, which tokenizer_config.json specifies. Without a
+        # default here, a process that has not imported the model code would ask to trust its copy in the checkpoint.
         kwargs.setdefault("config", PreTrainedConfig())
         return super()._load_tokenizer_from_pretrained(sub_processor_type, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """As `ProcessorMixin.get_processor_dict`, with `prefix_modalities` of the model in the same place."""
+        """See `ProcessorMixin.get_processor_dict`. Adds `prefix_modalities` of the model in the same folder."""
         hub_kwargs = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
         processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         path = cached_file(
@@ -170,18 +170,18 @@ class LlavaAudioProcessor(ProcessorMixin):
 
     @property
     def unused_input_names(self) -> list[str]:
-        return ["token_type_ids"]  # many fast tokenizers return them; the model takes none
+        return ["token_type_ids"]  # many fast tokenizers return them, but the model does not use them
 
     def _merge_kwargs(self, ModelProcessorKwargs=None, tokenizer_init_kwargs=None, **kwargs) -> dict[str, dict]:
         merged = super()._merge_kwargs(ModelProcessorKwargs, tokenizer_init_kwargs=tokenizer_init_kwargs, **kwargs)
-        # `processor(..., padding=True)`, or a tokenizer saved with it, speaks of the text: clips obey `audio_kwargs`
-        # alone, or the common idiom would silently change the number of audio tokens
+        # `processor(..., padding=True)`, or a tokenizer saved with it, refers to the text. Only `audio_kwargs` applies
+        # to clips; otherwise this common call would silently change the number of audio tokens
         asked = {**self.audio_kwargs, **kwargs.get("audio_kwargs", {})}
         for key in (*TEXT_ONLY_KWARGS, "load_audio_backend"):
             merged["audio_kwargs"].pop(key, None)
             if key in asked and key != "load_audio_backend":
                 merged["audio_kwargs"][key] = asked[key]
-        # a tokenizer saved with right padding would put the answer behind the padding
+        # a tokenizer saved with right padding would place the answer after the padding
         side = kwargs.get("padding_side", kwargs.get("text_kwargs", {}).get("padding_side", "left"))
         merged["text_kwargs"]["padding_side"] = side
         return merged
@@ -199,12 +199,12 @@ class LlavaAudioProcessor(ProcessorMixin):
 
     @staticmethod
     def _check_nested(name: str, token: str, groups: list, text: str | list[str] | None) -> None:
-        """One list of media per text: each must have as many as its own text has placeholders."""
+        """Check that each list of media has as many items as its text has placeholders."""
         if not isinstance(text, (list, tuple)) or not all(isinstance(group, (list, tuple)) for group in groups):
             return
         found, given = [sample.count(token) for sample in text], [len(group) for group in groups]
         if groups and found != given:
-            raise ValueError(f"the texts hold {found} {token} tokens, but {given} {name} were passed")
+            raise ValueError(f"the texts contain {found} {token} tokens, but {given} {name} were passed")
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if videos is not None:
@@ -218,7 +218,7 @@ class LlavaAudioProcessor(ProcessorMixin):
         return super()._process_images(images, **kwargs)
 
     def _pad_to_square(self, image):
-        """The image centred on a square of the mean colour; a PIL image in RGB, or a square array as it came."""
+        """Centre the image on a square of the mean colour. Returns an RGB image, or a square array unchanged."""
         if not isinstance(image, Image.Image):
             height, width = get_image_size(image)
             if height == width:
@@ -254,13 +254,13 @@ class LlavaAudioProcessor(ProcessorMixin):
         videos_replacements: list[str] = (),
         audio_replacements: list[str] = (),
     ) -> tuple[list[str], list[list[dict]]]:
-        """As in the base class, with `<prefix>` as a third placeholder, which needs no input of its own."""
+        """See the base class. Also replaces `<prefix>`, a placeholder without an input."""
         replacements = {
             self.image_token: ("image", iter(images_replacements)),
             self.audio_token: ("audio", iter(audio_replacements)),
             self.prefix_token: ("prefix", repeat(self.prefix_token * self.prefix_length)),
         }
-        # a placeholder that the user wrote, marked under `sanitize_control_tokens`, is text
+        # a placeholder in user text, which `sanitize_control_tokens` marks, is text
         unmarked = getattr(processing_utils, "_UNMARKED", "")
         placeholder = re.compile(unmarked + "(?:" + "|".join(map(re.escape, replacements)) + ")")
         texts, batch_offsets = [], []
@@ -288,12 +288,12 @@ class LlavaAudioProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, *args, prefix: bool | None = None, **kwargs):
         """
-        As `ProcessorMixin.apply_chat_template`, and a user turn with media gets the learned prefix where it applies.
+        See `ProcessorMixin.apply_chat_template`. Also adds the learned prefix to user turns.
 
         Args:
-            conversation: messages, or a list of conversations. A block `{"type": "prefix"}` puts the prefix there.
-            prefix: whether user turns without such a block get the prefix; None follows the checkpoint: the turns
-                whose media (`"audio"` or `"audiovisual"`) are among `prefix_modalities`.
+            conversation: messages, or a list of conversations. A block `{"type": "prefix"}` adds the prefix to a turn.
+            prefix: whether user turns without such a block get the prefix. By default, turns with audio get it if
+                their modality (`"audio"` or `"audiovisual"`) is in `prefix_modalities` of the checkpoint.
         """
         if conversation and isinstance(conversation[0], (list, tuple)):
             conversation = [[self._add_prefix(message, prefix) for message in each] for each in conversation]
@@ -322,10 +322,13 @@ class LlavaAudioProcessor(ProcessorMixin):
         answer: str | None = None,
     ) -> str:
         """
-        One turn through the chat template, e.g. `"USER: <audio><prefix>\\nQUESTION ASSISTANT:"`, with a placeholder
-        for each medium that is present and, where `answer` is given, `" ANSWER</s>"` at the end.
+        Format one turn with the chat template, such as `"USER: <audio><prefix>\\nQUESTION ASSISTANT:"`.
 
-        `prefix` as in `apply_chat_template`: None follows the checkpoint.
+        Args:
+            question: text of the user turn.
+            image, audio: whether to add the placeholder of an image or a clip.
+            prefix: see `apply_chat_template`.
+            answer: text of the assistant turn; the result ends with `" ANSWER</s>"` if it is given.
         """
         present = {"image": image, "audio": audio}
         content = [{"type": kind} for kind, is_present in present.items() if is_present]

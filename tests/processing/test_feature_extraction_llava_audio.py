@@ -1,4 +1,4 @@
-"""The filter bank against a float64 implementation of Kaldi's formula, the two backends, lengths, and refusals."""
+"""The filter bank compared with a float64 implementation of Kaldi's formula, backends, lengths and errors."""
 
 import math
 
@@ -14,7 +14,7 @@ RATE = 16000
 
 
 def kaldi_fbank(waveform: np.ndarray, num_mel_bins: int) -> np.ndarray:
-    """Kaldi's log-mel energies, written from its definition in float64: `(frames, num_mel_bins)`."""
+    """Kaldi's log-mel energies computed from the definition in float64, `(frames, num_mel_bins)`."""
     window, shift, fft_length = 400, 160, 512
     waveform = waveform.astype(np.float64)
     starts = np.arange(0, len(waveform) - window + 1, shift)
@@ -81,7 +81,7 @@ def test_backends_agree(signal, num_mel_bins):
 
 
 def test_full_scale_high_tone_is_where_float32_shows():
-    """torchaudio's float32 transform rounds at about 1e-7 of the loudest bin, which the floor nearly hides."""
+    """torchaudio's float32 transform has rounding errors of about 1e-7 of the loudest bin, close to the floor."""
     tone = sine(7000.0, 2.0, amplitude=1.0)
     outputs = [LlavaAudioFeatureExtractor(backend=backend)(tone) for backend in ("torchaudio", "numpy")]
     torch.testing.assert_close(outputs[0]["input_features"], outputs[1]["input_features"], rtol=0, atol=1e-2)
@@ -132,7 +132,7 @@ def test_longest_pads_to_patches_and_masks_the_rest():
     assert not mask[1, 48:].any()
     fixed = extractor(clips)["input_features"]
     torch.testing.assert_close(features["input_features"], fixed[:, :208], rtol=0, atol=0)
-    # longer than max_length: kept whole unless a limit is passed
+    # longer than max_length: not cut unless a limit is passed
     assert extractor(noise(4.0), padding="longest")["input_features"].shape == (1, 400, 64)
     cut = extractor(noise(4.0), padding="longest", max_length=128)
     assert cut["input_features"].shape == (1, 128, 64) and cut["input_features_mask"].all()
@@ -144,7 +144,7 @@ def test_accepts_arrays_tensors_lists_and_channels():
     expected = extractor(clip)["input_features"]
     for same in (torch.from_numpy(clip), clip.tolist(), clip.astype(np.float64), [clip], np.stack([clip] * 8)):
         torch.testing.assert_close(extractor(same)["input_features"], expected, rtol=0, atol=0)
-    # opposite channels cancel, so what is left is the second pair's half
+    # the first two channels cancel, which leaves half of the second pair
     channels = np.stack([clip, -clip, clip, clip])
     torch.testing.assert_close(extractor(channels)["input_features"], extractor(0.5 * clip)["input_features"])
     assert extractor([clip, clip[:4000]], return_tensors="np")["input_features"].shape == (2, 64, 128)
@@ -154,8 +154,8 @@ def test_accepts_arrays_tensors_lists_and_channels():
     ("clip", "message"),
     [
         (np.zeros(0, np.float32), "audio sample 1 is empty"),
-        (np.full(RATE, np.nan, np.float32), "audio sample 1 holds NaN or infinite"),
-        (np.full(RATE, np.inf, np.float32), "audio sample 1 holds NaN or infinite"),
+        (np.full(RATE, np.nan, np.float32), "audio sample 1 contains NaN or infinite"),
+        (np.full(RATE, np.inf, np.float32), "audio sample 1 contains NaN or infinite"),
         (np.zeros(800, np.float32), r"audio sample 1 lasts 0\.050 s: .* at least 0\.1 s"),
         (np.zeros(RATE, np.int16), "audio sample 1 has int16 samples"),
         (np.zeros((RATE, 2), np.float32), "audio sample 1 has shape"),
@@ -191,7 +191,7 @@ def test_tokens_per_column():
     assert [LlavaAudioFeatureExtractor().num_audio_tokens(frames) for frames in (1, 16, 17, 1024)] == [8, 8, 16, 512]
     averaged = LlavaAudioFeatureExtractor(num_mel_bins=80, tokens_per_column=1)
     assert [averaged.num_audio_tokens(frames) for frames in (1, 16, 17, 1024)] == [1, 1, 2, 64]
-    # the mel bins need not fill patches where the tokens do not follow from them
+    # the number of mel bins is arbitrary if it does not determine the number of tokens
     uneven = LlavaAudioFeatureExtractor(num_mel_bins=70, patch_size=4, tokens_per_column=2, max_length=256)
     assert uneven.num_audio_tokens(256) == 128
     assert uneven(noise(1.0), padding="longest")["input_features"].shape == (1, 100, 70)

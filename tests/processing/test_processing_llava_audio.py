@@ -1,4 +1,4 @@
-"""Placeholders, padding, chat template, refusals, and a checkpoint read where the package is not installed."""
+"""Placeholders, padding, chat template, errors, and loading a checkpoint without the package."""
 
 import json
 import subprocess
@@ -75,14 +75,14 @@ def test_mixed_batch_expands_placeholders_and_pads_left():
     assert inputs["input_features"].shape == (2, 256, 64)
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
         assert mask.tolist() == sorted(mask.tolist()) and torch.equal(ids == 3, mask == 0)
-    # in order of appearance, each as if processed alone
+    # in order of appearance, each the same as when processed alone
     for index, clip in enumerate(clips):
         alone = processor.feature_extractor(clip)["input_features"][0]
         torch.testing.assert_close(inputs["input_features"][index], alone, rtol=0, atol=0)
     for index, image in enumerate(images):
         alone = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(inputs["pixel_values"][index], alone, rtol=0, atol=0)
-    # a row of the batch is the sample processed alone, behind its padding
+    # after its padding, a row of the batch equals the sample processed alone
     alone = processor(text=texts[1], audio=clips[1])["input_ids"][0]
     assert torch.equal(inputs["input_ids"][1, -len(alone) :], alone)
 
@@ -192,14 +192,14 @@ def test_apply_chat_template_with_media(tmp_path):
     assert torch.equal(inputs["input_ids"][2], direct["input_ids"][0])
     torch.testing.assert_close(inputs["pixel_values"], direct["pixel_values"].expand(2, -1, -1, -1), rtol=0, atol=0)
     torch.testing.assert_close(inputs["input_features"][1], direct["input_features"][0], rtol=0, atol=0)
-    # the mask marks the answer and its end, however much the placeholders before it grew
+    # the mask marks the answer and its end token, although the placeholders before it are expanded
     for row, answer in enumerate(["a dog is barking</s>", "a dog</s>", "a dog is barking</s>"]):
         marked = torch.as_tensor(inputs["assistant_masks"])[row].bool()
         assert processor.decode(inputs["input_ids"][row][marked]).replace(" </s>", "</s>") == answer
 
 
 def test_turns_get_the_prefix_that_the_checkpoint_asks_for(tmp_path):
-    """By the media of the turn, unless the turn or the caller says otherwise."""
+    """The media of the turn decide, unless the turn or the caller overrides them."""
     processor = make_processor(prefix_modalities=["audiovisual"])
     assert processor.format_prompt("Q", audio=True) == "USER: <audio>\nQ ASSISTANT:"
     assert processor.format_prompt("Q", image=True, audio=True) == "USER: <image><audio><prefix>\nQ ASSISTANT:"
@@ -214,11 +214,11 @@ def test_turns_get_the_prefix_that_the_checkpoint_asks_for(tmp_path):
     assert processor.apply_chat_template([turns, turns[:1]])[0] == expected
     asked = {"role": "user", "content": [*first["content"], {"type": "prefix"}]}
     assert processor.apply_chat_template([asked]).count("<prefix>") == 1
-    assert first["content"] == [sound, picture, text]  # the caller's own is not changed
+    assert first["content"] == [sound, picture, text]  # the caller's conversation is not changed
 
 
 def test_prefix_modalities_are_those_of_the_model_beside(tmp_path):
-    """A configuration in the same folder wins; a processor that is saved alone keeps its own."""
+    """A model configuration in the same folder takes precedence; a processor saved alone keeps its value."""
     make_processor(prefix_modalities=["audio", "audiovisual"]).save_pretrained(tmp_path)
     assert LlavaAudioProcessor.from_pretrained(tmp_path).prefix_modalities == ["audio", "audiovisual"]
     (tmp_path / "config.json").write_text(
@@ -230,7 +230,7 @@ def test_prefix_modalities_are_those_of_the_model_beside(tmp_path):
 
 
 def test_placeholders_marked_as_user_text_stay():
-    """`apply_chat_template(..., sanitize_control_tokens=True)` puts marks around what the user wrote."""
+    """`apply_chat_template(..., sanitize_control_tokens=True)` marks the text of the user."""
     processor = make_processor(prefix_length=2)
     marked = f"{_CONTROL_TOKEN_START}<prefix>{_CONTROL_TOKEN_END}"
     texts, offsets = processor.get_text_with_replacements([f"<prefix> {marked}"])
@@ -280,7 +280,7 @@ def test_feature_extractor_needs_a_number_of_tokens():
 
 
 def test_placeholders_follow_the_tokens_per_column():
-    """A tower that averages over mel: one token for 16 frames."""
+    """A tower that averages over mel, with one token per 16 frames."""
     extractor = LlavaAudioFeatureExtractor(num_mel_bins=64, max_length=256, tokens_per_column=1)
     processor = make_processor()
     processor.feature_extractor = extractor
@@ -328,7 +328,7 @@ assert "dali_llava.modeling" not in sys.modules
 
 
 def test_loads_without_the_model_code_and_without_asking(tmp_path):
-    """config.json names the model code in the checkpoint; the processor of the package does not need it."""
+    """config.json refers to model code in the checkpoint, which the processor of the package does not need."""
     processor = make_processor()
     processor.save_pretrained(tmp_path)
     auto_map = {"AutoConfig": "configuration_llava_audio.LlavaAudioConfig"}
