@@ -1,4 +1,4 @@
-"""All caption metrics at once, for one system or many with the same references."""
+"""All caption metrics, for one or several systems with the same references."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from .spice import CORENLP_MISSING, find_corenlp, spice
 
 CAPTION_METRICS = ("bleu_1", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider")
 PYTHON_TOKENIZER_REASON = (
-    f"captions were split by the built-in Python tokenizer, as PTB {JAVA_MISSING}: close to PTB scores, not equal"
+    f"captions were tokenized by the built-in Python tokenizer, because PTB {JAVA_MISSING}: scores differ slightly"
 )
 
 Metrics = dict[str, float | None]
@@ -23,11 +23,11 @@ Reasons = dict[str, str]
 
 
 def check_ids(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], system: str = "") -> None:
-    """Checks that candidates and references are of the same clips.
+    """Checks that candidates and references are for the same clips.
 
     Raises:
-        ValueError: naming the clips without a candidate, without references or with blank ones, how many and the
-            first few; or if there is no clip at all.
+        ValueError: clips have no candidate, no references or blank references (the message contains their number and
+            the first ids), or there are no clips.
     """
     of = f" of {system}" if system else ""
     if not references:
@@ -35,9 +35,9 @@ def check_ids(candidates: Mapping[str, str], references: Mapping[str, Sequence[s
     _reject([i for i in references if i not in candidates], f"references without a candidate{of}", "caption these too")
     _reject([i for i in candidates if i not in references], f"candidates{of} without a reference", "remove them")
     texts = [i for i, caption in candidates.items() if not isinstance(caption, str)]
-    _reject(texts, f"candidates{of} that are not text", "give one string a clip")
+    _reject(texts, f"candidates{of} that are not text", "give one string per clip")
     lists = [i for i, captions in references.items() if isinstance(captions, str) or not captions]
-    _reject(lists, "references that are not a list of captions", "give a list of at least one string a clip")
+    _reject(lists, "references that are not a list of captions", "give a list of at least one string per clip")
     blank = [i for i, captions in references.items() if not all(str(caption).strip() for caption in captions)]
     _reject(blank, "references with a blank caption", "remove the blank ones")
 
@@ -49,21 +49,21 @@ def _reject(ids: Sequence[str], what: str, remedy: str) -> None:
 
 
 class CaptionScorer:
-    """Scores systems with BLEU-1, BLEU-4, METEOR, ROUGE-L, CIDEr-D, and SPICE and SPIDEr where CoreNLP is there.
+    """Scores systems with BLEU-1, BLEU-4, METEOR, ROUGE-L and CIDEr-D, and with SPICE and SPIDEr if CoreNLP is found.
 
-    METEOR's Java process starts at construction and takes about 8 s to be ready, without keeping the caller: build the
-    scorer before other work. Close it, or use it as a context manager.
+    The constructor starts METEOR's Java process, which is ready after about 8 s, and does not wait for it. Construct
+    the scorer before other work. Close it, or use it as a context manager.
 
     Args:
-        java: path of the Java launcher, "auto" (PATH), or None to go without: then METEOR is None and a Python
-            tokenizer stands in for PTB.
+        java: path of the Java launcher, "auto" (PATH), or None to run without Java. Without Java, METEOR is None and a
+            Python tokenizer replaces PTB.
         corenlp: folder of Stanford CoreNLP 3.6.0, for SPICE; see :func:`dali_llava.eval.spice.find_corenlp`.
 
     Attributes:
-        tokenizer: "ptb" or "python", after the first scoring.
+        tokenizer: "ptb" or "python"; None before the first call of a scoring method.
 
     Raises:
-        FileNotFoundError: if ``corenlp`` is given and holds no CoreNLP 3.6.0.
+        FileNotFoundError: ``corenlp`` does not contain CoreNLP 3.6.0.
     """
 
     def __init__(self, java: str | None = "auto", corenlp: str | os.PathLike | None = None):
@@ -79,7 +79,7 @@ class CaptionScorer:
         self.close()
 
     def close(self) -> None:
-        """Ends METEOR's Java process."""
+        """Stops METEOR's Java process."""
         if self._meteor is not None:
             self._meteor.close()
 
@@ -93,19 +93,20 @@ class CaptionScorer:
         references: Mapping[str, Sequence[str]],
         progress: bool = False,
     ) -> dict[str, tuple[Metrics, Reasons]]:
-        """Scores systems against the same references, all captions tokenized in one run.
+        """Scores systems with the same references. All captions are tokenized in one run.
 
         Args:
-            systems: for each system, clip id -> caption. A caption may be blank: it scores 0.
-            references: clip id -> reference captions, all of which count.
-            progress: whether to show a bar on stderr.
+            systems: for each system, clip id -> caption. A blank caption scores 0.
+            references: clip id -> reference captions. All references are used.
+            progress: whether to show a progress bar on stderr.
 
         Returns:
-            For each system, the metrics (None for one that could not run) and the reasons: one for every None, and one
-            under "tokenizer" if the Python tokenizer stood in for PTB. Fractions in [0, 1], CIDEr-D in [0, 10].
+            For each system, the metrics, with None for a metric that did not run, and the reasons: one for each None,
+            and "tokenizer" if the Python tokenizer was used in place of PTB. CIDEr-D is in [0, 10], the others in
+            [0, 1].
 
         Raises:
-            ValueError: if a system's clips are not those of the references; see :func:`check_ids`.
+            ValueError: the clips of a system differ from those of the references; see :func:`check_ids`.
         """
         for name, candidates in systems.items():
             check_ids(candidates, references, name)
@@ -117,7 +118,7 @@ class CaptionScorer:
         tokenized_references = [[next(rest) for _ in references[i]] for i in ids]
         tokenized = {name: [next(rest) for _ in ids] for name in systems}
         results: dict[str, tuple[Metrics, Reasons]] = {name: ({}, {}) for name in systems}
-        # METEOR comes last, as its process gets ready while the others run.
+        # METEOR is last, because its process starts while the other metrics run.
         steps = [(name, step) for step in (self._n_gram_metrics, self._spice, self._meteor_score) for name in systems]
         for name, step in tqdm(steps, desc="scoring captions", unit="step", leave=False, disable=not progress):
             step(tokenized[name], tokenized_references, *results[name])
@@ -152,7 +153,7 @@ class CaptionScorer:
 
 
 def _try(name: str, compute: Callable[[], float], metrics: Metrics, reasons: Reasons) -> None:
-    """Sets the metric, or None and the reason where it cannot be had for these captions on this machine."""
+    """Sets the metric, or None and the reason if it cannot be computed for these captions on this machine."""
     try:
         value = compute()
         if not math.isfinite(value):
@@ -168,14 +169,14 @@ def score_captions(
     java: str | None = "auto",
     corenlp: str | os.PathLike | None = None,
 ) -> tuple[Metrics, Reasons]:
-    """Scores one system: clip id -> caption against clip id -> reference captions.
+    """Scores one system: clip id -> caption, with references clip id -> captions.
 
     Returns:
-        Metrics and reasons as in :meth:`CaptionScorer.score_many`.
+        Metrics and reasons; see :meth:`CaptionScorer.score_many`.
 
     Raises:
-        ValueError: if the two are not of the same clips.
-        FileNotFoundError: if ``corenlp`` is given and holds no CoreNLP 3.6.0.
+        ValueError: candidates and references are for different clips.
+        FileNotFoundError: ``corenlp`` does not contain CoreNLP 3.6.0.
     """
     return score_many({"": candidates}, references, java, corenlp)[""]
 
@@ -187,7 +188,7 @@ def score_many(
     corenlp: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> dict[str, tuple[Metrics, Reasons]]:
-    """Scores systems against the same references; see :meth:`CaptionScorer.score_many`."""
+    """Scores systems with the same references; see :meth:`CaptionScorer.score_many`."""
     for name, candidates in systems.items():
         check_ids(candidates, references, name)
     with CaptionScorer(java, corenlp) as scorer:

@@ -1,4 +1,4 @@
-"""Loading a captioner: the model and its processor, checked. Every command and every stage loads through it."""
+"""Loading a captioner: the model and its processor, with checks. All commands and stages use it."""
 
 import torch
 
@@ -16,20 +16,20 @@ def load_captioner(
     **options,
 ) -> tuple[torch.nn.Module, LlavaAudioProcessor]:
     """
-    A model in evaluation mode and its processor, from a whole checkpoint or a stage.
+    Load a model in evaluation mode and its processor, from a whole checkpoint or a stage.
 
     Args:
         name: folder or Hub id.
         model_class: the part of the captioner to load, a subclass of `LlavaAudioPreTrainedModel`.
-        device: device to move the model to; not with `device_map` or `quantization_config`.
-        strict: require every weight; otherwise missing weights are initialised, as for a new model.
-        options: keyword arguments of `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+        device: device to move the model to; not supported with `device_map` or `quantization_config`.
+        strict: whether to require all weights. Otherwise missing weights are initialised, as for a new model.
+        options: keyword arguments of `from_pretrained`, such as `dtype`, `device_map` and `quantization_config`.
 
     Raises:
-        FileNotFoundError: no such checkpoint, or a part of it is missing.
+        FileNotFoundError: the checkpoint does not exist, or a part of it is missing.
         ConnectionError: the Hub cannot be reached, and the checkpoint is not in the cache.
-        ValueError: a checkpoint of another model; one that is damaged, incomplete or does not fit its base; or a
-            processor whose number of audio placeholders differs from the number of audio tokens.
+        ValueError: the checkpoint is of another model, damaged, incomplete, or does not fit its base; or the processor
+            writes another number of audio placeholders than there are audio tokens.
     """
     checkpoint = find_checkpoint(name).check()
     source, hub_kwargs = checkpoint.processor
@@ -38,7 +38,7 @@ def load_captioner(
         processor = LlavaAudioProcessor.from_pretrained(source, **hub_kwargs)
     except (ValueError, FileNotFoundError, ImportError):
         raise
-    except Exception as error:  # safetensors, tokenizers and the Hub each have exceptions of their own
+    except Exception as error:  # safetensors, tokenizers and the Hub each have their own exceptions
         message = " ".join(str(error).split())
         raise ValueError(f"{name}: cannot be loaded ({message}); copy or save the model again") from error
     missing = sorted(report["missing_keys"])

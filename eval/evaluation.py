@@ -1,4 +1,4 @@
-"""A captioner on a split of a corpus: which captions to ask for, the captions, and their scores."""
+"""Evaluating a captioner on a split of a corpus: systems, captions and scores."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ from .runner import CaptionRunner, Sample
 @dataclass(frozen=True)
 class System:
     """
-    One way of asking a captioner: a row of the table.
+    A captioner with a prompt and a modality: one row of the table.
 
     Args:
-        method: objective the audio tower was aligned with, or `image_only`, ...
+        method: objective of the alignment, or another name such as `image_only`.
         stage: `prompt`, `prefix`, `aligned`, `distilled` or `supervised`.
         modality: `audio`, `image` or `audiovisual`.
         prompt: the question.
-        prefix: whether the learned prefix precedes it; None follows the checkpoint, as in `Sample`.
+        prefix: whether the learned prefix precedes the question; by default, the checkpoint decides, as in `Sample`.
     """
 
     method: str
@@ -36,13 +36,20 @@ class System:
 
     @property
     def name(self) -> str:
-        """A name for files: `mmd-aligned-audio`."""
+        """Name of the system in file names, such as `mmd-aligned-audio`."""
         return f"{self.method}-{self.stage}-{self.modality}"
 
 
 @dataclass
 class Captioned:
-    """Captions of a split by one system, (id -> caption), and of how many clips there are none, with the reasons."""
+    """
+    Captions of a split by one system.
+
+    Attributes:
+        system, split: the system and the split.
+        captions: clip id -> caption.
+        failures: clip id -> error, for clips without a caption.
+    """
 
     system: System
     split: str
@@ -51,8 +58,7 @@ class Captioned:
 
 
 def split_samples(rows: Dataset, system: System, sampling_rate: int = 16000) -> Iterator[Sample]:
-    """The rows as the system is shown them; media are decoded when their batch comes up."""
-
+    """Yield the rows as samples for the system. Media are decoded when their batch starts."""
     for row in rows:
         yield Sample(
             id=row["id"],
@@ -66,7 +72,7 @@ def split_samples(rows: Dataset, system: System, sampling_rate: int = 16000) -> 
 def caption_split(
     runner: CaptionRunner, rows: Dataset, system: System, split: str, out: Path | None = None
 ) -> Captioned:
-    """Caption `rows` of `split`; with a folder `out` the captions lie in `SPLIT-SYSTEM.jsonl` and are resumed."""
+    """Caption `rows` of `split`. With a folder `out`, captions are saved to `SPLIT-SYSTEM.jsonl` and resumed."""
     path = None if out is None else Path(out) / f"{split}-{system.name}.jsonl"
     captioned = Captioned(system, split, {})
     for result in runner.run(split_samples(rows, system), out=path, total=len(rows)):
@@ -78,7 +84,7 @@ def caption_split(
 
 
 def source_phrases(rows: Dataset, column: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, list]:
-    """id -> phrases that name each source of the row's `column` (`labels` or `seen`)."""
+    """Clip id -> phrases for each source in `column` of the row (`labels` or `seen`)."""
     return {row["id"]: [list(names(source)) for source in row[column]] for row in rows.select_columns(["id", column])}
 
 
@@ -90,17 +96,20 @@ def score_split(
     names: Callable[[str], tuple[str, ...]] | None = None,
 ) -> list[Row]:
     """
-    Rows of the table for systems that captioned the same split.
+    Score systems that captioned the same split, on the clips that all of them captioned.
 
     Args:
-        scorer: shared, so that all captions are tokenised in one go.
+        scorer: the scorer, which tokenizes all captions in one run.
         rows: the split, with reference captions.
-        captioned: what the systems said.
-        seed: of the run, for the table.
-        names: phrases that name a source, where the corpus knows its sources (AVWorld).
+        captioned: the captions of the systems.
+        seed: seed of the run, for the table.
+        names: function from a source to the phrases that name it, for a corpus with known sources (AVWorld).
+
+    Returns:
+        One row of the table per system.
 
     Raises:
-        ValueError: when a clip has no reference, or two systems captioned different clips.
+        ValueError: a clip has no reference, or no clip has captions by all systems.
     """
     references = {row["id"]: row["captions"] for row in rows.select_columns(["id", "captions"])}
     common = [name for name in references if all(name in one.captions for one in captioned)]

@@ -1,4 +1,4 @@
-"""The paper's figures from a run, as PNG files."""
+"""The figures of the paper for a run, as PNG files."""
 
 import os
 import textwrap
@@ -14,8 +14,11 @@ from .mean_tokens import modality_gap
 
 
 def principal_components(points: np.ndarray, count: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and the `count` first principal directions (count, D) of (n, D) points, each direction's largest entry
-    positive."""
+    """
+    The mean (D,) and the first principal directions (count, D) of (n, D) points.
+
+    The entry of largest magnitude in each direction is positive.
+    """
     mean = points.mean(axis=0)
     _, _, directions = np.linalg.svd(points - mean, full_matrices=False)
     directions = directions[:count]
@@ -24,8 +27,10 @@ def principal_components(points: np.ndarray, count: int = 2) -> tuple[np.ndarray
 
 
 def plot_mean_tokens(image: np.ndarray, audio: Mapping[str, np.ndarray], path: str | os.PathLike) -> Path:
-    """Mean audio tokens among mean image tokens, one panel per method, each projected onto the principal components of
-    its own points (figure 4 of the paper).
+    """
+    Plot mean audio tokens and mean image tokens, with one panel per method (figure 4 of the paper).
+
+    Each panel projects its points onto their own principal components.
 
     Args:
         image: (n, D) mean image tokens.
@@ -33,7 +38,7 @@ def plot_mean_tokens(image: np.ndarray, audio: Mapping[str, np.ndarray], path: s
         path: PNG file to write.
 
     Raises:
-        ValueError: if there is no method.
+        ValueError: `audio` contains no method.
     """
     if not audio:
         raise ValueError("no mean audio tokens to plot")
@@ -53,16 +58,17 @@ def plot_mean_tokens(image: np.ndarray, audio: Mapping[str, np.ndarray], path: s
 def plot_attention(
     pictures: Sequence[Image.Image], maps: np.ndarray, captions: Sequence[str], path: str | os.PathLike
 ) -> Path:
-    """Pictures above the weights that the attention of OT^Att gives their tokens (figure 7 of the paper).
+    """
+    Plot pictures above the attention weights of their tokens in OT^Att (figure 7 of the paper).
 
     Args:
         pictures: n pictures.
-        maps: (n, rows, columns); 1 is the uniform weight.
-        captions: the title of each picture.
+        maps: (n, rows, columns) weights; 1 is the uniform weight.
+        captions: titles of the pictures.
         path: PNG file to write.
 
     Raises:
-        ValueError: if there is no picture, or the numbers of pictures, maps and captions differ.
+        ValueError: there are no pictures, or the numbers of pictures, maps and captions differ.
     """
     if not len(pictures) == len(maps) == len(captions) > 0:
         raise ValueError(f"{len(pictures)} pictures, {len(maps)} maps, {len(captions)} captions: numbers must match")
@@ -80,7 +86,7 @@ def plot_attention(
 
 
 def new_figure(width: float, height: float):
-    """A figure of the given size in inches, which needs no display."""
+    """Create a figure of the given size in inches, without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

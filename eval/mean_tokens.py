@@ -1,4 +1,4 @@
-"""Tokens of a corpus's sounds and pictures, their means, and the gap between the two modalities."""
+"""Audio and image tokens of a corpus, their means, and the gap between the two modalities."""
 
 import numpy as np
 import torch
@@ -45,7 +45,10 @@ def mean_tokens(model, processor, rows: Dataset, modality: str, batch_size: int 
 
 
 def modality_gap(audio: np.ndarray, image: np.ndarray) -> float:
-    """Distance between the centroids of (n, D) audio and (m, D) image tokens, divided by the root-mean-square
-    deviation of the image tokens from their centroid."""
+    """
+    Distance between the centroids of (n, D) audio tokens and (m, D) image tokens.
+
+    The unit is the root-mean-square deviation of the image tokens from their centroid.
+    """
     spread = np.sqrt(np.square(image - image.mean(axis=0)).sum(axis=1).mean())
     return float(np.linalg.norm(audio.mean(axis=0) - image.mean(axis=0)) / spread)

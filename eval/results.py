@@ -1,4 +1,4 @@
-"""The table of a run: rows of metrics and claims, as results.json and results.md."""
+"""The results of a run: rows of metrics and claims, in results.json and results.md."""
 
 import json
 import math
@@ -34,18 +34,18 @@ class Row:
     """One system on one split.
 
     Args:
-        method: image_only, contrastive, mmd, ot, ot_att, lavcap, ...
+        method: name of the method, such as image_only, contrastive, mmd, ot, ot_att or lavcap.
         stage: one of ``STAGES``; "prompt" is without prefix.
-        modality: what the system was given, one of ``MODALITIES``.
+        modality: input of the system, one of ``MODALITIES``.
         split: split of the data set.
         seed: seed of the run.
         n: number of clips.
-        metrics: names from ``METRICS``. One that could not run is None and has its reason; one left out becomes None
-            with the reason "not measured for this row".
-        reason: why a metric is None, and remarks such as the stand-in tokenizer.
+        metrics: values by name from ``METRICS``. A metric that did not run is None and has a reason. A metric that is
+            not given becomes None with the reason "not measured for this row".
+        reason: reasons by metric for None, and remarks, such as on the Python tokenizer.
 
     Raises:
-        ValueError: for an unknown stage, modality or metric, a metric that is not finite, or None without reason.
+        ValueError: a stage, modality or metric is unknown, a metric is not finite, or a metric is None without reason.
     """
 
     method: str
@@ -63,19 +63,19 @@ class Row:
         for name, value in self.metrics.items():
             _choose("metric", name, METRICS)
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} of {self.method} is {value}: give a number, or None and the reason")
+                raise ValueError(f"{name} of {self.method} is {value}: give a number, or None with a reason")
             if value is None and not self.reason.get(name):
-                raise ValueError(f"{name} of {self.method} is None without a reason: say why it did not run")
+                raise ValueError(f"{name} of {self.method} is None without a reason: add the reason")
         self.reason = {name: NOT_MEASURED for name in METRICS if name not in self.metrics} | self.reason
         self.metrics = {name: self.metrics.get(name) for name in METRICS}
 
 
 @dataclass
 class Claim:
-    """A statement about the method, whether it holds here, and the figures behind that.
+    """A statement about a method, whether it holds in this run, and the measured figures.
 
     Raises:
-        ValueError: for a verdict that is not one of ``VERDICTS``.
+        ValueError: the verdict is not one of ``VERDICTS``.
     """
 
     claim: str
@@ -88,14 +88,14 @@ class Claim:
 
 @dataclass
 class Results:
-    """All that a run measured.
+    """All results of a run.
 
     Args:
         dataset: name of the data set.
         seconds: wall-clock time of the run.
         versions: software and machine; see :func:`versions`.
-        rows: one a system and split.
-        claims: what was checked.
+        rows: one row per system and split.
+        claims: the claims that were checked.
     """
 
     dataset: str
@@ -105,7 +105,7 @@ class Results:
     claims: list[Claim] = field(default_factory=list)
 
     def to_dict(self) -> dict:
-        """The object of results.json."""
+        """The content of results.json."""
         return {
             "dataset": self.dataset,
             "seconds": round(self.seconds, 1),
@@ -121,7 +121,7 @@ def _choose(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def versions() -> dict[str, str | int]:
-    """Versions of Python and of the libraries that decide figures, and the machine they ran on."""
+    """Versions of Python and of the libraries that affect the results, and the machine."""
     found: dict[str, str | int] = {"python": platform.python_version()}
     for library in _LIBRARIES:
         try:
@@ -132,11 +132,11 @@ def versions() -> dict[str, str | int]:
 
 
 def write_results(results: Results, directory: str | os.PathLike) -> tuple[Path, Path]:
-    """Writes results.json and results.md, each whole or not at all.
+    """Writes results.json and results.md, each atomically.
 
     Args:
-        results: what to write.
-        directory: made if missing.
+        results: the results to write.
+        directory: output folder, created if missing.
 
     Returns:
         The two paths.
@@ -154,11 +154,11 @@ def load_results(path: str | os.PathLike) -> Results:
     """Reads results.json.
 
     Args:
-        path: the file, or the directory that holds it.
+        path: the file, or its directory.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a results file; the message names it and the field.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a results file. The message names the file and the field.
     """
     path = Path(path)
     if path.is_dir():
@@ -171,13 +171,13 @@ def load_results(path: str | os.PathLike) -> Results:
         claims = [Claim(**claim) for claim in content.pop("claims")]
         return Results(**content, rows=rows, claims=claims)
     except KeyError as error:
-        raise ValueError(f"{path}: not a results file, {error.args[0]!r} is missing; write it anew") from error
+        raise ValueError(f"{path}: not a results file, {error.args[0]!r} is missing; write it again") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a results file ({error}); write it anew") from error
+        raise ValueError(f"{path}: not a results file ({error}); write it again") from error
 
 
 def to_markdown(results: Results) -> str:
-    """The page results.md: a table of rows, the reasons of what is missing, the claims, and the machine."""
+    """The content of results.md: a table of the rows, reasons for missing metrics, claims, and versions."""
     lines = [f"# Results on {results.dataset}", "", f"{results.seconds:.1f} seconds.", ""]
     if results.rows:
         shown = shown_metrics(results.rows)
@@ -192,17 +192,17 @@ def to_markdown(results: Results) -> str:
 
 
 def print_results(results: Results, console: Console | None = None) -> None:
-    """Prints the rows, the reasons of what is missing, and the claims as tables, to stdout unless told otherwise."""
+    """Prints tables of the rows and claims, and reasons for missing metrics. The default console is stdout."""
     if console is None:
         console = Console()
         if not console.is_terminal:
-            # A log has no width of its own, and the usual 80 columns would fold every cell.
+            # A log file has no width, and the default of 80 columns would fold every cell.
             console = Console(width=_LOG_WIDTH)
     if results.rows:
         shown = shown_metrics(results.rows)
         table = Table(title=f"{results.dataset}, {results.seconds:.0f} s")
         for name in (*_COLUMNS, *shown):
-            # Nothing in a table of figures may be cut off, so a narrow terminal folds cells.
+            # Figures must not be truncated, so cells are folded in a narrow terminal.
             table.add_column(name, justify="left" if name in _COLUMNS[:4] else "right", overflow="fold")
         for row in results.rows:
             table.add_row(*_cells(row, shown))
@@ -217,7 +217,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
 
 
 def shown_metrics(rows: Iterable[Row]) -> list[str]:
-    """Metrics that at least one row has; the reasons below a table name the others."""
+    """Metrics that have a value in at least one row."""
     rows = list(rows)
     return [name for name in METRICS if any(row.metrics[name] is not None for row in rows)]
 

@@ -1,8 +1,8 @@
-"""The caption runner: samples in, captions out, in batches, resumable. Everything that captions goes through it.
+"""The caption runner: generates captions of samples in batches, and resumes. All captioning uses it.
 
     samples -> decode -> batch -> processor -> model.generate -> CaptionResult
 
-A sample that cannot be decoded or that the processor rejects becomes a result with an error; the others go on.
+A sample that cannot be decoded or that the processor rejects becomes a result with an error; the run continues.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 
 SAMPLING_RATE = 16_000  # Hz, of every sample's audio
-LINE_START = b'{"id": '  # of a line in a file of results
+LINE_START = b'{"id": '  # start of each line in a results file
 
 
 @dataclass
 class Sample:
-    """One thing to caption.
+    """A picture, a sound or both to caption.
 
     Attributes:
-        id: names the sample in the results. In a file of results it stands for the media too: a sample whose media
-            have changed needs another id.
+        id: identifies the sample in the results. In a results file, it also stands for the media: if the media change,
+            the sample needs another id.
         prompt: the question, without template or placeholders.
-        image: RGB picture, or a function that decodes it when its batch comes up.
+        image: RGB picture, or a function that decodes it when its batch starts.
         audio: mono waveform (samples,) at 16 kHz in [-1, 1], or a function that decodes it.
-        prefix: whether the learned prefix precedes the question; None follows the checkpoint, which lists the
-            modalities that it was trained to caption with the prefix (`config.prefix_modalities`).
+        prefix: whether the learned prefix precedes the question. By default, the checkpoint decides: its
+            `config.prefix_modalities` lists the modalities that it captions with the prefix.
     """
 
     id: str
@@ -55,14 +55,14 @@ class Sample:
 
 @dataclass
 class CaptionResult:
-    """What became of a sample.
+    """The result of a sample.
 
     Attributes:
-        id: the sample's.
-        modality: the sample's.
-        caption: the generated text; None where there was an error.
-        seconds: time spent on it: its decoding, and its share of its batch.
-        error: one line that tells what went wrong, or None.
+        id: id of the sample.
+        modality: modality of the sample.
+        caption: the generated text, or None after an error.
+        seconds: time for decoding the sample, and its share of the time of its batch.
+        error: the error in one line, or None.
     """
 
     id: str
@@ -76,18 +76,18 @@ class CaptionRunner:
     """Captions samples with a model and its processor.
 
     Args:
-        model: `LlavaAudioForConditionalGeneration`, or anything with `generate`.
-        processor: its `LlavaAudioProcessor`.
-        batch_size: samples a forward pass. It changes the speed, not the captions: batches are left padded.
-        max_new_tokens: the longest caption, in tokens.
-        num_beams: 1 is greedy search.
-        do_sample: draw tokens at `temperature`, from torch's global generator, which the caller seeds.
-        temperature: only with `do_sample`.
-        device: where to move the model; default: where it is.
-        dtype: what to convert the model to; default: as it is.
+        model: `LlavaAudioForConditionalGeneration`, or another model with `generate`.
+        processor: the `LlavaAudioProcessor` of the model.
+        batch_size: samples per forward pass. It affects the speed, not the captions, because padding is on the left.
+        max_new_tokens: maximum length of a caption in tokens.
+        num_beams: number of beams; 1 is greedy search.
+        do_sample: whether to sample tokens at `temperature`, with torch's global generator, which the caller seeds.
+        temperature: sampling temperature; only with `do_sample`.
+        device: device to move the model to; by default, the model is not moved.
+        dtype: dtype to convert the model to; by default, the model is not converted.
 
     Raises:
-        ValueError: a count below 1, or a temperature without sampling or not above 0.
+        ValueError: a count is below 1, or `temperature` is given without sampling or is not positive.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class CaptionRunner:
             raise ValueError("temperature has no effect without do_sample=True")
         if temperature is not None and temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {temperature}; do_sample=False is greedy")
-        if device is not None or dtype is not None:  # a quantised or offloaded model cannot be moved at all
+        if device is not None or dtype is not None:  # `to` fails for a quantised or offloaded model
             model = model.to(device=device, dtype=dtype)
         self.model = model.eval()
         self.processor = processor
@@ -126,17 +126,20 @@ class CaptionRunner:
         progress: bool = True,
         total: int | None = None,
     ) -> Iterator[CaptionResult]:
-        """Caption samples, in their order; nothing is decoded before its batch comes up.
+        """Caption samples in order. Each sample is decoded when its batch starts.
 
         Args:
-            samples: any iterable; a generator is consumed a batch at a time.
-            out: a file of JSON lines, to which each caption is appended as soon as it is there. A sample that stands
-                in it with the same id, weights and settings is answered from it; errors are tried again.
-            progress: a bar on stderr, where that is a terminal, once the run has taken two seconds.
-            total: the number of samples, for the bar, where `samples` cannot tell.
+            samples: any iterable; a generator is consumed one batch at a time.
+            out: a JSON-lines file, to which each caption is appended immediately. A sample with the same id, weights
+                and settings in the file is not captioned again. Errors are not saved, so a new run retries them.
+            progress: whether to show a progress bar on stderr after two seconds, if stderr is a terminal.
+            total: number of samples for the progress bar, if `samples` has no length.
+
+        Yields:
+            One `CaptionResult` per sample.
 
         Raises:
-            ValueError: an id that comes twice with `out`, or a line of `out` that is no result.
+            ValueError: with `out`, an id appears twice or a line of the file is not a caption result.
         """
         store = None if out is None else _ResultFile(Path(out), self._settings())
         settled = map(self._settle_prefix, samples)
@@ -160,7 +163,7 @@ class CaptionRunner:
         return replace(sample, prefix=sample.modality in self.model.config.prefix_modalities)
 
     def _batches(self, samples: Iterable[Sample], store: "_ResultFile | None") -> Iterator[list]:
-        """Lists, in order, of results already there and of samples to caption, at most `batch_size` of the latter."""
+        """Yield lists of saved results and new samples in order, with at most `batch_size` new samples per list."""
         pending, waiting = [], 0
         for sample in samples:
             done = store.find(sample) if store else None
@@ -173,7 +176,7 @@ class CaptionRunner:
             yield pending
 
     def _answer(self, pending: list, store: "_ResultFile | None") -> Iterator[CaptionResult]:
-        """The results of one list of `_batches`, in its order."""
+        """Yield the results for one list of `_batches`, in its order."""
         new = {}
         decoded = []
         for sample in (entry for entry in pending if isinstance(entry, Sample)):
@@ -192,7 +195,7 @@ class CaptionRunner:
             yield result
 
     def _caption(self, decoded: list[tuple]) -> dict[int, CaptionResult]:
-        """Caption decoded samples in one batch; where the processor rejects it, one by one, to find the culprit."""
+        """Caption decoded samples in one batch, or one by one if the processor rejects the batch."""
         if not decoded:
             return {}
         start = time.perf_counter()
@@ -203,7 +206,7 @@ class CaptionRunner:
                 return {key: result for entry in decoded for key, result in self._caption([entry]).items()}
             sample, _, seconds = decoded[0]
             return {id(sample): _failure(sample, seconds + time.perf_counter() - start, error)}
-        # `generate` disables gradients; inference mode would besides reject the weights of some quantisations.
+        # `generate` disables gradients; inference mode would reject the weights of some quantisations.
         sequences = self.model.generate(**inputs, **self.generation)
         texts = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         share = (time.perf_counter() - start) / len(decoded)
@@ -230,14 +233,14 @@ class CaptionRunner:
             padding=True,
         )
         inputs = inputs.to(execution_device(self.model))
-        # Pictures and fbanks are made in float32; a tower in bfloat16 takes bfloat16.
+        # The processor returns float32, but a tower in bfloat16 requires bfloat16.
         for name in ("pixel_values", "input_features"):
             if name in inputs:
                 inputs[name] = inputs[name].to(self.model.dtype)
         return inputs
 
     def _settings(self) -> str:
-        """What, besides the sample, a caption depends on."""
+        """The settings that captions depend on, besides the sample."""
         settings = [self.generation, self.processor.to_dict(), str(self.model.dtype), weights_digest(self.model)]
         if self.generation["do_sample"]:
             settings.append(torch.initial_seed())
@@ -245,7 +248,7 @@ class CaptionRunner:
 
 
 def execution_device(model: torch.nn.Module) -> torch.device:
-    """The device that a model takes its inputs on, also where offloading has left its weights on the meta device."""
+    """The device of a model's inputs, even if offloading has moved its weights to the meta device."""
     if model.device.type != "meta":
         return model.device
     return torch.device(getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu")
@@ -253,16 +256,17 @@ def execution_device(model: torch.nn.Module) -> torch.device:
 
 def weights_digest(model: torch.nn.Module, per_tensor: int = 64) -> str:
     """
-    A hash that differs between checkpoints: of each tensor's name, shape, and up to `per_tensor` evenly spread values.
+    A hash that identifies the weights of a model.
 
-    It does not read the whole model (14 GB at full size), and a training step changes some of those values.
+    It covers the name, the shape and about `per_tensor` evenly spaced values of each tensor. It does not read the
+    whole model (14 GB at full size), but a training step changes some of these values.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if tensor.device.type == "meta":
             tensor = load_offloaded_parameter(model, name)
         if hasattr(tensor, "dequantize") and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            tensor = tensor.dequantize()  # torchao's and quanto's packed tensors
+            tensor = tensor.dequantize()  # packed tensors of torchao and quanto
         flat = tensor.detach().reshape(-1)
         values = flat[:: max(1, flat.numel() // per_tensor)].to("cpu", torch.float64)
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
@@ -270,7 +274,7 @@ def weights_digest(model: torch.nn.Module, per_tensor: int = 64) -> str:
 
 
 class _ResultFile:
-    """The results of earlier runs in a file of JSON lines, and the place of those to come."""
+    """A JSON-lines file with the results of earlier runs, to which new results are appended."""
 
     def __init__(self, path: Path, settings: str):
         self.path = path
@@ -298,7 +302,7 @@ class _ResultFile:
             os.truncate(self.path, end)
 
     def _foreign(self, number: int) -> ValueError:
-        return ValueError(f"{self.path}: line {number} is no caption result; name another file or delete this one")
+        return ValueError(f"{self.path}: line {number} is not a caption result; use another file or delete this one")
 
     def _fingerprint(self, sample: Sample) -> str:
         parts = json.dumps([self.settings, sample.prompt, sample.modality, sample.prefix])
@@ -306,13 +310,13 @@ class _ResultFile:
 
     def find(self, sample: Sample) -> CaptionResult | None:
         if sample.id in self.seen:
-            raise ValueError(f"sample id {sample.id!r} comes twice; {self.path} needs unique ids")
+            raise ValueError(f"sample id {sample.id!r} appears twice; {self.path} needs unique ids")
         self.seen.add(sample.id)
         return self.results.get((self._fingerprint(sample), sample.id))
 
     def append(self, sample: Sample, result: CaptionResult) -> None:
         line = json.dumps({**asdict(result), "fingerprint": self._fingerprint(sample)}, ensure_ascii=False) + "\n"
-        # One unbuffered write a line, so that a kill can at most cut the last line short.
+        # One unbuffered write per line, so an interrupted process can truncate only the last line.
         with self.path.open("ab", buffering=0) as file:
             file.write(line.encode())
 

@@ -1,4 +1,4 @@
-"""SPICE under Java, for users who have Stanford CoreNLP 3.6.0, which no package carries."""
+"""SPICE under Java. It needs Stanford CoreNLP 3.6.0, which no Python package contains."""
 
 import json
 import os
@@ -21,24 +21,24 @@ CORENLP_MISSING = (
 
 
 def find_corenlp(folder: str | os.PathLike | None = None) -> Path | None:
-    """Folder that holds the two jars of Stanford CoreNLP 3.6.0.
+    """Finds the folder with the two jars of Stanford CoreNLP 3.6.0.
 
     Args:
-        folder: where to look, at any depth. Without it: ``$CORENLP_HOME``, then pycocoevalcap's own folder and the
-            cache of aac-metrics, where those put the jars.
+        folder: folder to search at any depth. By default, ``$CORENLP_HOME``, or else the folder of pycocoevalcap and
+            the cache of aac-metrics, where these packages put the jars.
 
     Returns:
-        The folder, or None if the jars are nowhere.
+        The folder, or None if the jars are not found.
 
     Raises:
-        FileNotFoundError: if a folder is named, by argument or variable, and holds no such jars.
+        FileNotFoundError: the folder in the argument or the variable does not contain the jars.
     """
     named = folder or os.environ.get(CORENLP_VARIABLE)
     if named:
         found = _holder(Path(named))
         if found is None:
             raise FileNotFoundError(
-                f"{named}: no {CORENLP_JARS[0]} and {CORENLP_JARS[1]} there; SPICE {CORENLP_MISSING}"
+                f"{named}: does not contain {CORENLP_JARS[0]} and {CORENLP_JARS[1]}; SPICE {CORENLP_MISSING}"
             )
         return found
     cache = Path(os.environ.get("AAC_METRICS_CACHE_PATH", Path.home() / ".cache"))
@@ -66,21 +66,21 @@ def spice(
     """Mean F-score of SPICE over captions (Anderson et al. 2016, the authors' SPICE 1.0).
 
     Args:
-        predictions: one tokenized caption a clip.
+        predictions: one tokenized caption per clip.
         references: tokenized reference captions of each clip.
-        java: path of the Java launcher; SPICE 1.0 was written for Java 8.
+        java: path of the Java launcher; SPICE 1.0 is written for Java 8.
         corenlp: the folder from :func:`find_corenlp`.
-        max_memory: heap of the Java process.
+        max_memory: maximum heap size of the Java process.
 
     Raises:
-        RuntimeError: if the Java process fails.
+        RuntimeError: the Java process fails.
     """
     entries = [
         {"image_id": index, "test": prediction, "refs": list(captions)}
         for index, (prediction, captions) in enumerate(zip(predictions, references, strict=True))
     ]
     home = Path(pycoco_spice.__file__).parent
-    # The other libraries stand in the class path of SPICE's own manifest.
+    # The class path in the manifest of SPICE contains the other libraries.
     class_path = os.pathsep.join([str(home / pycoco_spice.SPICE_JAR), *(str(corenlp / jar) for jar in CORENLP_JARS)])
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch, "in.json"), Path(scratch, "out.json")

@@ -1,4 +1,4 @@
-"""Several runs of one pipeline with different seeds as one table: means with their intervals."""
+"""A table of means and confidence intervals over runs of the same pipeline with different seeds."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ LEVEL = 0.95  # confidence level of the intervals
 
 
 def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """Mean, and half the width of its confidence interval by Student's t; NaN for a single value."""
+    """The mean, and half the width of its confidence interval (Student's t), which is NaN for a single value."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
         return float(values.mean()), math.nan
@@ -22,24 +22,24 @@ def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, floa
 
 
 def summary_markdown(runs: Sequence[Results]) -> str:
-    """The mean and interval of each system over the runs, and in how many runs each claim holds, as Markdown.
+    """Markdown tables with the mean and interval of each system, and the number of runs in which each claim holds.
 
     Args:
-        runs: results of the same systems, each run with another seed.
+        runs: results of the same systems with different seeds.
 
     Raises:
-        ValueError: if there is no run, two runs have the same seed, or the runs contain different systems.
+        ValueError: there are no runs, two runs have the same seed, or the runs contain different systems.
     """
     if not runs:
         raise ValueError("no runs to summarize")
     tables = [{_system(row): row for row in run.rows} for run in runs]
     seeds = [sorted({row.seed for row in run.rows}) for run in runs]
     if len({tuple(each) for each in seeds}) < len(seeds):
-        raise ValueError(f"two runs have the same seed (seeds {seeds}); give runs of different seeds")
+        raise ValueError(f"two runs have the same seed (seeds {seeds}); give runs with different seeds")
     for number, table in enumerate(tables):
         if table.keys() != tables[0].keys():
             odd = sorted(table.keys() ^ tables[0].keys())[0]
-            raise ValueError(f"run {number + 1} has different systems than the first run, for example {' '.join(odd)}")
+            raise ValueError(f"run {number + 1} has different systems from the first run, for example {' '.join(odd)}")
     minutes = ", ".join(f"{run.seconds / 60:.1f}" for run in runs)
     lines = [
         f"# Results on {runs[0].dataset}, {len(runs)} seeds",

@@ -1,1 +1,1 @@
-"""What only AVWorld can measure: claims of the paper, metrics of sources, recordings."""
+"""Evaluation that only AVWorld supports: claims of the paper, metrics of sources, recordings."""

@@ -12,15 +12,16 @@ from ..mean_tokens import encode_rows
 @torch.inference_mode()
 def image_attention(model, processor, attention: torch.nn.Module, rows: Dataset) -> np.ndarray:
     """
-    The attention's weight of each image token, given the clip's sound, before it is mixed with uniform weights.
+    Attention weights of the image tokens for the sound of each clip, before mixing with uniform weights.
 
     Args:
-        model: the aligned `LlavaAudioForConditionalGeneration`; processor: its processor.
-        attention: `AlignmentAttention` of the same alignment, see `load_alignment_attention`.
-        rows: a split of a corpus; the map is that of the middle frame.
+        model: the aligned `LlavaAudioForConditionalGeneration`.
+        processor: the processor of the model.
+        attention: `AlignmentAttention` of the same alignment; see `load_alignment_attention`.
+        rows: a split of a corpus. The map is for the middle frame.
 
     Returns:
-        (rows, side, side) float32 on the picture's grid of tokens; 1 is the uniform weight.
+        (rows, side, side) float32 weights on the grid of image tokens; 1 is the uniform weight.
     """
     audio, image = (encode_rows(model, processor, rows, modality) for modality in ("audio", "image"))
     return attention.eval().image_map(audio, image).numpy()
@@ -28,7 +29,7 @@ def image_attention(model, processor, attention: torch.nn.Module, rows: Dataset)
 
 def attention_by_content(maps: np.ndarray, rows: Dataset) -> dict[str, float]:
     """
-    Mean weight of AVWorld's cells by content: an object that `sounds`, a `silent` object, or bare `ground`.
+    Mean weight of the cells of AVWorld by content: an object that `sounds`, a `silent` object, or empty `ground`.
 
     Args:
         maps: (rows, side, side), one token per cell, as returned by `image_attention`.

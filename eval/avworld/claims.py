@@ -6,12 +6,12 @@ from ..metrics.phrases import asserting_share
 from ..results import Claim, Row
 
 
-VISUAL_SHARE = 0.95  # of the image captions that name no sound, prompt alone
-PREFIX_SEEN_RECALL = 0.85  # of image captions with the 16-shot prefix
-AUDIO_SOUND_RECALL = 0.60  # of audio captions after alignment
-AUDIO_OVER_UNTRAINED = 5.0  # times the sound_recall of an untrained audio tower
-ATTENTIVE_SOUND_RECALL = 0.70  # of OT^Att's audio captions after alignment
-RECORDINGS_RECALL = 0.80  # of the recordings in fold 4 of ESC-10
+VISUAL_SHARE = 0.95  # share of image captions without a sound, with the prompt alone
+PREFIX_SEEN_RECALL = 0.85  # seen_recall of image captions with the 16-shot prefix
+AUDIO_SOUND_RECALL = 0.60  # sound_recall of audio captions after alignment
+AUDIO_OVER_UNTRAINED = 5.0  # ratio to the sound_recall of an untrained audio tower
+ATTENTIVE_SOUND_RECALL = 0.70  # sound_recall of OT^Att's audio captions after alignment
+RECORDINGS_RECALL = 0.80  # sound_recall of the recordings in fold 4 of ESC-10
 
 
 def claim(text: str, holds: bool, measured: str) -> Claim:
@@ -20,7 +20,7 @@ def claim(text: str, holds: bool, measured: str) -> Claim:
 
 
 def captions_are_visual(captions: Mapping[str, str], sound_words: frozenset[str]) -> Claim:
-    """Without prefix, the captioner answers the sound prompt with what it sees."""
+    """Without prefix, the captioner answers the sound prompt with a description of the picture."""
     share = 1 - asserting_share(list(captions.values()), sorted(sound_words))
     return claim(
         f"prompt alone: at least {VISUAL_SHARE:.0%} of image captions name no sound",
@@ -37,7 +37,7 @@ def prefix_turns_to_sound(row: Row) -> Claim:
 
 
 def hears(row: Row, untrained: Row) -> Claim:
-    """With the aligned audio tower the captions name the sources; with an untrained one they do not."""
+    """With the aligned audio tower, captions name the sources; with an untrained tower, they do not."""
     recall, chance = row.metrics["sound_recall"], untrained.metrics["sound_recall"]
     return claim(
         f"{row.method}, audio only: sound_recall at least {AUDIO_SOUND_RECALL:.2f} and {AUDIO_OVER_UNTRAINED:.0f} "
@@ -48,14 +48,14 @@ def hears(row: Row, untrained: Row) -> Claim:
 
 
 def names_sources(row: Row) -> Claim:
-    """With the aligned audio tower the captions name most sources, in mixtures too."""
+    """With the aligned audio tower, captions name most sources, including those in mixtures."""
     recall = row.metrics["sound_recall"]
     text = f"{row.method}, audio only: sound_recall at least {ATTENTIVE_SOUND_RECALL:.2f}"
     return claim(text, recall >= ATTENTIVE_SOUND_RECALL, f"{recall:.3f}")
 
 
 def above_contrastive(row: Row, contrastive: Row) -> Claim:
-    """Aligning distributions gives better captions than contrasting mean tokens (table 1 of the paper)."""
+    """Aligning distributions gives better captions than contrastive learning of mean tokens (table 1 of the paper)."""
     ours, theirs = row.metrics["cider_d"], contrastive.metrics["cider_d"]
     ratio = f", {ours / theirs:.2f} times" if theirs else ""
     text = f"{row.method}, {row.stage}, audio only: CIDEr-D above contrastive's"
@@ -78,7 +78,7 @@ def distillation_lifts(aligned: Row, distilled: Row) -> Claim:
 
 
 def less_visual_bias(row: Row, other: Row) -> Claim:
-    """Asked what can be seen, one method invents less from audio than another (figure 3 of the paper)."""
+    """Asked what can be seen, one method hallucinates less from audio than another (figure 3 of the paper)."""
     ours, theirs = row.metrics["visual_bias"], other.metrics["visual_bias"]
     text = f"{row.method}: visual_bias below that of {other.method}"
     return claim(text, ours < theirs, f"{ours:.3f} against {theirs:.3f}")

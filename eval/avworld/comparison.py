@@ -1,4 +1,4 @@
-"""Every objective, stage and modality of a run on the test splits of AVWorld: rows, claims, captions, mean tokens."""
+"""Evaluation of all objectives, stages and modalities of a run on the test splits of AVWorld."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -32,12 +32,13 @@ SHOWN = 10  # clips whose captions are shown
 @dataclass
 class Comparison:
     """
-    What `compare` found.
+    The result of `compare`.
 
     Attributes:
-        rows, claims: for results.json.
-        examples: (reference, {system's name: caption}) of a few clips of `test`.
-        image_tokens: (clips, D) mean image tokens of `test`; audio_tokens: the same of sounds, by method.
+        rows, claims: rows and claims for results.json.
+        examples: (reference, {name of the system: caption}) for a few clips of `test`.
+        image_tokens: (clips, D) mean image tokens of `test`.
+        audio_tokens: (clips, D) mean audio tokens of `test` by method.
     """
 
     rows: list[Row]
@@ -51,17 +52,17 @@ def compare(
     folders: Mapping[str, Path], methods: Sequence[str], seed: int, out: Path, recordings: Path | None = None
 ) -> Comparison:
     """
-    Caption `test` and `test_shifted` with every system of a run, and score them.
+    Caption `test` and `test_shifted` with every system of a run, and score the captions.
 
     Args:
-        folders: of the checkpoints: `captioner`, `prefix`, `METHOD-aligned`, `METHOD-distilled`, `model`.
+        folders: folders of the checkpoints: `captioner`, `prefix`, `METHOD-aligned`, `METHOD-distilled`, `model`.
         methods: the objectives.
-        seed: of the run, for its rows.
-        out: folder for the captions, `captions/SPLIT-SYSTEM.jsonl`; `captions_recordings/` where recordings sound.
-        recordings: ESC-10's folder; its fold 4 then sounds in the splits, and is a split of its own.
+        seed: seed of the run, for the rows.
+        out: output folder of the captions, `captions/SPLIT-SYSTEM.jsonl`, or `captions_recordings/` with `recordings`.
+        recordings: folder of ESC-10. Its fold 4 replaces the sounds of the splits and is an additional split.
     """
     options = {} if recordings is None else {"recordings": str(recordings)}
-    # The clips keep their names while their sound changes: captions of the ones would pass for captions of the others.
+    # Recordings change the sound of the clips but not their ids, so their captions need another folder.
     captions = out / ("captions" if recordings is None else "captions_recordings")
     splits = {split: load_corpus("avworld", split, num_proc=os.cpu_count(), **options) for split in SPLITS}
     test, said, rows, bias, audio_tokens = splits["test"], {split: [] for split in SPLITS}, [], {}, {}
@@ -115,10 +116,11 @@ def compare(
 
 
 def method_claims(table: Mapping[tuple, Row], methods: Sequence[str], gaps: Mapping[str, float]) -> list[Claim]:
-    """What the paper says of the methods that ran, checked on `test` (see docs/results.md).
+    """The claims of the paper about the methods of the run, checked on `test` (see docs/results.md).
 
     Args:
         table: rows by (method, stage, modality, split).
+        methods: the objectives.
         gaps: modality gap of each method.
     """
 
@@ -148,7 +150,7 @@ def method_claims(table: Mapping[tuple, Row], methods: Sequence[str], gaps: Mapp
 
 
 def show_examples(rows: Dataset, said: Sequence[Captioned]):
-    """The first reference of a few clips, and what each system that hears said of them, by the system's name."""
+    """Yield the first reference of a few clips, and the captions by each system with audio, by name of the system."""
     for row in rows.select(range(min(SHOWN, len(rows)))):
         captions = {
             one.system.name: one.captions.get(row["id"], "-")

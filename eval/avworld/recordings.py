@@ -20,8 +20,8 @@ def score_recordings(runner: CaptionRunner, folder: Path, system: System, seed: 
     """
     The row of `system` on the recordings of fold 4.
 
-    `sound_recall` is the share of recordings whose class the captions of most crops name. A crop without a caption
-    names nothing; the row's reason gives the number of such crops.
+    `sound_recall` is the share of recordings for which most captions of crops name the class. A crop without a caption
+    counts as naming nothing; the reason in the row contains the number of such crops.
 
     Args:
         runner: the runner that captions the crops.

@@ -1,4 +1,4 @@
-"""Metrics that need the true sources of a clip, which AVWorld knows: sound_recall, seen_recall and visual_bias."""
+"""Metrics that need the true sources of a clip, which AVWorld provides: sound_recall, seen_recall and visual_bias."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,19 @@ def score_sources(
     sounding: Mapping[str, Sources],
     seen: Mapping[str, Sources] | None = None,
 ) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Shares of sources that the captions name.
+    """Computes the shares of sources that the captions name.
 
     Args:
         candidates: clip id -> caption.
-        sounding: clip id -> audible sources, each the list of phrases that name it.
-        seen: clip id -> the sources that sound, are visible, and are outside the alike-looking pairs; empty for clips
-            without any. None where they are unknown.
+        sounding: clip id -> audible sources, each as a list of phrases that name it.
+        seen: clip id -> sources that sound, are visible, and look like no other class; empty for clips without any.
+            None if they are unknown.
 
     Returns:
-        The metrics sound_recall and seen_recall (fractions, or None), and a reason for every None.
+        The metrics sound_recall and seen_recall (fractions, or None), and a reason for each None.
 
     Raises:
-        ValueError: if a clip's sources are missing, or a source has no phrase.
+        ValueError: the sources of a clip are missing, or a source has no phrase.
     """
     metrics: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
@@ -49,18 +49,18 @@ def visual_bias(answers: Sequence[str], visual_words: Sequence[str]) -> float:
     """Share of answers to "What can you see ?", from audio alone and without prefix, that contain a visual word.
 
     Raises:
-        ValueError: if there is no answer or no visual word.
+        ValueError: there are no answers or no visual words.
     """
     return asserting_share(answers, visual_words)
 
 
 def majority_source(captions: Sequence[str], names: Mapping[str, Sequence[str]]) -> str | None:
-    """The source named by most captions of a recording; None if no caption names a source.
+    """The source that most captions of a recording name; None if no caption names a source.
 
     Args:
-        captions: the captions of several crops of the recording.
-        names: source -> the phrases that name it. Ties go to the source that comes first in `names`, so
-            their order must not depend on the recording.
+        captions: captions of several crops of the recording.
+        names: source -> phrases that name it. In a tie, the first source in `names` is returned, so the order must not
+            depend on the recording.
     """
     votes = Counter(
         source for caption in captions for source, phrases in names.items() if contains_any(caption, phrases)

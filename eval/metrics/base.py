@@ -1,7 +1,7 @@
-"""What the `evaluate` modules of this folder share: their description, their inputs and their tokenizer.
+"""Base classes of the `evaluate` modules in this folder: description, inputs and tokenizer.
 
 `evaluate.load` instantiates the first class of a module that is not abstract, so the classes here are abstract. It
-copies a module alone, so the modules import their parts from the installed package.
+copies only the module, so the modules import from the installed package.
 """
 
 import inspect
@@ -23,7 +23,7 @@ class CaptionMetric(evaluate.Metric, ABC):
 
     Attributes:
         CITATION: BibTeX of the metric's paper; empty for a metric of this project.
-        INPUTS: arguments of `compute` and its returned values, as a docstring has them.
+        INPUTS: arguments and returned values of `compute`, in the format of a docstring.
         FEATURES: types of the columns that `compute` takes.
     """
 
@@ -41,25 +41,25 @@ class CaptionMetric(evaluate.Metric, ABC):
 
     @abstractmethod
     def _compute(self, **columns) -> dict:
-        """The scores by name, of the columns in `FEATURES` and the options in `INPUTS`."""
+        """Compute the scores by name from the columns in `FEATURES` and the options in `INPUTS`."""
 
 
 class ReferenceMetric(CaptionMetric):
-    """A metric of captions against reference captions, all tokenized in the same way; a subclass defines `score`."""
+    """A metric that compares tokenized captions with reference captions. A subclass defines `score`."""
 
     FEATURES = {"predictions": CAPTION, "references": CAPTIONS}
     INPUTS = """
         Args:
             predictions: one caption per clip.
             references: the reference captions of each clip.
-            tokenizer: "auto" (PTB where Java runs, else Python), "ptb", "python" or "none".
+            tokenizer: "auto" (PTB if Java runs, else Python), "ptb", "python" or "none".
         Returns:
             the scores, and `tokenizer`: the tokenizer used.
     """
 
     @abstractmethod
     def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        """The scores of tokenized captions, by name."""
+        """Compute the scores of tokenized captions by name."""
 
     def _compute(self, predictions: list[str], references: list[list[str]], tokenizer: str = "auto") -> dict:
         predictions, references, used = tokenize_pairs(predictions, references, tokenizer)
@@ -67,7 +67,7 @@ class ReferenceMetric(CaptionMetric):
 
 
 class SourceMetric(CaptionMetric):
-    """A metric of captions against the sources of the clips; a subclass defines `_compute`."""
+    """A metric that compares captions with the sources of the clips. A subclass defines `_compute`."""
 
     FEATURES = {"predictions": CAPTION, "references": datasets.Sequence(CAPTIONS)}
     INPUTS = """
@@ -75,5 +75,5 @@ class SourceMetric(CaptionMetric):
             predictions: one caption per clip.
             references: the sources of each clip, each a list of the phrases that name it.
         Returns:
-            the share, in [0, 1]; None where no clip has a source.
+            the share, in [0, 1], or None if no clip has a source.
     """

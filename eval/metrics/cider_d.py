@@ -9,8 +9,8 @@ class CiderD(ReferenceMetric):
     CIDEr-D, which audio captioning calls CIDEr: `cider_d`, in [0, 10].
 
     Clipped TF-IDF cosine over 1- to 4-grams with a Gaussian length penalty (sigma 6), times 10, averaged over
-    references and clips. Document frequencies come from the references, so that a score depends on the whole corpus,
-    which has at least two clips.
+    references and clips. Document frequencies come from the references, so a score depends on the whole corpus, which
+    must have at least two clips.
     """
 
     CITATION = """

@@ -1,4 +1,4 @@
-"""METEOR 1.5 as a Java process that is kept running."""
+"""METEOR 1.5 in a persistent Java process."""
 
 import subprocess
 import tempfile
@@ -16,15 +16,15 @@ from .tokenization import JAVA_MISSING, JAVA_OPTIONS, find_java, java_message, s
 class MeteorScorer:
     """METEOR 1.5 in a Java process that scores any number of corpora.
 
-    The process starts at construction and reads its paraphrase table, about 8 s, beside whatever the caller does next.
-    Close it, or use it as a context manager.
+    The constructor starts the process, which loads its paraphrase table in about 8 s, and does not wait for it. Close
+    the scorer, or use it as a context manager.
 
     Args:
         java: path of the Java launcher, or "auto" (PATH).
-        timeout: seconds that one corpus may take before the process is ended.
+        timeout: seconds after which the process is stopped if it has not scored a corpus.
 
     Raises:
-        RuntimeError: if there is no Java.
+        RuntimeError: Java is not found.
     """
 
     def __init__(self, java: str | None = "auto", timeout: float = 600.0):
@@ -33,7 +33,7 @@ class MeteorScorer:
             raise RuntimeError(f"METEOR {JAVA_MISSING}")
         self.timeout = timeout
         self._lines: dict[str, str] = {}
-        # A file, not a pipe: nobody reads a pipe of error messages, and a full one would stop the process.
+        # A file, not a pipe: a pipe of error messages that is not read would fill up and block the process.
         self._errors = tempfile.TemporaryFile()
         jar = Path(pycoco_meteor.__file__).with_name(pycoco_meteor.METEOR_JAR)
         command = [launcher, "-Xmx2G", *JAVA_OPTIONS, "-jar", str(jar)]
@@ -53,27 +53,27 @@ class MeteorScorer:
         self.close()
 
     def close(self) -> None:
-        """Ends the Java process. A second call does nothing."""
+        """Stops the Java process. A second call does nothing."""
         self._finalizer()
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """METEOR of a tokenized corpus (Denkowski & Lavie 2014).
+        """Computes METEOR of a tokenized corpus (Denkowski & Lavie 2014).
 
         Raises:
-            RuntimeError: if the Java process ended or took longer than ``timeout``.
+            RuntimeError: the Java process exited or took longer than ``timeout``.
         """
         if not self._finalizer.alive:
             raise RuntimeError("the METEOR process is closed")
         requests = [_request(*pair) for pair in zip(predictions, references, strict=True)]
-        # Systems often answer alike, and the statistics of a pair do not depend on its corpus.
+        # Systems often give the same captions, and the statistics of a pair do not depend on the corpus.
         unseen = [request for request in dict.fromkeys(requests) if request not in self._lines]
         self._lines.update(zip(unseen, self._exchange(unseen, len(unseen)), strict=True))
         statistics = " ||| ".join(self._lines[request] for request in requests)
-        # The answer is one line a pair, then the corpus score.
+        # The answer has one line per pair, followed by the corpus score.
         return float(self._exchange([f"EVAL ||| {statistics}"], len(requests) + 1)[-1])
 
     def _exchange(self, requests: Sequence[str], num_answers: int) -> list[str]:
-        """Writes the requests from a thread while this one reads, so that neither pipe can fill up and stop both."""
+        """Writes the requests in a thread and reads the answers in this one, so neither pipe can fill up and block."""
         writer = threading.Thread(target=self._write, args=(requests,), daemon=True)
         late = threading.Event()
 
@@ -90,11 +90,11 @@ class MeteorScorer:
             while len(answers) < num_answers:
                 line = self._process.stdout.readline()
                 if not line:
-                    # Its output is closed; the process itself may live on until the watchdog ends it.
+                    # The output is closed, but the process may continue until the watchdog stops it.
                     words = self._last_words()
                     if late.is_set():
-                        raise RuntimeError(f"METEOR took longer than {self.timeout:g} s and was ended")
-                    raise RuntimeError(f"the METEOR process ended: {words}")
+                        raise RuntimeError(f"METEOR took longer than {self.timeout:g} s and was stopped")
+                    raise RuntimeError(f"the METEOR process exited: {words}")
                 answers.append(line.strip())
         finally:
             watchdog.cancel()
@@ -106,7 +106,7 @@ class MeteorScorer:
             self._process.stdin.writelines(f"{request}\n" for request in requests)
             self._process.stdin.flush()
         except OSError:
-            # The process is gone: the reader notices and reports it.
+            # The process has exited; the reader reports it.
             pass
 
     def _last_words(self) -> str:
@@ -122,11 +122,11 @@ def _stop(process: subprocess.Popen, errors: BinaryIO) -> None:
         try:
             stream.close()
         except OSError:
-            # Closing flushes what the ended process no longer reads.
+            # Closing flushes input that the stopped process does not read.
             pass
 
 
 def _request(prediction: str, references: Sequence[str]) -> str:
-    # "|||" separates fields and a line break ends the request, so neither may stand in the text.
+    # "|||" separates fields and a line break ends the request, so the text must not contain them.
     fields = [single_line(text.replace("|||", " ")) for text in (*references, prediction)]
     return " ||| ".join(["SCORE", *fields])

@@ -10,7 +10,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 @lru_cache(maxsize=65536)
 def _words(text: str) -> str:
-    """Lower-case words, separated and surrounded by single spaces, such as " a dog s bark "."""
+    """The words in lower case, separated and surrounded by single spaces, such as " a dog s bark "."""
     return " ".join(["", *_WORD.findall(text.lower()), ""])
 
 
@@ -19,7 +19,7 @@ def _forms(phrase: str) -> tuple[str, ...]:
     """The words of the phrase and of its regular plurals, each surrounded by spaces."""
     words = _words(phrase)
     if not words.strip():
-        raise ValueError(f"the phrase {phrase!r} has no word: remove it from the list")
+        raise ValueError(f"the phrase {phrase!r} has no words: remove it from the list")
     stem = words[:-1]
     plurals = [stem + "s ", stem + "es "]
     if stem.endswith("y"):
@@ -42,7 +42,7 @@ def contains_any(text: str, phrases: Iterable[str]) -> bool:
 
 
 def named_share(predictions: Sequence[str], sources: Sequence[Sequence[Sequence[str]]]) -> float | None:
-    """Share of sources that are named in the prediction of their clip, over all sources of all clips.
+    """Share of sources that the prediction of their clip names, over all sources of all clips.
 
     Args:
         predictions: one caption per clip.

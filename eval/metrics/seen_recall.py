@@ -1,4 +1,4 @@
-"""Share of sources named among those that a picture identifies, as an `evaluate` module."""
+"""Share of named sources among the sources that a picture identifies, as an `evaluate` module."""
 
 from dali_llava.eval.metrics.base import SourceMetric
 from dali_llava.eval.metrics.phrases import named_share
@@ -6,10 +6,9 @@ from dali_llava.eval.metrics.phrases import named_share
 
 class SeenRecall(SourceMetric):
     """
-    Share of sources that captions name among those that sound, are visible, and look like no other class:
-    `seen_recall`.
+    Share of named sources among the sources that sound, are visible, and look like no other class: `seen_recall`.
 
-    These are the sources that a captioner can name from the picture alone. Clips without such a source do not count.
+    A captioner can name these sources from the picture alone. Clips without such a source do not count.
     """
 
     def _compute(self, predictions: list[str], references: list[list[list[str]]]) -> dict[str, float | None]:

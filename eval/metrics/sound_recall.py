@@ -8,8 +8,8 @@ class SoundRecall(SourceMetric):
     """
     Share of audible sources that captions name, over all sources of all clips: `sound_recall`.
 
-    A caption names a source when it contains one of the source's phrases as whole words, in any case, singular or
-    plural.
+    A caption names a source if it contains one of the phrases for the source as whole words, in singular or plural,
+    ignoring case.
     """
 
     def _compute(self, predictions: list[str], references: list[list[list[str]]]) -> dict[str, float | None]:

@@ -1,8 +1,7 @@
-"""Tokenizers for caption metrics: Stanford's PTB tokenizer under Java, and a Python stand-in where Java is missing.
+"""Tokenizers for caption metrics: Stanford's PTB tokenizer under Java, and a Python replacement for it.
 
-The published numbers of audio captioning are computed on PTB tokens, lower case, punctuation removed, as in the COCO
-caption evaluation. A metric module copies this file beside itself when ``evaluate.load`` loads it, so it imports no
-sibling.
+Published metrics of audio captioning are computed on PTB tokens in lower case without punctuation, as in the COCO
+caption evaluation.
 """
 
 import re
@@ -19,12 +18,12 @@ PYTHON = "python"
 TOKENIZERS = ("auto", PTB, PYTHON, "none")
 JAVA_MISSING = "needs Java (version 8 or newer) on the PATH"
 
-# Options of every Java process: decimal points and English rules whatever the user's locale, and messages of the
-# virtual machine on stderr, since the answers are on stdout.
+# Options of all Java processes: decimal points and English rules in any locale of the user, and messages of the
+# virtual machine on stderr, because the results are on stdout.
 JAVA_OPTIONS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-XX:+DisplayVMOutputToStderr")
 
-# Tokens of the Python tokenizer, most special first: letters with periods (a.m.), numbers (10,000 and 3.5), words with
-# inner hyphens, apostrophes, slashes or underscores, and any other sign by itself.
+# Tokens of the Python tokenizer, most specific first: letters with periods (a.m.), numbers (10,000 and 3.5), words
+# with inner hyphens, apostrophes, slashes or underscores, and any other single character.
 _TOKEN = re.compile(
     r"""(?:[^\W\d_]\.){2,}
     | \d+(?:[.,:]\d+)+
@@ -39,41 +38,41 @@ _PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS) | {'"'}
 
 
 def find_java(java: str | None = "auto") -> str | None:
-    """Path of the Java launcher: the one on the PATH for "auto", else ``java`` itself; None when there is none."""
+    """Path of the Java launcher: on the PATH for "auto", otherwise ``java``. Returns None if it is not found."""
     if java is None:
         return None
     return shutil.which("java" if java == "auto" else java)
 
 
 def java_message(errors: bytes) -> str | None:
-    """The first line that a Java process wrote to stderr about itself, None where there is none.
+    """The first line that a Java process wrote to stderr, or None.
 
-    Skips the lines in which the virtual machine repeats JAVA_TOOL_OPTIONS and the like.
+    Skips lines in which the virtual machine reports JAVA_TOOL_OPTIONS and similar variables.
     """
     lines = errors.decode(errors="replace").strip().splitlines()
     return next((line for line in lines if not line.startswith("Picked up ")), None)
 
 
 def single_line(caption: str) -> str:
-    """The caption with every run of white space and line breaks made one blank, and lone surrogates replaced."""
+    """The caption with each sequence of white space replaced by a single blank, and lone surrogates replaced."""
     return " ".join(caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace").split())
 
 
 def ptb_tokenize(captions: Sequence[str], java: str | None = "auto") -> list[str]:
     """Tokenizes all captions in one run of Stanford's PTBTokenizer (CoreNLP 3.4.1).
 
-    The command, the options and the removed punctuation are those of pycocoevalcap. The text goes through a pipe, as
-    pycocoevalcap's own wrapper writes it into its installation folder, which may be read-only.
+    The command, the options and the removed punctuation are the same as in pycocoevalcap. The text goes through a
+    pipe, because pycocoevalcap's wrapper writes it to its installation folder, which may be read-only.
 
     Args:
         captions: any number of sentences.
         java: path of the Java launcher, or "auto".
 
     Returns:
-        One string a caption: its tokens in lower case, joined by single blanks.
+        One string per caption: its tokens in lower case, joined by single blanks.
 
     Raises:
-        RuntimeError: if Java is missing or the tokenizer fails.
+        RuntimeError: Java is missing or the tokenizer fails.
     """
     launcher = find_java(java)
     if launcher is None:
@@ -95,11 +94,11 @@ def ptb_tokenize(captions: Sequence[str], java: str | None = "auto") -> list[str
 
 
 def python_tokenize(captions: Sequence[str]) -> list[str]:
-    """A regular-expression approximation of :func:`ptb_tokenize` for machines without Java.
+    """Approximates :func:`ptb_tokenize` with regular expressions, for machines without Java.
 
-    Lower case; clitics apart ("it's" -> "it 's", "don't" -> "do n't"); hyphenated words whole; numbers and dotted
-    abbreviations whole; brackets as -lrb- and -rrb-; punctuation removed. Scores on these tokens are close to, and
-    not the same as, published ones.
+    Text is in lower case and clitics are separated ("it's" -> "it 's", "don't" -> "do n't"). Hyphenated words, numbers
+    and dotted abbreviations are single tokens. Brackets become -lrb- and -rrb-, and punctuation is removed. Scores on
+    these tokens are close to scores on PTB tokens, but not equal.
     """
     return [" ".join(_python_tokens(caption)) for caption in captions]
 
@@ -115,20 +114,20 @@ def _python_tokens(caption: str) -> list[str]:
 
 
 def tokenize(captions: Sequence[str], tokenizer: str = "auto", java: str | None = "auto") -> tuple[list[str], str]:
-    """Tokenizes captions and says with what.
+    """Tokenizes captions and returns the name of the tokenizer.
 
     Args:
-        captions: any number of sentences; equal ones are tokenized once.
-        tokenizer: "ptb", "python", "none" (the captions are tokens joined by blanks already), or "auto": PTB where
-            Java runs, else Python.
-        java: path of the Java launcher, "auto" (PATH), or None to go without.
+        captions: any number of sentences. Equal sentences are tokenized once.
+        tokenizer: "ptb", "python", "none" (the captions are already tokens joined by blanks), or "auto": PTB if Java
+            runs, else Python.
+        java: path of the Java launcher, "auto" (PATH), or None to run without Java.
 
     Returns:
         The tokenized captions, and the name of the tokenizer that was used.
 
     Raises:
-        ValueError: for an unknown tokenizer.
-        RuntimeError: if "ptb" is asked for and cannot run.
+        ValueError: the tokenizer is unknown.
+        RuntimeError: ``tokenizer`` is "ptb" and PTB cannot run.
     """
     if tokenizer not in TOKENIZERS:
         raise ValueError(f"unknown tokenizer {tokenizer!r}: choose from {', '.join(TOKENIZERS)}")
@@ -141,7 +140,7 @@ def tokenize(captions: Sequence[str], tokenizer: str = "auto", java: str | None 
         try:
             tokens = ptb_tokenize(distinct, java)
         except RuntimeError:
-            # A launcher may be on the PATH and still not run, as on a Mac without a Java runtime.
+            # A launcher may be on the PATH but not run, as on a Mac without a Java runtime.
             if tokenizer == PTB:
                 raise
             used = PYTHON
@@ -157,10 +156,10 @@ def tokenize_pairs(
     """Tokenizes predictions and their references in one run; see :func:`tokenize`.
 
     Returns:
-        Tokenized predictions, tokenized references (all of them, in order), and the tokenizer's name.
+        The tokenized predictions, all tokenized references in order, and the name of the tokenizer.
 
     Raises:
-        ValueError: if the two lengths differ, there is nothing to score, or a prediction has no reference.
+        ValueError: the two lengths differ, there are no predictions, or a prediction has no reference.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions but {len(references)} lists of references: give one each")

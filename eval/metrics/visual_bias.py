@@ -1,4 +1,4 @@
-"""Share of answers that assert what only a picture could show, as an `evaluate` module."""
+"""Share of answers that assert something that only a picture can show, as an `evaluate` module."""
 
 from dali_llava.eval.metrics.base import CAPTION, CaptionMetric
 from dali_llava.eval.metrics.phrases import asserting_share
@@ -6,15 +6,15 @@ from dali_llava.eval.metrics.phrases import asserting_share
 
 class VisualBias(CaptionMetric):
     """
-    Share of answers, given from sound alone, that contain a word for something that only a picture could show, such as
-    a colour or a background: `visual_bias`, in [0, 1].
+    Share of answers from sound alone that contain a word for something that only a picture can show, such as a colour
+    or a background: `visual_bias`, in [0, 1].
     """
 
     FEATURES = {"predictions": CAPTION}
     INPUTS = """
         Args:
             predictions: answers to "What can you see ?" from audio alone, without prefix.
-            visual_words: words or phrases that only a picture could justify.
+            visual_words: words or phrases for properties that only a picture can show.
         Returns:
             visual_bias: a fraction in [0, 1].
     """

@@ -1,4 +1,4 @@
-"""Fixtures of the caption metrics: one METEOR process for all tests, and real captions."""
+"""Fixtures for the caption metrics: a METEOR process shared by all tests, and real captions."""
 
 import csv
 import shutil
@@ -10,7 +10,7 @@ from dali_llava.eval.metrics.meteor_process import MeteorScorer
 
 @pytest.fixture(scope="session")
 def meteor():
-    """METEOR, whose Java process takes seconds to start."""
+    """A shared METEOR scorer, because its Java process takes seconds to start."""
     if shutil.which("java") is None:
         pytest.skip("METEOR needs Java on the PATH")
     with MeteorScorer() as scorer:
@@ -19,7 +19,7 @@ def meteor():
 
 @pytest.fixture(scope="session")
 def audiocaps(shared_data) -> dict[str, list[str]]:
-    """The five captions of each clip of AudioCaps' test split."""
+    """The five captions of each clip in the test split of AudioCaps."""
     path = shared_data / "audiocaps" / "test.csv"
     if not path.is_file():
         pytest.skip("AudioCaps' test captions (../shared/data/audiocaps/test.csv) are not here")

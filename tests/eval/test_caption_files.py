@@ -1,4 +1,4 @@
-"""Files of captions: every accepted form, and one line of error for every other."""
+"""Files of captions: all supported formats, and one-line errors for other files."""
 
 import pytest
 
@@ -40,13 +40,13 @@ def test_references(write, content):
 
 
 def test_references_of_audiocaps_have_the_ids_of_the_corpus(write):
-    """YOUTUBEID_START, as in the captions that `evaluate` writes; another column on demand."""
+    """The id is YOUTUBEID_START, as in the captions that `evaluate` writes, or another column on request."""
     path = write("audiocap_id,youtube_id,start_time,caption\n1,x,30,a\n2,-7,0,c\n3,x,30,b\n")
     assert read_references(path) == {"x_30": ["a", "b"], "-7_0": ["c"]}
     assert read_references(path, "youtube_id") == {"x": ["a", "b"], "-7": ["c"]}
     assert read_references(path, "audiocap_id") == {"1": ["a"], "2": ["c"], "3": ["b"]}
     with pytest.raises(
-        ValueError, match="line 1: no column clip, but audiocap_id, youtube_id, .*; name .*--id-column"
+        ValueError, match="line 1: no column clip, but audiocap_id, youtube_id, .*; rename .*--id-column"
     ):
         read_references(path, "clip")
 
@@ -60,16 +60,16 @@ def test_a_torn_row_is_named_and_the_rest_is_read(write, caplog):
     path = write("youtube_id,start_time,caption\nx,1,a man\nspeaks,,,\n,,\ny,2,rain\n")
     assert read_references(path) == {"x_1": ["a man"], "y_2": ["rain"]}
     torn = [record.getMessage() for record in caplog.records]
-    assert len(torn) == 2 and "line 3: torn row, 4 cells where the header has 3" in torn[0]
-    assert "line 4: torn row, nothing under youtube_id and start_time" in torn[1]
+    assert len(torn) == 2 and "line 3: skipped a torn row (4 cells instead of 3)" in torn[0]
+    assert "line 4: skipped a torn row (youtube_id and start_time are empty)" in torn[1]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"id": "b", "caption": "rain"}\n{"id": "a", "caption": "a dog \\ud83d"}\n', "line 2: .* lone surrogate"),
-        ('{"id": "a\\udc00", "caption": "a dog"}\n', "line 1: the text is cut within a character"),
-        ("id,caption,caption\na,b,c\n", "line 1: the column 'caption' is there twice"),
+        ('{"id": "a\\udc00", "caption": "a dog"}\n', "line 1: a string contains a lone surrogate"),
+        ("id,caption,caption\na,b,c\n", "line 1: the column 'caption' appears twice"),
         ("youtube_id,start_time,caption\na,soon,b\n", "line 2: start_time 'soon' is not a number of seconds"),
     ],
 )
@@ -97,13 +97,13 @@ def test_corpora(shared_data, audiocaps):
     [
         ("", "the file is empty"),
         (b"id,caption\nx,\xff\n", "byte 13 is not UTF-8"),
-        ("id,caption\n", "a header and no captions"),
+        ("id,caption\n", "the file has a header but no captions"),
         ("name,caption\nx,a\n", "line 1: no column id, file_name, youtube_id"),
         ("id,text\nx,a\n", "line 1: no column caption"),
-        ("id,caption\nx,a, b\n", "line 2: 3 cells where the header has 2"),
+        ("id,caption\nx,a, b\n", "line 2: 3 cells instead of 2"),
         ('id,caption\nx,"a" b\n', "line 2: .* check the double quotes"),
         ("id,caption\n ,a\n", "line 2: the id is blank"),
-        ("id,caption\nx,a\nx,b\n", "line 3: id 'x' is there twice"),
+        ("id,caption\nx,a\nx,b\n", "line 3: id 'x' appears twice"),
         ("id,caption_1,caption_2\nx,a,b\n", "line 2: 2 captions; a candidates file has one"),
         ('{"id": "x", "caption": "a"}\n{"id"\n', "line 2: not JSON"),
         ('{"id": "x", "caption": "a"}\n[1]\n', "line 2: not an object"),

@@ -1,4 +1,4 @@
-"""All caption metrics at once: values, sharing among systems, reasons, and clips that do not match."""
+"""All caption metrics: values, work shared between systems, reasons, and clips that do not match."""
 
 import math
 import os
@@ -24,7 +24,7 @@ def no_corenlp(monkeypatch):
 
 @pytest.fixture
 def scorer(meteor, monkeypatch, no_corenlp):
-    """A scorer that borrows the METEOR process of the session."""
+    """A scorer that uses the METEOR process of the session."""
     monkeypatch.setattr(caption_metrics, "MeteorScorer", lambda java: meteor)
     return CaptionScorer()
 
@@ -73,9 +73,10 @@ def test_systems_share_one_run(scorer, audiocaps, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="the published figure is on PTB tokens, which need Java")
 def test_people_score_as_published(audiocaps):
-    """CIDEr-D of people on AudioCaps test, one caption of a clip against its other four, is published as .909.
+    """Published human CIDEr-D on AudioCaps test, one caption of a clip against the other four, is .909.
 
-    That is the mean over the five choices of the one (.9076 here); here each choice serves a fifth of the clips.
+    It is the mean over the five choices of the caption (.9076 here). This test uses each choice for a fifth of the
+    clips.
     """
     clips = [audiocaps[clip] for clip in sorted(audiocaps)]
     assert len(clips) == 975 and {len(clip) for clip in clips} == {5}

@@ -1,4 +1,4 @@
-"""The figures of mean tokens and of the attention, and what they show."""
+"""The figures of mean tokens and attention, and their data."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_gap_is_the_centroids_distance_in_image_deviations():
     image = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # deviation 1
     assert modality_gap(image + [3.0, 4.0], image) == pytest.approx(5.0)
     assert modality_gap(10 * image, image) == 0.0
-    assert modality_gap(2 * image + [6.0, 8.0], 2 * image) == pytest.approx(5.0)  # in its own unit
+    assert modality_gap(2 * image + [6.0, 8.0], 2 * image) == pytest.approx(5.0)  # in units of the deviation
 
 
 def test_figure_is_a_whole_png_with_a_panel_a_method(tmp_path):

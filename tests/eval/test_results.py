@@ -1,4 +1,4 @@
-"""results.json and results.md: the contract's schema, and that nothing wrong or half gets in."""
+"""results.json and results.md: the schema, and errors for wrong or incomplete content."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The caption runner: batching, bad samples, resumption."""
+"""The caption runner: batching, invalid samples and resuming."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ def captioner(tiny_model_dir):
 
 
 def make_samples(count: int = 8, seed: int = 0) -> list[Sample]:
-    """Samples of all four modalities in turn, of several sizes and prompts, with and without prefix."""
+    """Samples of all four modalities in turn, with different sizes and prompts, with and without prefix."""
     rng = np.random.default_rng(seed)
     samples = []
     for number in range(count):
@@ -36,7 +36,7 @@ def make_samples(count: int = 8, seed: int = 0) -> list[Sample]:
 
 
 def content(results) -> list[tuple]:
-    """Results without their times."""
+    """Results without the times."""
     return [(result.id, result.modality, result.caption, result.error) for result in results]
 
 
@@ -48,7 +48,7 @@ def test_batched_captions_equal_captions_one_by_one(captioner, num_beams):
     together = content(CaptionRunner(*captioner, batch_size=8, **options).run(samples))
     assert together == alone
     assert [modality for _, modality, _, _ in alone] == ["audio", "image", "audiovisual", "text"] * 2
-    # Otherwise the comparison would show nothing.
+    # Otherwise the comparison would have no meaning.
     assert len({caption for _, _, caption, _ in alone}) >= 6
 
 
@@ -127,7 +127,7 @@ def test_resumed_results_equal_an_unbroken_run(captioner, tmp_path):
         next(started)
     started.close()
     with out.open("a") as file:
-        file.write('{"id": "4", "capt')  # what a kill in the middle of a write leaves
+        file.write('{"id": "4", "capt')  # the content after an interrupted write
 
     assert content(runner.run(samples, out=out)) == unbroken
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -176,7 +176,7 @@ def test_other_settings_prompts_or_weights_are_captioned_anew(captioner, tmp_pat
 
 
 def test_the_prefix_follows_the_checkpoint(captioner, tmp_path, monkeypatch):
-    """Unless a sample says otherwise; what is kept in a file depends on it too."""
+    """A sample can override the prefix, and saved results depend on it."""
     model, processor = captioner
     strong = torch.randn(model.model.prefix.weight.shape, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(model.model.prefix.weight, "data", strong)
@@ -209,7 +209,7 @@ def test_errors_are_tried_again(captioner, tmp_path):
 
 def test_an_id_that_comes_twice_is_named(captioner, tmp_path):
     sample = make_samples(1)[0]
-    with pytest.raises(ValueError, match="'0' comes twice"):
+    with pytest.raises(ValueError, match="'0' appears twice"):
         list(CaptionRunner(*captioner, max_new_tokens=2).run([sample, sample], out=tmp_path / "captions.jsonl"))
 
 
@@ -219,7 +219,7 @@ def test_an_id_that_comes_twice_is_named(captioner, tmp_path):
 def test_a_file_of_something_else_is_named_and_left_as_it_is(captioner, tmp_path, text):
     out = tmp_path / "notes.txt"
     out.write_text(text)
-    with pytest.raises(ValueError, match=r"notes\.txt: line 1 is no caption result; name another file"):
+    with pytest.raises(ValueError, match=r"notes\.txt: line 1 is not a caption result; use another file"):
         list(CaptionRunner(*captioner).run(make_samples(1), out=out))
     assert out.read_text() == text
 

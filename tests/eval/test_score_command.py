@@ -1,4 +1,4 @@
-"""`dali-llava score`: what it prints and writes, and its one-line errors."""
+"""`dali-llava score`: output on stdout and in files, and one-line errors."""
 
 import json
 
@@ -10,7 +10,7 @@ from dali_llava.eval import caption_metrics
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Candidates, references and the output's path, on a machine without Java."""
+    """Candidates, references and the path of the output, on a machine without Java."""
     monkeypatch.setattr(caption_metrics, "find_java", lambda java: None)
     monkeypatch.setattr(caption_metrics, "find_corenlp", lambda folder: None)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""SPICE: finding CoreNLP, and what goes to and comes from its Java process."""
+"""SPICE: finding CoreNLP, and the input and output of the Java process."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_find_corenlp(corenlp, tmp_path, monkeypatch):
 
 def test_named_folder_without_corenlp(tmp_path, corenlp):
     (corenlp / CORENLP_JARS[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{corenlp}: no stanford-corenlp"):
+    with pytest.raises(FileNotFoundError, match=f"{corenlp}: does not contain stanford-corenlp"):
         find_corenlp(corenlp)
 
 

@@ -1,4 +1,4 @@
-"""Several seeds in one table: means, intervals, claims counted, and runs that do not belong together refused."""
+"""The table over seeds: means, intervals, counts of claims, and errors for runs that do not match."""
 
 import math
 
@@ -14,7 +14,7 @@ def make_run(seed: int, cider: float, verdict: str = "holds", method: str = "mmd
 
 
 def test_interval_is_students():
-    """Of 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.3027, over the root of 3."""
+    """The values 1, 2, 3 have mean 2 and deviation 1; t(0.975, 2) = 4.3027, divided by the square root of 3."""
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-6)
     assert math.isnan(interval([1.0])[1])
@@ -35,7 +35,7 @@ def test_the_page_holds_means_intervals_and_verdicts():
         ([make_run(0, 1.0), make_run(0, 1.0)], "same seed"),
         (
             [make_run(0, 1.0), make_run(1, 1.0, method="ot")],
-            "run 2 has different systems than the first",
+            "run 2 has different systems from the first",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The paper's claims, each from figures that bear it out and from figures that do not."""
+"""The claims of the paper, with figures for which they hold and figures for which they fail."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Recordings as a test split: each is what most of its crops' captions name."""
+"""Recordings as a test split, with the class that the captions of most crops name."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from dali_llava.processing.corpora.avworld.recordings import CATEGORIES, FOLDS
 
 @pytest.fixture
 def folder(tmp_path):
-    """A recording of noise a class and fold."""
+    """One recording of noise per class and fold."""
     rng = np.random.default_rng(0)
     for number, category in enumerate(CATEGORIES.values(), start=1):
         folder = tmp_path / "esc10" / f"{number:03d} - {category}"
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 class Oracle:
-    """A captioner that knows the file's name; it errs on dogs once, on roosters twice, and fails on rain."""
+    """A captioner that reads the file name. It is wrong once for dog, twice for rooster, and fails for rain."""
 
     WRONG = {"dog": 1, "rooster": 2}
 
@@ -50,6 +50,6 @@ def test_recall_is_the_share_of_majorities(folder, tmp_path):
         "esc10_fold4",
         3,
     )
-    assert row.n == 10 and row.metrics["sound_recall"] == 0.8  # rooster and rain are lost
+    assert row.n == 10 and row.metrics["sound_recall"] == 0.8  # rooster and rain are wrong
     assert row.reason["sound_recall"] == "3 crops have no caption (unreadable)"
     assert row.metrics["cider_d"] is None and row.reason["cider_d"]

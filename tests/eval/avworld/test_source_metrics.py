@@ -33,7 +33,7 @@ def test_visual_bias():
 @pytest.mark.parametrize(
     ("captions", "expected"),
     [
-        (["a dog barking", "a cat meowing", "puppy barks"], "dog"),  # a synonym is a vote
+        (["a dog barking", "a cat meowing", "puppy barks"], "dog"),  # a synonym counts
         (["a dog and a cat", "a cat", "a bell"], "cat"),  # one caption, two votes
         (["a bell", "a cat", "a dog"], "dog"),  # a tie goes to the first of the names
         (["silence", "", "wind"], None),

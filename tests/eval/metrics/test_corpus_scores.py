@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L and CIDEr-D: analytic values, and implementations of their own in float64."""
+"""BLEU, ROUGE-L and CIDEr-D: analytic values, and comparison with independent implementations in float64."""
 
 import math
 import random
@@ -12,7 +12,7 @@ from dali_llava.eval.metrics.tokenization import python_tokenize
 
 @pytest.fixture(scope="module")
 def corpus(audiocaps) -> tuple[list[str], list[list[str]]]:
-    """50 clips: a caption of another clip or of this one, against the other four of this one."""
+    """50 clips: a caption of the same clip or of another clip, and four references of the clip."""
     rng = random.Random(0)
     clips = rng.sample(sorted(audiocaps), 50)
     predictions = [audiocaps[clip if rng.random() < 0.6 else rng.choice(clips)][0] for clip in clips]
@@ -85,7 +85,7 @@ def cider_d_by_definition(predictions, references, sigma=6.0):
 def test_bleu_equals_its_definition(corpus):
     predictions, references = corpus
     scores = corpus_bleu(predictions, references)
-    # The scorer adds 1e-9 to its counts of n-grams.
+    # The scorer adds 1e-9 to the counts of n-grams.
     assert scores == pytest.approx([bleu_by_definition(predictions, references, n) for n in range(1, 5)], rel=1e-8)
     assert 0.1 < scores[3] < scores[2] < scores[1] < scores[0] < 0.9
 
@@ -131,7 +131,7 @@ def test_cider_d_by_hand():
     # Every idf is log 2. One of two 1-grams is shared, cosine 1/2, and nothing longer; the other clip shares nothing:
     # 10 times the mean over four orders and two clips.
     assert cider_d(["dog barks", "x y"], [["dog growls"], ["rain falls"]]) == pytest.approx(10 / 8 / 2, rel=1e-12)
-    # Words that all clips share weigh nothing.
+    # Words that occur in all clips have weight 0.
     assert cider_d(["the", "the"], [["the dog"], ["the rain"]]) == 0.0
 
 

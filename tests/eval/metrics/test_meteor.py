@@ -1,4 +1,4 @@
-"""METEOR 1.5: values that follow from its formula, and a Java process that fails."""
+"""METEOR 1.5: analytic values, and Java processes that fail."""
 
 import os
 import stat
@@ -11,13 +11,13 @@ from dali_llava.eval.metrics.meteor_process import MeteorScorer
 needs_sh = pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a shell script")
 
 
-# A process that takes requests and never answers.
+# A process that reads requests but does not answer.
 READ_ON = "while read -r line; do :; done"
 
 
 @pytest.fixture
 def fake_java(tmp_path):
-    """Makes an executable that takes Java's place."""
+    """Create an executable that replaces Java."""
 
     def make(script: str) -> str:
         path = tmp_path / "java"
@@ -34,7 +34,7 @@ def test_identical_captions(meteor):
 
 
 def test_formula(meteor):
-    # One match of two content words: P = R = F = 1/2, one chunk a match, so penalty 0.6 * 1 ** 0.2.
+    # One match of two content words: P = R = F = 1/2, one chunk per match, so penalty 0.6 * 1 ** 0.2.
     assert meteor.score(["violin truck"], [["violin rain"]]) == pytest.approx(0.5 * 0.4, rel=1e-9)
     # All four words in two chunks: F = 1, penalty 0.6 * (2 / 4) ** 0.2.
     score = meteor.score(["rain thunder violin truck"], [["violin truck rain thunder"]])
@@ -65,7 +65,7 @@ def test_separators_in_captions(meteor):
 @needs_sh
 def test_failing_java_is_reported(fake_java):
     with MeteorScorer(fake_java("echo no runtime here >&2; exit 1")) as scorer:
-        with pytest.raises(RuntimeError, match="the METEOR process ended: no runtime here"):
+        with pytest.raises(RuntimeError, match="the METEOR process exited: no runtime here"):
             scorer.score(["a dog"], [["a dog"]])
 
 

@@ -1,4 +1,4 @@
-"""Every metric loads with `evaluate.load` from its file, without a network, and computes."""
+"""All metrics load from their files with `evaluate.load`, without a network, and compute scores."""
 
 import shutil
 import sys
@@ -16,7 +16,7 @@ REFERENCES = [["a dog barks at night", "a cat"], ["rain falls on tin roofs"]]
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """Loads a metric into an empty cache, from another folder than the repository's."""
+    """Load a metric with an empty cache, from a working folder outside the repository."""
     monkeypatch.chdir(tmp_path)
 
     def load(name: str) -> evaluate.Metric:
@@ -37,7 +37,7 @@ def test_rouge_l(load):
 
 
 def test_cider_d(load):
-    # The second reference of the first clip shares nothing with the caption.
+    # The second reference of the first clip has no words in common with the caption.
     scores = load("cider_d").compute(predictions=PREDICTIONS, references=REFERENCES, tokenizer="python")
     assert scores["cider_d"] == pytest.approx((10 / 2 + 10) / 2, abs=0.2)
 
@@ -52,7 +52,7 @@ def test_auto_means_ptb_where_java_is(load):
 
 def test_meteor(load, meteor, monkeypatch):
     metric = load("meteor")
-    # The loaded copy would start a Java process of its own, which takes seconds; test_meteor_alone does.
+    # The loaded copy would start another Java process, which takes seconds; test_meteor_alone does this.
     monkeypatch.setattr(sys.modules[type(metric).__module__], "MeteorScorer", lambda: nullcontext(meteor))
     scores = metric.compute(predictions=PREDICTIONS, references=REFERENCES, tokenizer="python")
     assert scores == {"meteor": 1.0, "tokenizer": "python"}
@@ -81,6 +81,6 @@ def test_visual_bias(load):
 
 @pytest.mark.parametrize("path", sorted(METRICS.glob("*.py")), ids=lambda path: path.name)
 def test_one_import_a_line(path):
-    # `evaluate` reads imports line by line, and takes the rest of a list in brackets for missing packages.
+    # `evaluate` parses imports line by line, and reports the other lines of a bracketed list as missing packages.
     lines = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
     assert not [line for line in lines if line.endswith("(") or (line.startswith("import ") and "," in line)]

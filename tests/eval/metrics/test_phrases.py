@@ -1,4 +1,4 @@
-"""Whole-word search and the shares built on it."""
+"""Whole-word search, and the shares that use it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The PTB tokenizer under Java, and its Python stand-in."""
+"""The PTB tokenizer under Java, and its replacement in Python."""
 
 import shutil
 
