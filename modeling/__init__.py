@@ -8,7 +8,7 @@ from .modeling_cav_mae import CavMaeAudioModel
 from .modeling_llava_audio import LlavaAudioForConditionalGeneration, LlavaAudioModel, LlavaAudioTowers
 
 
-# With the package imported, the Auto classes need no trust_remote_code; audio_towers.py registers the towers.
+# Registration lets the Auto classes load models without trust_remote_code. audio_towers.py registers the towers.
 AutoConfig.register("llava_audio", LlavaAudioConfig, exist_ok=True)
 AutoModel.register(LlavaAudioConfig, LlavaAudioModel, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaAudioConfig, LlavaAudioForConditionalGeneration, exist_ok=True)

@@ -1,18 +1,17 @@
 """
-The audio towers, and the protocol that a tower follows.
+The audio towers and their protocol.
 
-A tower is a configuration and a model, registered with `AutoConfig` and `AutoModel`:
+A tower consists of a configuration and a model, registered with `AutoConfig` and `AutoModel`:
 
 - `config.output_size`: width of the audio tokens.
 - `config.num_audio_tokens(num_frames)`: number of audio tokens for a number of spectrogram frames.
-- `config.feature_extractor_kwargs`: arguments of the feature extractor that makes the tower's spectrograms.
-- `model(input_features, input_features_mask=None, **kwargs)`: (B, frames, mels) and (B, frames) to an output with
-  `last_hidden_state` (B, tokens, output_size). The padding may be on either side of a clip.
-- `model.token_mask(input_features_mask)`: (B, frames) to (B, tokens), True for the tokens of frames that count.
+- `config.feature_extractor_kwargs`: arguments of the feature extractor that computes the spectrograms of the tower.
+- `model(input_features, input_features_mask=None, **kwargs)`: takes (B, frames, mels) and (B, frames), and returns an
+  output with `last_hidden_state` (B, tokens, output_size). The padding may be on either side of a clip.
+- `model.token_mask(input_features_mask)`: (B, frames) -> (B, tokens), True for the tokens of valid frames.
 
-`AUDIO_TOWERS` lists the towers that travel with a checkpoint. A tower of another package needs no line here; the
-package calls `AutoConfig.register` and `AutoModel.register` and must be imported before a checkpoint with its tower
-is loaded.
+`AUDIO_TOWERS` lists the towers that are saved with a checkpoint. Other packages add towers by calling
+`AutoConfig.register` and `AutoModel.register`. Import such a package before you load a checkpoint with its tower.
 """
 
 from transformers import AutoConfig, AutoModel
@@ -37,7 +36,7 @@ for config_class, model_class in AUDIO_TOWERS.items():
 def known_audio_towers() -> list[str]:
     """The `model_type` of each registered tower, sorted."""
     registered = {config_class.model_type: config_class for config_class in AUDIO_TOWERS}
-    registered |= CONFIG_MAPPING._extra_content  # what `AutoConfig.register` added; transformers itself has no tower
+    registered |= CONFIG_MAPPING._extra_content  # added by `AutoConfig.register`; transformers has no towers
     return sorted(name for name, config_class in registered.items() if hasattr(config_class, "num_audio_tokens"))
 
 
@@ -46,18 +45,18 @@ def build_audio_config(audio_config: dict | PreTrainedConfig | None, default: st
     The configuration of an audio tower.
 
     Args:
-        audio_config: the fields and the `model_type`, a configuration, or None for the defaults.
-        default: the `model_type` where `audio_config` has none.
+        audio_config: a dict of fields with the `model_type`, a configuration, or None for the default values.
+        default: the `model_type` to use if `audio_config` has none.
 
     Raises:
-        ValueError: if the `model_type` is unknown or its configuration does not follow the protocol; the message lists
+        ValueError: the `model_type` is unknown, or its configuration does not follow the protocol. The message lists
             the known towers.
     """
     known = f"known audio towers: {', '.join(known_audio_towers())}."
     if not isinstance(audio_config, PreTrainedConfig):
         fields = dict(audio_config or {})
         model_type = fields.pop("model_type", None) or default
-        # The towers beside this file come first: another copy of the model code may have registered the same name.
+        # `AUDIO_TOWERS` takes precedence: another copy of the model code may have registered the same name.
         beside = {config_class.model_type: config_class for config_class in AUDIO_TOWERS}
         if model_type not in beside and model_type not in CONFIG_MAPPING:
             raise ValueError(
@@ -75,10 +74,10 @@ def build_audio_config(audio_config: dict | PreTrainedConfig | None, default: st
 
 def build_audio_tower(audio_config: PreTrainedConfig):
     """
-    The audio tower of a configuration, with random weights.
+    Build the audio tower of a configuration, with random weights.
 
     Raises:
-        ValueError: if `AutoModel` has no model for the configuration, or the model lacks `token_mask`.
+        ValueError: `AutoModel` has no model for the configuration, or the model lacks `token_mask`.
     """
     tower = AutoModel.from_config(audio_config)
     if not callable(getattr(tower, "token_mask", None)):

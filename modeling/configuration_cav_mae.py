@@ -7,21 +7,21 @@ from transformers.configuration_utils import PreTrainedConfig
 @strict
 class CavMaeAudioConfig(PreTrainedConfig):
     r"""
-    Audio branch of CAV-MAE (Gong et al., 2023, arXiv:2210.07839) followed by the linear layer that DALI adds.
+    Configuration of the audio branch of CAV-MAE (Gong et al., 2023, arXiv:2210.07839) with DALI's linear layer.
 
     Args:
         hidden_size: width of the transformer.
-        num_hidden_layers: audio-only blocks.
-        num_joint_layers: blocks that CAV-MAE shares between modalities, used here with their audio norms.
-        num_attention_heads: attention heads per block.
+        num_hidden_layers: number of audio-only blocks.
+        num_joint_layers: number of blocks that CAV-MAE shares between modalities, used with their audio norms.
+        num_attention_heads: number of attention heads per block.
         intermediate_size: width of the feed-forward layers.
-        output_size: width of the audio tokens; equal to the width of the image tokens.
+        output_size: width of the audio tokens, equal to the width of the image tokens.
         patch_size: side of a square patch, in mel bins and in frames.
-        num_mel_bins: mel bins of the spectrogram; a multiple of `patch_size`.
-        max_length: frames that the learned positions cover; a multiple of `patch_size`.
+        num_mel_bins: number of mel bins in the spectrogram, a multiple of `patch_size`.
+        max_length: number of frames that the learned positions cover, a multiple of `patch_size`.
 
     Raises:
-        ValueError: if a size is not a multiple as stated; the message names the field.
+        ValueError: a size is not a required multiple. The message names the field.
     """
 
     model_type = "cav_mae_audio"
@@ -57,12 +57,12 @@ class CavMaeAudioConfig(PreTrainedConfig):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Patches along mel and along time: (8, 64) at full size."""
+        """Number of patches along mel and along time: (8, 64) at full size."""
         return self.num_mel_bins // self.patch_size, self.max_length // self.patch_size
 
     @property
     def feature_extractor_kwargs(self) -> dict:
-        """Arguments of the feature extractor that fits the tower."""
+        """Arguments of the feature extractor for the tower."""
         return {"num_mel_bins": self.num_mel_bins, "max_length": self.max_length, "patch_size": self.patch_size}
 
     def num_audio_tokens(self, num_frames: int) -> int:

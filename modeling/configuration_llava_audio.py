@@ -20,21 +20,22 @@ AUTO_MAP = {
 @strict
 class LlavaAudioConfig(LlavaConfig):
     r"""
-    LLaVA with an audio tower, an audio projector and a learned prefix (DALI). The defaults are the sizes of the paper:
-    CLIP ViT-L/14@336, CAV-MAE, Vicuna-7B. `AutoModel` builds the vision tower, the audio tower and the language model.
+    Configuration of LLaVA with an audio tower, an audio projector and a learned prefix (DALI). The defaults are the
+    sizes of the paper: CLIP ViT-L/14@336, CAV-MAE, Vicuna-7B. `AutoModel` builds the towers and the language model.
 
     Args:
         vision_config, text_config, audio_config: sub-configurations, each a dict or a configuration. The `model_type`
             of `audio_config` (default `"cav_mae_audio"`) selects the audio tower; see `audio_towers.py`.
         image_token_index, audio_token_index, prefix_token_index: placeholder ids in `input_ids`.
-        prefix_length: learned vectors per `<prefix>`.
-        prefix_initializer_range: their initial standard deviation; the paper draws from N(0, 1e-4), a variance.
+        prefix_length: number of learned vectors per `<prefix>`.
+        prefix_initializer_range: initial standard deviation of the prefix. The paper uses N(0, 1e-4), with a variance
+            of 1e-4.
         prefix_modalities: modalities captioned with the prefix before the question. Distillation removes `"audio"`.
-            Images alone never use the prefix, so that their captions equal those of the image captioner.
+            Images alone never use the prefix, so their captions equal those of the image captioner.
 
     Raises:
-        ValueError: if the audio tower is unknown or unsuitable, its tokens and the image tokens differ in width, or
-            two placeholders share an id.
+        ValueError: the audio tower is unknown or unsuitable, audio tokens and image tokens differ in width, or two
+            placeholders have the same id.
 
     Example:
 
@@ -70,7 +71,7 @@ class LlavaAudioConfig(LlavaConfig):
     }
 
     def __post_init__(self, **kwargs):
-        # A field of version 0.1.0 that had one value.
+        # A field of version 0.1.0 with a single supported value.
         if (fusion_mode := kwargs.pop("fusion_mode", "concatenate")) != "concatenate":
             raise ValueError(f"fusion_mode={fusion_mode!r} is not supported by this version of the model code.")
         self.audio_config = build_audio_config(self.audio_config, self.sub_configs_defaults["audio_config"].model_type)
@@ -90,10 +91,10 @@ class LlavaAudioConfig(LlavaConfig):
 
     def check_processor(self, processor) -> None:
         """
-        Check that a processor writes as many audio placeholders as the audio tower returns tokens.
+        Check that the number of audio placeholders of a processor equals the number of tokens of the audio tower.
 
         Raises:
-            ValueError: if the counts or the mel bins of `processor.feature_extractor` and of the audio tower differ.
+            ValueError: `processor.feature_extractor` and the audio tower differ in the number of tokens or mel bins.
         """
         extractor, expected = processor.feature_extractor, self.audio_config.feature_extractor_kwargs
         tower = f"the audio tower {self.audio_config.model_type!r}"
@@ -111,7 +112,7 @@ class LlavaAudioConfig(LlavaConfig):
                 )
 
     def save_pretrained(self, save_directory, **kwargs):
-        # `_auto_class` holds a single name, so the other Auto classes are written here.
+        # `_auto_class` supports a single name, so the other Auto classes are added here.
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 

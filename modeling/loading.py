@@ -1,11 +1,11 @@
 """
-From a checkpoint's name to weights: checks, the chain of stages, and one state dict that transformers loads.
+Loading a checkpoint by name: checks, the chain of stages, and a single state dict for transformers.
 
-    name -> find_checkpoint -> whole: transformers loads it as it is
-                               stages: base tensors + each stage's tensors -> from_pretrained(None, state_dict=...)
+    name -> find_checkpoint -> whole checkpoint: transformers loads it directly
+                               stages: base tensors + tensors of each stage -> from_pretrained(None, state_dict=...)
 
-The weights are merged before any is loaded, so that dtype, device map, offloading and quantisation treat a stage's
-weights like any other.
+The weights are merged before they are loaded, so dtype, device map, offloading and quantisation apply to the weights
+of a stage as to all others.
 """
 
 import json
@@ -45,11 +45,11 @@ OPTIONAL = {"_raise_exceptions_for_missing_entries": False}
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    A captioner on disk or on the Hub: a whole checkpoint, and the stages that are laid over it.
+    A captioner on disk or on the Hub: a whole checkpoint, and the stages on top of it.
 
     Attributes:
-        source, hub_kwargs: the folder or Hub id that was asked for, and the options to read it with.
-        stages: the last first; empty for a whole checkpoint.
+        source, hub_kwargs: the requested folder or Hub id, and the options to read it.
+        stages: the stages, the last one first; empty for a whole checkpoint.
     """
 
     source: str
@@ -58,30 +58,30 @@ class Checkpoint:
 
     @property
     def base(self) -> tuple[str, dict]:
-        """Folder or Hub id of the whole checkpoint at the end of the chain, and the options to read it with."""
+        """Folder or Hub id of the whole checkpoint at the end of the chain, and the options to read it."""
         if self.stages:
             return self.stages[-1].base, self.stages[-1].base_hub_kwargs
         return self.source, self.hub_kwargs
 
     @property
     def processor(self) -> tuple[str, dict]:
-        """Folder or Hub id that holds the processor, and the options to read it with: the stage, or one below it."""
+        """Folder or Hub id of the processor, and the options to read it: the last stage that has one, or the base."""
         places = [(self.source, self.hub_kwargs)]
         places += [(stage.base, stage.base_hub_kwargs) for stage in self.stages]
         for source, hub_kwargs in places:
             if cached_file(source, PROCESSOR_NAME, **OPTIONAL, **hub_kwargs) is not None:
                 return source, hub_kwargs
         raise FileNotFoundError(
-            f"{self.source}: no {PROCESSOR_NAME} in it; save the processor there, processor.save_pretrained(DIR)."
+            f"{self.source}: no {PROCESSOR_NAME} in it; save the processor there with processor.save_pretrained(DIR)."
         )
 
     def check(self) -> "Checkpoint":
         """
-        Check that every part of the checkpoint is there and belongs to this model, from its small files alone.
+        Check that all parts of the checkpoint exist and belong to this model. Reads only small files.
 
         Raises:
             FileNotFoundError: a configuration or weights are missing.
-            ValueError: a configuration is unreadable or of another model.
+            ValueError: a configuration cannot be read or is for another model.
         """
         _check_config(self.source, self.hub_kwargs)
         if self.stages:
@@ -92,16 +92,17 @@ class Checkpoint:
 
 def find_checkpoint(name_or_path: str | os.PathLike, **hub_kwargs) -> Checkpoint:
     """
-    The checkpoint of a name: a folder or the id of a repository on the Hub. Reads the `stage.json` files only.
+    Find a checkpoint by name. Reads only the `stage.json` files.
 
     Args:
-        hub_kwargs: those of `HUB_OPTIONS`, as for any `from_pretrained`. `revision` and `subfolder` apply to the
-            named repository, not to the base model of a stage.
+        name_or_path: a folder, or the id of a repository on the Hub.
+        hub_kwargs: options of `from_pretrained` in `HUB_OPTIONS`. `revision` and `subfolder` apply to the given
+            repository, not to the base model of a stage.
 
     Raises:
-        FileNotFoundError: no such folder, no such repository on the Hub, or a missing base model.
+        FileNotFoundError: the folder, the repository on the Hub, or the base model does not exist.
         ConnectionError: the Hub cannot be reached, and the repository is not in the cache.
-        ValueError: a damaged `stage.json`, or a chain that leads back to itself.
+        ValueError: a `stage.json` is damaged, or the chain of stages contains a cycle.
     """
     hub_kwargs = reach_hub(name_or_path, hub_kwargs)
     return Checkpoint(str(name_or_path), hub_kwargs, stage_chain(name_or_path, **hub_kwargs))
@@ -109,19 +110,19 @@ def find_checkpoint(name_or_path: str | os.PathLike, **hub_kwargs) -> Checkpoint
 
 def reach_hub(name_or_path: str | os.PathLike, hub_kwargs: Mapping) -> dict:
     """
-    `hub_kwargs` with which `name_or_path` can be read: with `local_files_only` where the Hub cannot be reached.
+    Return `hub_kwargs` for reading `name_or_path`, with `local_files_only` if the Hub cannot be reached.
 
-    The Hub is asked once, without retries.
+    It sends a single request to the Hub, without retries.
 
     Raises:
-        FileNotFoundError: neither a folder nor a repository on the Hub.
+        FileNotFoundError: the name is not a folder or a repository on the Hub.
         ConnectionError: the Hub cannot be reached, and the repository is not in the cache.
     """
     name, hub_kwargs = str(name_or_path), dict(hub_kwargs)
     if Path(name).is_dir():
         return hub_kwargs
     if Path(name).exists():
-        raise FileNotFoundError(f"{name}: is a file; name the model's folder.")
+        raise FileNotFoundError(f"{name}: is a file; give the folder of the model.")
     revision = hub_kwargs.get("revision")
     reason = "offline mode is on"
     if not (is_offline_mode() or hub_kwargs.get("local_files_only")):
@@ -130,7 +131,7 @@ def reach_hub(name_or_path: str | os.PathLike, hub_kwargs: Mapping) -> dict:
             return hub_kwargs
         except (HFValidationError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise FileNotFoundError(f"{name}: no such folder, and {_refusal(error, revision)}") from error
-        except Exception as error:  # of the HTTP client, which is huggingface_hub's choice
+        except Exception as error:  # the HTTP client of huggingface_hub has its own exceptions
             reason = f"the Hub cannot be reached ({' '.join(str(error).split()) or type(error).__name__})"
     file = "/".join(filter(None, (hub_kwargs.get("subfolder"), CONFIG_NAME)))
     try:
@@ -139,37 +140,37 @@ def reach_hub(name_or_path: str | os.PathLike, hub_kwargs: Mapping) -> dict:
         raise FileNotFoundError(f"{name}: no such folder, and {_refusal(error, revision)}") from error
     if not isinstance(cached, str):
         raise ConnectionError(
-            f"{name}: no such folder; as a model of the Hub it is not in the cache, and {reason}; check the name and "
-            "the network"
+            f"{name}: no such folder, and no such model in the cache of the Hub; {reason}; check the name and the "
+            "network"
         )
     return hub_kwargs | {"local_files_only": True}
 
 
 def _refusal(error: Exception, revision: str | None) -> str:
     if isinstance(error, HFValidationError):
-        return "not the ORG/NAME of a model on the Hub either; check the path"
+        return "not a valid ORG/NAME of a model on the Hub; check the path"
     if isinstance(error, RevisionNotFoundError):
-        return f"the model of that name on the Hub has no revision {revision!r}"
+        return f"the model with this name on the Hub has no revision {revision!r}"
     if isinstance(error, GatedRepoError):
-        return "the model of that name on the Hub is gated; ask for access on its page and run `hf auth login`"
-    return "the Hub has no public model of that name; check the spelling, or run `hf auth login` for a private one"
+        return "the model with this name on the Hub is gated; request access on its page and run `hf auth login`"
+    return "the Hub has no public model with this name; check the spelling, or run `hf auth login` for a private model"
 
 
 def _check_config(source: str, hub_kwargs: dict) -> None:
     path = cached_file(source, CONFIG_NAME, **OPTIONAL, **hub_kwargs)
     if path is None:
-        raise FileNotFoundError(f"{source}: no {CONFIG_NAME} in it; name the folder that save_pretrained wrote")
+        raise FileNotFoundError(f"{source}: no {CONFIG_NAME} in it; give a folder written by save_pretrained")
     try:
         model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a JSON configuration; copy it again from the model's source") from error
     expected = LlavaAudioConfig.model_type
     if model_type != expected:
-        raise ValueError(f"{path}: model_type is {model_type!r}, not {expected!r}; name a model of this package")
+        raise ValueError(f"{path}: model_type is {model_type!r}, not {expected!r}; give a model of this package")
 
 
 def _weight_files(source: str, hub_kwargs: dict, variant: str | None) -> list[str]:
-    """Paths of a whole checkpoint's safetensors files; those on the Hub are downloaded."""
+    """Paths of the safetensors files of a whole checkpoint. Files on the Hub are downloaded."""
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         if variant:
             stem, _, ending = name.rpartition(".")
@@ -179,11 +180,16 @@ def _weight_files(source: str, hub_kwargs: dict, variant: str | None) -> list[st
             return get_checkpoint_shard_files(source, path, **hub_kwargs)[0]
         if path is not None:
             return [path]
-    raise FileNotFoundError(f"{source}: no weights (*.safetensors) in it; copy the folder again, whole")
+    raise FileNotFoundError(f"{source}: no weights (*.safetensors) in it; copy the whole folder again")
 
 
 def check_device_map(model_class: type[nn.Module], checkpoint: Checkpoint, options: dict) -> None:
-    """ValueError for a `device_map` that offloads one of two tied weights to disk, which cannot be dispatched."""
+    """
+    Check that a `device_map` with disk offloading puts tied weights in the same place.
+
+    Raises:
+        ValueError: two tied weights are in different places, which accelerate cannot dispatch.
+    """
     device_map = options.get("device_map")
     if not isinstance(device_map, Mapping) or "disk" not in device_map.values():
         return
@@ -207,16 +213,16 @@ def assembled_options(
     checkpoint: Checkpoint, captioner: type[nn.Module], options: dict, unread: Sequence[str] = ()
 ) -> dict:
     """
-    Keyword arguments of `from_pretrained(None, ...)` that load a chain of stages as one whole checkpoint.
+    Keyword arguments of `from_pretrained(None, ...)` that load a chain of stages as a single checkpoint.
 
     Args:
-        checkpoint: with at least one stage.
-        captioner: the class whose weights' names the stages use.
-        options: the caller's own keyword arguments of `from_pretrained`.
-        unread: patterns of the captioner's weights that the model to load does not have; they are not read.
+        checkpoint: a checkpoint with at least one stage.
+        captioner: the class of the captioner. Stages use the names of its weights.
+        options: keyword arguments of `from_pretrained` from the caller.
+        unread: patterns of captioner weights that the loaded model does not have. These weights are not read.
 
     Raises:
-        ValueError: the weights do not fit together, with the first name that differs.
+        ValueError: the weights of a stage and its base do not match. The message contains the first such name.
         OSError: weights are missing.
     """
     options = dict(options)
@@ -227,10 +233,10 @@ def assembled_options(
     variant = options.pop("variant", None)
     device_map = options.get("device_map")
     if isinstance(device_map, Mapping) and "disk" in device_map.values() and not options.get("offload_folder"):
-        raise ValueError(f"{checkpoint.source}: a stage that is offloaded to disk needs a folder, offload_folder=DIR.")
+        raise ValueError(f"{checkpoint.source}: offloading a stage to disk needs a folder; pass offload_folder=DIR.")
     weights, reference = merge_weights(checkpoint, captioner, config, options.get("key_mapping"), variant, unread)
     if device_map is not None:
-        # Offloading to disk looks each weight up by its own name, also a weight that is tied to another.
+        # Offloading to disk looks up each weight by its own name, including tied weights.
         for target, tied in reference.all_tied_weights_keys.items():
             if tied in weights:
                 weights.setdefault(target, weights[tied])
@@ -240,7 +246,7 @@ def assembled_options(
         try:
             options["generation_config"] = GenerationConfig.from_pretrained(source, **hub_kwargs)
         except OSError:
-            pass  # the model makes one from its configuration
+            pass  # the model creates one from its configuration
     return options
 
 
@@ -254,12 +260,18 @@ def merge_weights(
     unread: Sequence[str] = (),
 ) -> tuple[dict[str, torch.Tensor], nn.Module]:
     """
-    The weights of the base, each stage's in place of those that it trained, and the captioner without weights.
+    Merge the weights of the base with the trained weights of each stage.
 
-    The tensors are memory-mapped; the captioner is on the meta device.
+    Args:
+        checkpoint, captioner, unread: see `assembled_options`.
+        config: configuration of the captioner.
+        key_mapping, variant: see transformers' `from_pretrained`; they apply to the base.
 
-    Arguments and errors as in `assembled_options`; `key_mapping` and `variant` as in transformers' `from_pretrained`,
-    for the base.
+    Returns:
+        The merged weights, which are memory-mapped, and a captioner without weights on the meta device.
+
+    Raises:
+        ValueError, OSError: see `assembled_options`.
     """
     with torch.device("meta"), init.no_init_weights():
         reference = captioner(config)
@@ -286,12 +298,12 @@ def merge_weights(
             weights |= {name: file.get_tensor(name) for name in file.keys() if name not in skipped}
     in_model = {names[name]: tensor for name, tensor in weights.items()}
     for name in trained:
-        # A packed weight is of another type, or lies under several names.
+        # A packed weight has an integer dtype or is stored under several names.
         packed = name in in_model and not in_model[name].is_floating_point()
         if packed or any(key != name and key.startswith((f"{name}.", f"{name}:", f"{name}_")) for key in in_model):
             raise ValueError(
-                f"{source}: {name} is stored quantised, so the stage {checkpoint.source} cannot replace it; lay the "
-                "stage over the unquantised base model, and quantise when loading (quantization_config=...)."
+                f"{source}: {name} is stored quantised, so the stage {checkpoint.source} cannot replace it; use the "
+                "stage with the unquantised base model, and quantise when loading (quantization_config=...)."
             )
     return {name: tensor for name, tensor in weights.items() if names[name] not in trained} | trained, reference
 
@@ -307,7 +319,7 @@ def _names_in(path: str) -> list[str]:
 def _model_names(
     names: Mapping, model: nn.Module, expected: Mapping[str, torch.Tensor], key_mapping: dict[str, str] | None
 ) -> dict[str, str]:
-    """The model's own name for each name in a file, by the renamings that transformers applies when it loads."""
+    """Name in a file -> name in the model, with the renamings that transformers applies when loading."""
     conversions = get_model_conversion_mapping(model, key_mapping)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
@@ -323,7 +335,7 @@ def _model_names(
 
 
 def use_general_kernels(model: nn.Module) -> None:
-    """Turn off bitsandbytes' fastest CPU kernel for the 4-bit layers whose width it does not support."""
+    """Turn off the AVX512-BF16 kernel of bitsandbytes on CPU for 4-bit layers with an unsupported width."""
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False) and module.in_features % module.weight.blocksize:
             module.support_avx512bf16_for_cpu = False

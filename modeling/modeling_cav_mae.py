@@ -1,4 +1,4 @@
-"""The audio branch of CAV-MAE as a transformers model: spectrogram in, tokens as wide as image tokens out."""
+"""The audio branch of CAV-MAE as a transformers model: converts spectrograms to tokens as wide as image tokens."""
 
 from collections.abc import Callable
 
@@ -20,8 +20,8 @@ def sincos_positions(width: int, rows: int, columns: int) -> torch.Tensor:
     """
     Two-dimensional sine-cosine positions, (rows * columns, width), mel-major: token `row * columns + column`.
 
-    The first half of the width encodes time (the column), the second half mel (the row); sine before cosine in each
-    (Gong et al., 2023, as released).
+    The first half of the width encodes time (the column), the second half mel (the row). In each half, sines precede
+    cosines, as in the released code of Gong et al. (2023).
     """
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
 
@@ -35,7 +35,7 @@ def sincos_positions(width: int, rows: int, columns: int) -> torch.Tensor:
 
 
 class CavMaeEmbeddings(nn.Module):
-    """Patches of a spectrogram with their positions and the modality's own vector."""
+    """Embeddings of spectrogram patches, with positions and the learned vector of the modality."""
 
     def __init__(self, config: CavMaeAudioConfig):
         super().__init__()
@@ -46,7 +46,7 @@ class CavMaeEmbeddings(nn.Module):
         self.modality_embedding = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
 
     def positions(self, columns: int) -> torch.Tensor:
-        """Positions of a clip `columns` patches long, (1, rows, columns, width), interpolated linearly in time."""
+        """Positions of a clip of `columns` patches, (1, rows, columns, width), interpolated linearly in time."""
         rows, trained = self.config.grid_size
         grid = self.position_embeddings.unflatten(1, (rows, trained))
         if columns == trained:
@@ -56,14 +56,14 @@ class CavMaeEmbeddings(nn.Module):
         return resized.permute(0, 2, 3, 1).to(grid.dtype)
 
     def forward(self, input_features: torch.Tensor, columns_mask: torch.Tensor | None = None) -> torch.Tensor:
-        # (B, frames, mels) -> (B, 1, mels, frames): the reference flattens its patches mel-major. The convolution is
-        # the reference for the dtype, since quantization packs linear layers only.
+        # (B, frames, mels) -> (B, 1, mels, frames): the reference flattens patches mel-major. The dtype is that of the
+        # convolution, because quantization packs only linear layers.
         input_features = input_features.to(self.patch_embeddings.weight.dtype)
         patches = self.patch_embeddings(input_features.transpose(1, 2).unsqueeze(1))  # (B, width, rows, columns)
         patches = patches.permute(0, 2, 3, 1)
         if columns_mask is None:
             positions = self.positions(patches.shape[2])
-        else:  # each clip gets the positions it would get alone, on whichever side it is padded
+        else:  # each clip gets the same positions as without padding, for padding on either side
             lengths = columns_mask.sum(-1).tolist()
             by_length = {length: self.positions(length) for length in set(lengths)}
             index = (columns_mask.cumsum(-1) - 1).clamp(min=0)
@@ -73,7 +73,7 @@ class CavMaeEmbeddings(nn.Module):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(q k^T * scaling + mask) v, with the softmax in float32; (B, heads, N, d) in, (B, N, heads, d) out."""
+    """softmax(q k^T * scaling + mask) v, (B, heads, N, d) -> (B, N, heads, d), with the softmax in float32."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -162,7 +162,7 @@ class CavMaePreTrainedModel(PreTrainedModel):
 
 class CavMaeAudioModel(CavMaePreTrainedModel):
     """
-    CAV-MAE's audio branch and DALI's linear behind it: 11 audio blocks, 1 joint block, a final norm, 768 -> 1024.
+    The audio branch of CAV-MAE with DALI's linear layer: 11 audio blocks, 1 joint block, a final norm, 768 -> 1024.
     """
 
     def __init__(self, config: CavMaeAudioConfig):
@@ -178,7 +178,7 @@ class CavMaeAudioModel(CavMaePreTrainedModel):
         return self.embeddings.patch_embeddings
 
     def token_mask(self, input_features_mask: torch.Tensor) -> torch.Tensor:
-        """(B, frames) -> (B, tokens): True for the tokens of frames that count, mel-major like the tokens."""
+        """Token mask of a frame mask, (B, frames) -> (B, tokens): True for tokens of valid frames, mel-major."""
         rows, _ = self.config.grid_size
         return input_features_mask[:, :: self.config.patch_size].bool().repeat(1, rows)
 
@@ -189,14 +189,16 @@ class CavMaeAudioModel(CavMaePreTrainedModel):
     ) -> BaseModelOutput:
         r"""
         Args:
-            input_features: normalised log-mel spectrograms, (B, frames, mels); frames are a multiple of the patch.
-            input_features_mask: (B, frames), True where a frame counts; None when all do.
+            input_features: normalised log-mel spectrograms, (B, frames, mels), with frames a multiple of the patch
+                size.
+            input_features_mask: (B, frames), True for valid frames; all frames are valid by default.
 
         Returns:
             `last_hidden_state` of shape (B, tokens, output_size), tokens = mels / patch * frames / patch, mel-major.
 
         Raises:
-            ValueError: when the spectrogram is not 3-D, has other mel bins, or its frames do not fill patches.
+            ValueError: the spectrogram is not 3-D, has the wrong number of mel bins, or its number of frames is not a
+                multiple of the patch size.
         """
         patch, mels = self.config.patch_size, self.config.num_mel_bins
         if input_features.dim() != 3 or input_features.shape[2] != mels or input_features.shape[1] % patch:

@@ -36,9 +36,9 @@ class LlavaAudioModelOutputWithPast(BaseModelOutputWithPast):
 @dataclass
 class LlavaAudioCausalLMOutputWithPast(ModelOutput):
     r"""
-    loss: mean negative log-likelihood of `labels`, when given.
+    loss: mean negative log-likelihood of `labels`, if given.
     logits: (B, L or `logits_to_keep`, vocabulary).
-    image_hidden_states, audio_hidden_states: as in `LlavaAudioModelOutputWithPast`.
+    image_hidden_states, audio_hidden_states: see `LlavaAudioModelOutputWithPast`.
     """
 
     loss: torch.Tensor | None = None
@@ -51,7 +51,7 @@ class LlavaAudioCausalLMOutputWithPast(ModelOutput):
 
 
 class LearntPrefix(nn.Embedding):
-    """Learned vectors that replace the `<prefix>` placeholders; an Embedding, which `_init_weights` initializes."""
+    """Learned vectors that replace the `<prefix>` placeholders."""
 
     def __init__(self, config: LlavaAudioConfig):
         super().__init__(config.prefix_length, config.text_config.hidden_size)
@@ -72,15 +72,15 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """
-        As `PreTrainedModel.from_pretrained`; a stage's checkpoint loads with the base model that it names.
+        See `PreTrainedModel.from_pretrained`. Also loads the checkpoint of a stage, together with its base model.
 
-        The stage's weights are merged with the base model's before any is loaded, so `dtype`, `device_map`,
-        `quantization_config` and the other options apply to all weights alike.
+        The weights of the stage and the base model are merged before they are loaded, so `dtype`, `device_map`,
+        `quantization_config` and the other options apply to all weights.
 
         Raises:
-            FileNotFoundError: no such folder or Hub repository, or a missing base model.
+            FileNotFoundError: the folder, the Hub repository or the base model does not exist.
             ConnectionError: the Hub cannot be reached, and the repository is not in the cache.
-            ValueError: the stage's weights do not fit the base model, with the first name that differs.
+            ValueError: the weights of the stage do not match the base model. The message contains the first such name.
         """
         kwargs.setdefault("use_safetensors", True)  # weights are never unpickled
         if pretrained_model_name_or_path is None:
@@ -94,32 +94,32 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
             source, unread = None, cls._keys_to_ignore_on_load_unexpected or ()
             kwargs = assembled_options(checkpoint, LlavaAudioForConditionalGeneration, kwargs, unread)
         loaded = super().from_pretrained(source, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple under output_loading_info=True
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         model.name_or_path = model.config.name_or_path = checkpoint.source
         use_general_kernels(model)
         return loaded
 
     def save_stage(self, directory, base: str, stage: str) -> None:
         """
-        Save the weights that are being trained (`requires_grad`), and the name of the model that they belong to.
+        Save the trained weights (`requires_grad`) and the name of their base model.
 
         Args:
-            directory: folder to write; `from_pretrained` on it loads the assembled model.
+            directory: output folder. `from_pretrained` with this folder loads the merged model.
             base: folder or Hub id of the model that the stage started from.
-            stage: the stage's name, such as `align:mmd`.
+            stage: name of the stage, such as `align:mmd`.
 
         Raises:
-            ValueError: when no weight is being trained.
+            ValueError: no weight is trained.
         """
-        # A stage's names are those of the captioner, whichever part of it was trained.
+        # A stage uses the names of the captioner's weights, even if only a part of the captioner is loaded.
         prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
         trained = {prefix + name: weight for name, weight in self.named_parameters() if weight.requires_grad}
         config = copy.deepcopy(self.config)
         quantizer = getattr(self, "hf_quantizer", None)
         if quantizer is not None and not quantizer.pre_quantized:
-            del config.quantization_config  # of this process; the base's files are not quantised
+            del config.quantization_config  # for this process only; the files of the base are not quantised
         config.save_pretrained(directory)
-        custom_object_save(self, directory)  # a stage, too, loads where the package is absent
+        custom_object_save(self, directory)  # a stage also loads without the package
         write_stage(directory, trained, base, stage)
 
 
@@ -127,7 +127,7 @@ class TowerTokens:
     """Tokens before the projectors, for a model with a `vision_tower` and an `audio_tower`."""
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(images, 3, H, W) -> the image tokens before the projector, (images, tokens, vision width)."""
+        """Image tokens before the projector, (images, 3, H, W) -> (images, tokens, vision width)."""
         layers = self.config.vision_feature_layer
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
@@ -138,18 +138,18 @@ class TowerTokens:
     def encode_audio(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(clips, frames, mels) -> the audio tokens before the projector, (clips, tokens, vision width)."""
-        # The dtype of a module skips weights that are packed as integers.
+        """Audio tokens before the projector, (clips, frames, mels) -> (clips, tokens, vision width)."""
+        # The dtype of a module ignores weights that are packed as integers.
         input_features = input_features.to(self.audio_tower.dtype)
         return self.audio_tower(input_features, input_features_mask, return_dict=True).last_hidden_state
 
 
 class LlavaAudioTowers(TowerTokens, LlavaAudioPreTrainedModel):
     """
-    The vision tower and the audio tower alone, as the alignment compares them.
+    The vision tower and the audio tower without the rest of the captioner, for the alignment.
 
-    `from_pretrained` takes the same checkpoints as `LlavaAudioModel` and reads the towers' weights only; `save_stage`
-    writes a stage of the whole captioner.
+    `from_pretrained` supports the same checkpoints as `LlavaAudioModel` and reads only the weights of the towers.
+    `save_stage` writes a stage of the whole captioner.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?(vision_tower|audio_tower)\.)"]
@@ -194,11 +194,14 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
 
         Args:
             input_features: (clips, frames, mels), from the processor.
-            input_features_mask: (clips, frames), True where a frame counts; None when all do.
+            input_features_mask: (clips, frames), True for valid frames; all frames are valid by default.
 
         Returns:
             `last_hidden_state` (clips, tokens, vision width) and `pooler_output`, a list with the projected tokens
             of each clip, (tokens of the clip, text width).
+
+        Raises:
+            ValueError: the audio tower returns another number of tokens than its configuration declares.
         """
         input_features = input_features.to(self.audio_tower.dtype)
         outputs = self.audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
@@ -220,13 +223,13 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
         )
 
     def _scatter(self, inputs_embeds, input_ids, token_id: int, features: torch.Tensor, name: str) -> torch.Tensor:
-        """Put `features` (tokens, text width) where `input_ids` hold `token_id`, in order."""
+        """Replace the embeddings of `token_id` in `input_ids` by `features` (tokens, text width), in order."""
         mask = input_ids == token_id
         torch_compilable_check(
             mask.sum() == features.shape[0],
             lambda: (
-                f"the text holds {int(mask.sum())} {name} placeholders for {features.shape[0]} {name} tokens; "
-                "let the processor write the placeholders."
+                f"the text contains {int(mask.sum())} {name} placeholders for {features.shape[0]} {name} tokens; "
+                "use the processor to write the placeholders."
             ),
         )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features.to(inputs_embeds))
@@ -248,14 +251,14 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
         r"""
         Args:
             input_ids: (B, L), with placeholders already expanded.
-            pixel_values: (images, 3, H, W), in the order of their placeholders over the batch.
+            pixel_values: (images, 3, H, W), in the order of their placeholders in the batch.
             input_features, input_features_mask: (clips, frames, mels) and (clips, frames), in the same order.
-            inputs_embeds: (B, L, text width) in place of `input_ids`: everything has been merged by the caller.
-            mm_encoder_outputs: what `generate` has encoded beforehand, by modality.
+            inputs_embeds: (B, L, text width) in place of `input_ids`, with all tokens merged by the caller.
+            mm_encoder_outputs: encoder outputs by modality that `generate` computes in advance.
 
         Raises:
-            ValueError: when neither or both of `input_ids` and `inputs_embeds` are given, or placeholders and
-                tokens differ in number.
+            ValueError: neither or both of `input_ids` and `inputs_embeds` are given, or the number of placeholders
+                differs from the number of tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
@@ -295,7 +298,7 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
         )
 
     def _insert_prefix(self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Replace `<prefix>` placeholders by the learned vectors; each sample holds all of them or none."""
+        """Replace `<prefix>` placeholders by the learned vectors. Each sample has whole prefixes or none."""
         length = self.config.prefix_length
         if input_ids.shape[1] < length:  # a decoding step; the prefix is in the cache
             return inputs_embeds
@@ -303,20 +306,20 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
         torch_compilable_check(
             (mask.sum(-1) % length == 0).all(),
             lambda: (
-                f"a sample holds {sorted(set(mask.sum(-1).tolist()))} prefix placeholders; the model's prefix is "
-                f"{length} long (prefix_length)."
+                f"samples contain {sorted(set(mask.sum(-1).tolist()))} prefix placeholders; use multiples of "
+                f"prefix_length, {length}."
             ),
         )
-        # Through the module's forward, where offloading brings its weight.
+        # Calls the forward of the module, which loads an offloaded weight.
         vectors = self.prefix(torch.arange(length, device=input_ids.device)).repeat(mask.numel() // length, 1)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), vectors.to(inputs_embeds))
 
 
 class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMixin):
     """
-    The captioner: `LlavaAudioModel` and a language-model head.
+    The captioner: `LlavaAudioModel` with a language-model head.
 
-    With neither audio nor prefix its logits equal those of `LlavaForConditionalGeneration` on the same weights.
+    Without audio and prefix, its logits equal those of `LlavaForConditionalGeneration` with the same weights.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -357,11 +360,11 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
         **kwargs,
     ) -> LlavaAudioCausalLMOutputWithPast:
         r"""
-        Arguments as in `LlavaAudioModel.forward`, and
+        See `LlavaAudioModel.forward` for the other arguments.
 
         Args:
-            labels: (B, L), the target tokens; -100 at positions that do not count.
-            logits_to_keep: number of last positions to compute logits for; 0 for all.
+            labels: (B, L), the target tokens; -100 at ignored positions.
+            logits_to_keep: number of last positions to compute logits for; 0 computes all logits.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -1,4 +1,4 @@
-"""Entropic optimal transport by Sinkhorn's iterations in the log domain, batched."""
+"""Batched entropic optimal transport with Sinkhorn iterations in the log domain."""
 
 import torch
 

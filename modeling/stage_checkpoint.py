@@ -1,4 +1,4 @@
-"""A stage's checkpoint: only the weights that the stage trained, and the name of the model they belong to."""
+"""The checkpoint of a stage: the weights that the stage trained, and the name of their base model."""
 
 import json
 import os
@@ -19,13 +19,13 @@ STAGE_WEIGHTS = "stage.safetensors"
 @dataclass(frozen=True)
 class Stage:
     """
-    One link of a chain of stages, as its `stage.json` describes it.
+    A stage in a chain of stages, as described in its `stage.json`.
 
     Attributes:
-        source, hub_kwargs: the stage's folder or Hub id, and the options to read it with.
-        name: the stage's name, such as `align:mmd`.
-        base, base_hub_kwargs: the same of the model that it is laid over.
-        trained: sorted names of the weights that it holds.
+        source, hub_kwargs: folder or Hub id of the stage, and the options to read it.
+        name: name of the stage, such as `align:mmd`.
+        base, base_hub_kwargs: folder or Hub id of the base model, and the options to read it.
+        trained: sorted names of the trained weights.
     """
 
     source: str
@@ -40,8 +40,8 @@ class Stage:
         The trained weights by name.
 
         Raises:
-            ValueError: when the file is damaged, or holds other weights than `stage.json` lists.
-            OSError: when the file is missing.
+            ValueError: the file is damaged, or does not contain the weights that `stage.json` lists.
+            OSError: the file is missing.
         """
         path = cached_file(self.source, STAGE_WEIGHTS, **self.hub_kwargs)
         try:
@@ -49,21 +49,24 @@ class Stage:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); copy or save the stage again.") from error
         if sorted(tensors) != self.trained:
-            raise ValueError(f"{self.source}: {STAGE_WEIGHTS} does not hold the weights that {STAGE_FILE} lists.")
+            raise ValueError(
+                f"{self.source}: {STAGE_WEIGHTS} does not contain the weights that {STAGE_FILE} lists; copy or save "
+                "the stage again."
+            )
         return tensors
 
 
 def write_stage(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], base: str, stage: str) -> None:
     """
-    Write `tensors` and `stage.json` into `directory`; the JSON last, so that a stage that can be read is complete.
+    Write `tensors` and `stage.json` to `directory`. The JSON file is last, so an incomplete stage cannot be read.
 
-    A local `base` is stored relative to `directory`, so that a run's folder can be moved.
+    A local `base` is stored relative to `directory`, so the folder of a run can be moved.
 
     Raises:
-        ValueError: when `tensors` is empty.
+        ValueError: `tensors` is empty.
     """
     if not tensors:
-        raise ValueError(f"{directory}: stage '{stage}' trained no weight, so there is nothing to save.")
+        raise ValueError(f"{directory}: stage '{stage}' trained no weights, so there is nothing to save.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if Path(base).is_dir():
@@ -78,11 +81,11 @@ def write_stage(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], 
 
 def find_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> Stage | None:
     """
-    The stage that a folder or Hub repository holds; None for a whole checkpoint. Reads `stage.json` only.
+    Find the stage in a folder or Hub repository. Returns None for a whole checkpoint. Reads only `stage.json`.
 
     Raises:
-        ValueError: when `stage.json` is not JSON or does not name its base.
-        FileNotFoundError: when the base is a folder that does not exist.
+        ValueError: `stage.json` is not JSON or does not contain the base.
+        FileNotFoundError: the base is a folder that does not exist.
     """
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(name_or_path, STAGE_FILE, **optional, **hub_kwargs)
@@ -94,23 +97,23 @@ def find_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> Stage | None:
         raise ValueError(f"{path} is not JSON ({error}); copy or save the stage again.") from error
     base = description.get("base_model_name_or_path") if isinstance(description, dict) else None
     if not base:
-        raise ValueError(f"{path} does not name base_model_name_or_path; add the model that the stage started from.")
+        raise ValueError(f"{path} has no base_model_name_or_path; add the model that the stage started from.")
     found, found_kwargs = _locate_base(name_or_path, base, hub_kwargs)
     name = description.get("stage", "")
     if found is None:
         expected = (Path(name_or_path) / hub_kwargs.get("subfolder", "") / base).resolve()
         raise FileNotFoundError(
-            f"{path}: this folder holds only what the stage '{name}' trained. The rest is in its base model "
-            f"'{base}', expected at {expected}, which is not a folder. Copy the base model there too, or run "
-            f"`dali-llava merge STAGE OUT` where both are and copy OUT."
+            f"{path}: this folder contains only the weights that the stage '{name}' trained. The other weights are in "
+            f"its base model '{base}', expected at {expected}, which is not a folder. Copy the base model to this "
+            f"place, or run `dali-llava merge STAGE OUT` where both folders exist and copy OUT."
         )
     trained = sorted(description.get("trained", []))
     return Stage(str(name_or_path), hub_kwargs, name, found, found_kwargs, trained)
 
 
 def _locate_base(name_or_path: str | os.PathLike, base: str, hub_kwargs: dict) -> tuple[str | None, dict]:
-    """The base's folder or Hub id and the options to read it with; (None, {}) for a folder that does not exist."""
-    # `revision` and `subfolder` belong to the stage's own repository.
+    """Folder or Hub id of the base and the options to read it; (None, {}) for a folder that does not exist."""
+    # `revision` and `subfolder` apply to the repository of the stage.
     others = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
     subfolder = hub_kwargs.get("subfolder", "")
     beside = Path(name_or_path) / subfolder / base
@@ -121,7 +124,7 @@ def _locate_base(name_or_path: str | os.PathLike, base: str, hub_kwargs: dict) -
     inside = posixpath.normpath(posixpath.join(subfolder, base))
     if Path(name_or_path).is_dir() or inside.startswith(("..", "/")):
         return None, {}
-    # A run's folder on the Hub: the base is another folder of the stage's repository.
+    # If a whole run is on the Hub, the base is another folder in the repository of the stage.
     if inside != ".":
         others["subfolder"] = inside
     if "revision" in hub_kwargs:
@@ -131,10 +134,11 @@ def _locate_base(name_or_path: str | os.PathLike, base: str, hub_kwargs: dict) -
 
 def stage_chain(name_or_path: str | os.PathLike, **hub_kwargs) -> list[Stage]:
     """
-    The stages of a checkpoint, the last first, down to the whole checkpoint; an empty list for a whole checkpoint.
+    The stages of a checkpoint, the last one first; an empty list for a whole checkpoint.
 
     Raises:
-        ValueError, FileNotFoundError: as `find_stage` does, and for a chain that leads back to itself.
+        ValueError: see `find_stage`; or the chain contains a cycle.
+        FileNotFoundError: see `find_stage`.
     """
     chain, seen = [], set()
     while (stage := find_stage(name_or_path, **hub_kwargs)) is not None:
@@ -148,16 +152,16 @@ def stage_chain(name_or_path: str | os.PathLike, **hub_kwargs) -> list[Stage]:
 
 
 def stage_names(name_or_path: str | os.PathLike, **hub_kwargs) -> list[str]:
-    """The names of the stages of `stage_chain`, the last first."""
+    """The names of the stages in `stage_chain`, the last one first."""
     return [stage.name for stage in stage_chain(name_or_path, **hub_kwargs)]
 
 
 def read_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> tuple[str, dict[str, torch.Tensor]] | None:
     """
-    The base model's name and the trained tensors of a stage's checkpoint; None for a whole checkpoint.
+    The name of the base model and the trained tensors of a stage; None for a whole checkpoint.
 
     Raises:
-        ValueError, OSError: as `find_stage` and `Stage.tensors` do.
+        ValueError, OSError: see `find_stage` and `Stage.tensors`.
     """
     stage = find_stage(name_or_path, **hub_kwargs)
     return None if stage is None else (stage.base, stage.tensors())

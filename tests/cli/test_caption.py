@@ -220,13 +220,13 @@ def test_a_model_without_weights_is_told(caption, tiny_model_dir, tmp_path):
     (model / "model.safetensors").unlink()
     code, out, err = caption("missing.wav", model=model)
     assert (code, out) == (1, [])
-    assert err == [f"dali-llava: error: {model}: no weights (*.safetensors) in it; copy the folder again, whole"]
+    assert err == [f"dali-llava: error: {model}: no weights (*.safetensors) in it; copy the whole folder again"]
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "no config.json in it; name the folder that save_pretrained wrote"),
+        (None, "no config.json in it; give a folder written by save_pretrained"),
         ("{", "config.json: not a JSON configuration; copy it again"),
         ("[]", "config.json: not a JSON configuration; copy it again"),
         ('{"model_type": "llava"}', "config.json: model_type is 'llava', not 'llava_audio'; name a model of"),

@@ -1,4 +1,4 @@
-"""Fixtures for the model's tests: the tiny checkpoint of tests/conftest.py, loaded, and a batch of all modalities."""
+"""Fixtures for the tests of the model: the loaded tiny checkpoint of tests/conftest.py, and a mixed batch."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ RATE = 16_000
 
 @pytest.fixture(scope="session")
 def model(tiny_model_dir) -> LlavaAudioForConditionalGeneration:
-    """The tiny checkpoint in float32, in eval mode, its prefix strong enough to matter. Do not change it."""
+    """The tiny checkpoint in float32 and eval mode, with a prefix that affects captions. Do not modify it."""
     model = LlavaAudioForConditionalGeneration.from_pretrained(tiny_model_dir).eval()
     with torch.no_grad():
         model.model.prefix.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
@@ -23,7 +23,7 @@ def model(tiny_model_dir) -> LlavaAudioForConditionalGeneration:
 
 @pytest.fixture(scope="session")
 def mixed_samples(tiny_processor) -> list[dict]:
-    """Audio alone, picture alone, both, neither, and audio without prefix: what the processor takes for each."""
+    """Inputs of the processor for audio, a picture, both, neither, and audio without prefix."""
     draw = np.random.default_rng(7)
     pictures = [Image.fromarray(draw.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in range(2)]
     time = np.arange(2 * RATE) / RATE
@@ -43,7 +43,7 @@ def mixed_samples(tiny_processor) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def encode(tiny_processor):
-    """Samples, as in `mixed_samples`, into one batch of model inputs."""
+    """A function that converts samples, as in `mixed_samples`, to a batch of model inputs."""
 
     def encode(samples: list[dict], **kwargs):
         return tiny_processor(

@@ -1,4 +1,4 @@
-"""An audio tower of another package: convolution over patches, one MLP block, the mean over the mel rows."""
+"""An audio tower of another package: a convolution over patches, an MLP block, and the mean over mel rows."""
 
 import torch
 from huggingface_hub.dataclasses import strict

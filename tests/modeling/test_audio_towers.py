@@ -1,4 +1,4 @@
-"""Audio towers: one that another package registers works as CAV-MAE does, and an unsuitable one is refused by name."""
+"""Audio towers: a tower registered by another package works like CAV-MAE, and unsuitable towers raise errors."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 @pytest.fixture(scope="module")
 def tower():
-    """The module of the foreign tower; importing it registers the tower."""
+    """The module of the foreign tower, which registers the tower on import."""
     spec = importlib.util.spec_from_file_location("mel_mean_tower", TOWER)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -98,7 +98,7 @@ def test_foreign_tower_keeps_the_features_of_transformers(toy, toy_dir):
     assert model.get_encoder(modality="audio") is tower
     assert model._no_split_modules >= {"MelMeanBlock", "LlamaDecoderLayer", "CLIPEncoderLayer"}
     assert "CavMaeLayer" not in model._no_split_modules
-    # The tower has no attention; the rest of the model follows the choice all the same.
+    # The tower has no attention; the rest of the model uses the selected implementation.
     loaded = LlavaAudioForConditionalGeneration.from_pretrained(toy_dir, attn_implementation="eager")
     assert loaded.config.text_config._attn_implementation == "eager"
     assert loaded.config.vision_config._attn_implementation == "eager"
@@ -254,7 +254,7 @@ def test_feature_extractor_of_the_configuration_counts_as_the_tower(fields):
 
 
 class Whisperlike(PreTrainedConfig):
-    """A rule that is not a multiple of columns: two convolutions of stride 2."""
+    """A number of tokens that is not a multiple of columns: two convolutions of stride 2."""
 
     model_type = "whisperlike_audio"
     output_size: int = 32
@@ -271,7 +271,7 @@ def test_ced_counts():
 
 
 def test_other_feature_extractor_with_its_own_rule(tiny_config, tiny_processor):
-    """The processor takes the counts from whatever feature extractor it holds."""
+    """The processor gets the number of tokens from its feature extractor, of any class."""
 
     class EveryFourth(LlavaAudioFeatureExtractor):
         def num_audio_tokens(self, num_frames: int) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints: they load where dali_llava is not installed, come back byte for byte, and lack nothing in silence."""
+"""Checkpoints: loading without dali_llava, identical bytes after saving, and reports of missing weights."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from dali_llava.modeling.modeling_cav_mae import sincos_positions
 from dali_llava.processing import SOUND_PROMPT
 
 
-# What a user's process does who has the checkpoint and transformers, but not this package.
+# The process of a user with the checkpoint and transformers, but without this package.
 STRANGER = """
 import json, sys
 
@@ -63,7 +63,7 @@ def weights_of(folder) -> dict[str, bytes]:
 
 
 def test_checkpoint_works_and_survives_where_the_package_is_absent(tiny_model_dir, tiny_processor, tmp_path):
-    """All Auto classes, the same caption tokens, a stage laid over it, and after two more processes the same bytes."""
+    """All Auto classes, the same caption tokens, a stage on top, and the same bytes after two more processes."""
     torch.manual_seed(0)
     time = np.arange(32_000) / 16_000
     sound = np.sin(2 * np.pi * 440 * time).astype(np.float32)
@@ -119,7 +119,7 @@ def test_backbone_and_captioner_hold_the_same_weights(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def bare_dir(tiny_model_dir, tmp_path_factory):
-    """The tiny checkpoint without prefix, audio tower and audio projector, as a captioner's own would be."""
+    """The tiny checkpoint without prefix, audio tower and audio projector, like that of an image captioner."""
     folder = tmp_path_factory.mktemp("bare")
     tensors = load_file(tiny_model_dir / "model.safetensors")
     kept = {

@@ -1,4 +1,4 @@
-"""The configuration: its defaults are the paper's, it survives saving, and sizes that do not fit are refused."""
+"""The configuration: defaults of the paper, saving and loading, and errors for sizes that do not match."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_defaults_are_the_papers_sizes():
 
 
 def test_model_type_is_not_llavas():
-    """Without trust a native model_type would load the native class and drop the audio in silence."""
+    """Without trust, a native model_type would load the native class and silently ignore the audio."""
     assert LlavaAudioConfig.model_type == "llava_audio"
     assert CavMaeAudioConfig.model_type == "cav_mae_audio"
 

@@ -1,4 +1,4 @@
-"""Captions: a batch of all modalities equals its samples one by one, whatever the padding, the beams and the cache."""
+"""Captions of a mixed batch equal those of its samples, for all kinds of padding, beam search and caching."""
 
 import copy
 
@@ -13,14 +13,14 @@ BEAMS = {"do_sample": False, "num_beams": 3}
 
 
 def captions(model, processor, inputs, **options) -> list[list[int]]:
-    """The new tokens of every sample, up to the end token; an untrained model is kept from saying a placeholder."""
+    """The new tokens of each sample, up to the end token. Placeholders are suppressed in this untrained model."""
     placeholders = [processor.image_token_id, processor.audio_token_id, processor.prefix_token_id]
     with torch.no_grad():
         sequences = model.generate(**inputs, max_new_tokens=8, suppress_tokens=placeholders, **options)
     end_token, tokens = processor.tokenizer.eos_token_id, []
     for row in sequences[:, inputs["input_ids"].shape[1] :].tolist():
         end = row.index(end_token) + 1 if end_token in row else len(row)
-        # beam search fills up with the end token where the padding's id is 0
+        # beam search pads with the end token if the id of the padding is 0
         assert set(row[end:]) <= {end_token, processor.tokenizer.pad_token_id}
         tokens.append(row[:end])
     return tokens
@@ -32,13 +32,13 @@ def test_mixed_batch_equals_samples_one_by_one(model, tiny_processor, encode, mi
     kwargs = {"audio_kwargs": {"padding": audio_padding}}
     batch = encode(mixed_samples, **kwargs)
     lengths = batch["attention_mask"].sum(-1)
-    assert len(set(lengths.tolist())) == len(mixed_samples)  # every one is padded differently
+    assert len(set(lengths.tolist())) == len(mixed_samples)  # each sample has different padding
     assert (batch["attention_mask"].diff() >= 0).all()  # on the left
     assert ("input_features_mask" in batch) == (audio_padding == "longest")
     together = captions(model, tiny_processor, batch, **options)
     alone = [captions(model, tiny_processor, encode([sample], **kwargs), **options)[0] for sample in mixed_samples]
     assert together == alone
-    assert len({tuple(tokens) for tokens in together}) >= len(mixed_samples) - 1  # else equality would say little
+    assert len({tuple(tokens) for tokens in together}) >= len(mixed_samples) - 1  # otherwise equality means little
 
 
 @pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
@@ -64,7 +64,7 @@ def test_each_tower_runs_once_a_caption(model, tiny_processor, encode, mixed_sam
 
 
 def test_merged_embeddings_written_out(model, tiny_processor, encode, mixed_samples):
-    """Each placeholder gets its own token: image and audio tokens in order of appearance, the prefix anew."""
+    """Each placeholder gets its own token: image and audio tokens in order, and the whole prefix for each sample."""
     batch = encode(mixed_samples, audio_kwargs={"padding": "longest"})
     with torch.no_grad():
         image = iter(torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output))
@@ -80,7 +80,7 @@ def test_merged_embeddings_written_out(model, tiny_processor, encode, mixed_samp
             }
             word = model.get_input_embeddings().weight
             embeddings.append(torch.stack([next(sources[t]) if t in sources else word[t] for t in row]))
-            assert len(list(prefix)) in (0, 16)  # all of the prefix or none of it
+            assert len(list(prefix)) in (0, 16)  # the whole prefix or none of it
         assert next(image, None) is None and next(audio, None) is None
         expected = model(inputs_embeds=torch.stack(embeddings), attention_mask=batch["attention_mask"]).logits
         assert torch.equal(model(**batch).logits, expected)
@@ -109,7 +109,7 @@ def test_picture_logits_do_not_depend_on_audio_weights_or_prefix(model, encode, 
 
 
 def without_one(batch, token_id: int, word_id: int):
-    """The batch with the first placeholder `token_id` turned into a word."""
+    """The batch with the first placeholder `token_id` replaced by a word."""
     input_ids = batch["input_ids"].clone()
     row, column = (input_ids == token_id).nonzero()[0].tolist()
     input_ids[row, column] = word_id
@@ -121,7 +121,7 @@ def without_one(batch, token_id: int, word_id: int):
     [
         ("<image>", "holds 71 image placeholders for 72 image tokens"),
         ("<audio>", "holds 191 audio placeholders for 192 audio tokens"),
-        ("<prefix>", r"a sample holds \[0, 15, 16\] prefix placeholders; the model's prefix is 16 long"),
+        ("<prefix>", r"samples contain \[0, 15, 16\] prefix placeholders; use multiples of prefix_length, 16"),
     ],
 )
 def test_wrong_number_of_placeholders_names_the_counts(model, tiny_processor, encode, mixed_samples, token, message):

@@ -1,4 +1,4 @@
-"""Loading by name: the Hub, the chain of stages, offloading and quantisation, on a whole checkpoint and on a stage."""
+"""Loading by name: the Hub, chains of stages, offloading and quantisation, for whole checkpoints and stages."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ PARTS = (
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def chain(request, tiny_config, tiny_processor, tmp_path_factory):
-    """A run's folder: `base`, the stages `prefix` and `aligned` on it, and `whole`, the same model in one piece."""
+    """The folder of a run: `base`, the stages `prefix` and `aligned` on it, and `whole`, the merged model."""
     folder = tmp_path_factory.mktemp(request.param)
     config = LlavaAudioConfig.from_dict(tiny_config.to_dict())
     # bitsandbytes packs 4-bit weights in blocks of 64
@@ -59,7 +59,7 @@ def chain(request, tiny_config, tiny_processor, tmp_path_factory):
 
 
 def captions(folder, **options) -> list[str]:
-    """Captions of sounds, pictures and both, through the loader and the runner of every command."""
+    """Captions of sounds, pictures and both, with the loader and the runner of the commands."""
     draw = np.random.default_rng(3)
     samples = []
     for number in range(3):
@@ -76,9 +76,9 @@ def captions(folder, **options) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(chain):
-    """Captions of the model in one piece, neither offloaded nor quantised."""
+    """Captions of the merged model, without offloading and quantisation."""
     found = captions(chain / "whole")
-    assert len(set(found)) >= 6  # otherwise equal captions would show little
+    assert len(set(found)) >= 6  # otherwise equal captions would have little meaning
     assert captions(chain / "base") != found
     return found
 
@@ -138,7 +138,7 @@ def torchao_config() -> TorchAoConfig:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-# The package, a quantisation, and the cosine of its logits with the plain ones that it reaches at least.
+# The package, a quantisation, and the minimum cosine of its logits with those of the unquantised model.
 QUANTISATIONS = {
     "bitsandbytes 8 bits": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True), 0.99),
     "bitsandbytes 4 bits": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True), 0.5),
@@ -200,7 +200,7 @@ def test_stage_over_stored_quantised_weights_is_refused(chain, tmp_path):
 
 
 def test_renamed_weights_of_the_base_give_way_to_the_stage(chain, tmp_path):
-    """A base whose file uses a name that transformers renames when it loads."""
+    """A base with a weight name that transformers renames when it loads the file."""
     folder = shutil.copytree(chain, tmp_path / "run")
     tensors = load_file(folder / "base" / "model.safetensors")
     renamed = {name.replace("model.audio_tower.", "model.ears."): tensor for name, tensor in tensors.items()}
@@ -263,7 +263,7 @@ def test_stage_copied_alone_names_its_base_and_how_to_get_it(chain, tmp_path):
 
 @pytest.fixture
 def hub_cache(chain, tmp_path):
-    """A cache of the Hub that holds the run's folder as one repository, `org/run`."""
+    """A cache of the Hub that contains the folder of the run as a repository, `org/run`."""
     repository = tmp_path / "models--org--run"
     shutil.copytree(chain, repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567")
     (repository / "refs").mkdir()
@@ -286,7 +286,7 @@ def test_run_on_the_hub_loads_from_the_cache_where_the_hub_cannot_be_reached(cha
     loaded = LlavaAudioForConditionalGeneration.from_pretrained("org/run", **options).state_dict()
     whole = LlavaAudioForConditionalGeneration.from_pretrained(chain / "whole").state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in loaded.items())
-    assert asked == [("org/run",)] * 2  # once a call, without retries
+    assert asked == [("org/run",)] * 2  # once per call, without retries
 
 
 def refuse(error: Exception):
@@ -319,8 +319,8 @@ def test_a_model_that_the_hub_does_not_have_is_told(tmp_path, monkeypatch):
 
     response = SimpleNamespace(headers={}, request=None, status_code=404)
     for kind, message in (
-        (RepositoryNotFoundError, "the Hub has no public model of that name; check the spelling"),
-        (GatedRepoError, "is gated; ask for access"),
+        (RepositoryNotFoundError, "the Hub has no public model with this name; check the spelling"),
+        (GatedRepoError, "is gated; request access"),
         (RevisionNotFoundError, "has no revision 'v2'"),
     ):
         monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse(kind("404", response=response)))

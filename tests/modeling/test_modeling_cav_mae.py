@@ -1,4 +1,4 @@
-"""The audio tower against CAV-MAE written anew in float64, and what transformers adds to it."""
+"""The audio tower compared with an independent CAV-MAE in float64, and its transformers features."""
 
 import re
 
@@ -36,7 +36,7 @@ def tiny_tower(seed: int = 0, **changes) -> CavMaeAudioModel:
 
 
 def cav_mae_weights(config: CavMaeAudioConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Random weights in the released checkpoint's layout: fused qkv; norms and vectors away from their start."""
+    """Random weights in the layout of the released checkpoint: fused qkv; norms and vectors differ from their init."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape, scale=0.15, shift=0.0):
@@ -70,7 +70,7 @@ def cav_mae_weights(config: CavMaeAudioConfig, seed: int) -> dict[str, torch.Ten
 
 
 def cav_mae_audio_branch(weights: dict[str, torch.Tensor], fbank: torch.Tensor, heads: int) -> torch.Tensor:
-    """CAV-MAE's `forward_audio` and DALI's linear, float64: (B, frames, mels) -> (B, tokens, output width)."""
+    """CAV-MAE's `forward_audio` and DALI's linear layer in float64: (B, frames, mels) -> (B, tokens, output width)."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     x = fbank.double()
     batch, frames, mels = x.shape
@@ -115,7 +115,7 @@ def cav_mae_audio_branch(weights: dict[str, torch.Tensor], fbank: torch.Tensor, 
 
 
 def load_cav_mae(tower: CavMaeAudioModel, weights: dict[str, torch.Tensor]) -> None:
-    """Puts released-layout weights into the tower, every tensor exactly once."""
+    """Copy weights in the released layout to the tower, each tensor exactly once."""
     names = {
         "patch_embed_a.proj": "embeddings.patch_embeddings",
         "pos_embed_a": "embeddings.position_embeddings",
@@ -166,7 +166,7 @@ def test_full_size_tower_has_86_million_parameters():
 
 @pytest.mark.parametrize(("width", "rows", "columns"), [(768, 8, 64), (48, 2, 6)])
 def test_positions_encode_time_then_mel_sine_then_cosine(width, rows, columns):
-    """Token r * columns + c: [sin, cos] of the time c in the first half of the width, of the mel row r in the rest."""
+    """Token r * columns + c has [sin, cos] of the time c in the first half, and of the mel row r in the second."""
     quarter = width // 4
     frequency = 1 / 10000 ** (np.arange(quarter) / quarter)
     expected = np.empty((rows * columns, width))
@@ -191,7 +191,7 @@ def test_trained_length_keeps_its_positions_untouched():
 
 @pytest.mark.parametrize("columns", [3, 4, 9])
 def test_other_lengths_interpolate_time_and_leave_mel_alone(columns):
-    """Linear interpolation between the centres of patches, ends held, for every mel row and dimension by itself."""
+    """Linear interpolation between patch centres, constant at the ends, for each mel row and dimension."""
     embeddings = tiny_tower().embeddings
     nn.init.normal_(embeddings.position_embeddings, generator=torch.Generator().manual_seed(3))
     grid = embeddings.position_embeddings.detach().numpy().reshape(2, 6, WIDTH)
@@ -205,7 +205,7 @@ def test_other_lengths_interpolate_time_and_leave_mel_alone(columns):
 
 
 def padded_clips(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random clips of so many frames, padded with noise that must not matter, and their mask."""
+    """Random clips with the given numbers of frames, padded with noise that must have no effect, and their mask."""
     generator = torch.Generator().manual_seed(5)
     features = torch.randn(len(lengths), max(lengths), 32, generator=generator)
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
@@ -281,7 +281,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         runs.append(len(calls))
     assert runs == [3, 6]  # recomputed in the backward pass
     for name, gradient in gradients[0].items():
-        assert gradient.abs().sum() > 0 or name.endswith("k_proj.bias"), name  # softmax does not see a key's bias
+        assert gradient.abs().sum() > 0 or name.endswith("k_proj.bias"), name  # softmax ignores a bias of the keys
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-7, msg=name)
 
 
@@ -299,7 +299,7 @@ def test_half_precision_tower_takes_float32_spectrograms():
 
 
 def test_blocks_are_pre_norm():
-    """A block whose attention and feed-forward end in zero weights is the identity."""
+    """A block is the identity if the last weights of its attention and feed-forward layers are zero."""
     torch.manual_seed(0)
     layer = CavMaeLayer(tiny_config(attn_implementation="eager"))
     for linear in (layer.attention.o_proj, layer.mlp.fc2):

@@ -1,4 +1,4 @@
-"""With neither audio nor prefix the captioner is transformers' own LLaVA, bit for bit."""
+"""Without audio and prefix, the captioner equals LLaVA in transformers bit for bit."""
 
 import copy
 
@@ -15,7 +15,7 @@ CLIP = {"model_type": "clip_vision_model", "image_size": 24, "patch_size": 8, **
 SIGLIP = {"model_type": "siglip_vision_model", "image_size": 24, "patch_size": 8, "vision_use_head": False, **WIDTH}
 LLAMA = {"model_type": "llama", "vocab_size": VOCABULARY, "initializer_range": 0.2, **WIDTH}
 QWEN2 = {"model_type": "qwen2", "vocab_size": VOCABULARY, "initializer_range": 0.2, "num_key_value_heads": 2, **WIDTH}
-# (vision tower, decoder, what stands in the configuration besides)
+# (vision tower, decoder, other fields of the configuration)
 BACKBONES = {
     "clip-llama": (CLIP, LLAMA, {}),
     "siglip-qwen2": (SIGLIP, QWEN2, {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}),
@@ -58,7 +58,7 @@ def pair(request) -> tuple[LlavaForConditionalGeneration, LlavaAudioForCondition
 
 
 def inputs(native, images: int, padded: bool) -> dict[str, torch.Tensor]:
-    """Two samples of random text; the first `images` of them hold a picture; the second is left padded by five."""
+    """Two samples of random text. The first `images` samples have a picture. `padded` left-pads the second by five."""
     generator = torch.Generator().manual_seed(1)
     tokens = 9  # 24 px in patches of 8; CLIP's CLS is dropped, SigLIP has none
     input_ids = torch.randint(3, 50, (2, 20), generator=generator)
@@ -95,7 +95,7 @@ def test_loss_and_generated_tokens_equal_native_llavas(pair):
 
 
 def test_encode_image_gives_what_the_projector_is_given(pair):
-    """Alignment compares tokens before the projector: they must be those that captions are made from."""
+    """Alignment compares tokens before the projector, which must be the tokens that captions use."""
     native, ours = pair
     pixel_values = inputs(native, images=2, padded=False)["pixel_values"]
     with torch.no_grad():

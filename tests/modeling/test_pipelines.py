@@ -1,4 +1,4 @@
-"""transformers' pipelines on a checkpoint: captions of batches equal those of `generate`, sample by sample."""
+"""Pipelines of transformers: captions of batches equal those of `generate` for each sample."""
 
 import json
 import shutil
@@ -101,7 +101,7 @@ def test_batches_of_chats_equal_generate(pipe, modality, audio_padding):
 @pytest.mark.parametrize("rule", [["audio", "audiovisual"], ["audiovisual"]])
 @pytest.mark.parametrize("modality", ["image", "audio", "audiovisual"])
 def test_chats_without_a_prefix_block_follow_the_checkpoint(tiny_model_dir, tmp_path, modality, rule):
-    """The rule of the configuration beside the processor: that of an aligned model, and of a distilled one."""
+    """The prefix follows the configuration next to the processor, of an aligned model and of a distilled model."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"prefix_modalities": rule}))
@@ -167,7 +167,7 @@ def test_chats_may_name_files(pipe, tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_checkpoint_of_the_last_version(task):
-    """Its processor_config.json says that the feature extractor pads on the right."""
+    """processor_config.json of version 0.1.0 contains right padding of the feature extractor."""
     pipe = pipeline(task, model=str(OLD))
     batch = samples("audio")
     expected = captions_one_by_one(
@@ -180,7 +180,7 @@ def test_checkpoint_of_the_last_version(task):
 
 
 def test_tokenizer_saved_with_padding_on_the_right(tiny_model_dir, tmp_path):
-    """Many tokenizers of language models pad on the right; the processor turns them."""
+    """Many tokenizers of language models pad on the right; the processor changes this."""
     processor = LlavaAudioProcessor.from_pretrained(tiny_model_dir)
     processor.tokenizer.padding_side = "right"
     processor.save_pretrained(tmp_path)

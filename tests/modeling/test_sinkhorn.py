@@ -19,7 +19,7 @@ def test_marginals_hold():
 
 
 def test_two_by_two_has_a_closed_form():
-    """With S = [[s, 0], [0, s]] symmetry gives Q = [[p, q], [q, p]] with p / q = exp(s / eps)."""
+    """With S = [[s, 0], [0, s]], by symmetry Q = [[p, q], [q, p]] with p / q = exp(s / eps)."""
     s, eps = 0.3, 0.1
     similarity = torch.tensor([[[s, 0.0], [0.0, s]]], dtype=torch.float64)
     p = 0.5 / (1 + math.exp(-s / eps))
@@ -28,7 +28,7 @@ def test_two_by_two_has_a_closed_form():
 
 
 def test_equals_matrix_scaling():
-    """Sinkhorn and Knopp's iteration on exp(S / eps), written with plain products."""
+    """The iteration of Sinkhorn and Knopp on exp(S / eps), with plain products."""
     generator = torch.Generator().manual_seed(1)
     similarity = torch.rand(2, 6, 4, generator=generator, dtype=torch.float64)
     column = torch.ones(2, 4, dtype=torch.float64)
@@ -41,7 +41,7 @@ def test_equals_matrix_scaling():
 
 
 def test_no_plan_with_the_marginals_is_better():
-    """Moving mass round a rectangle keeps the marginals; every such step must lower <Q, S> + eps H(Q)."""
+    """Moving mass around a rectangle keeps the marginals; each such step must decrease <Q, S> + eps H(Q)."""
     generator = torch.Generator().manual_seed(2)
     similarity = torch.rand(1, 5, 5, generator=generator, dtype=torch.float64)
     plan = log_assignment(similarity, num_iterations=300).exp()

@@ -1,4 +1,4 @@
-"""A stage's checkpoint: what it trained, laid over the model it names, over as many stages as there are."""
+"""The checkpoint of a stage: its trained weights on top of the base model, for any number of stages."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from dali_llava.modeling.stage_checkpoint import read_stage, stage_names, write_
 
 
 def change(model, part, seed: int) -> None:
-    """Freezes the model but for `part`, and gives that new weights, as a stage does."""
+    """Freeze the model except for `part`, and change the weights of `part`, as a stage does."""
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     part.requires_grad_(True)
@@ -32,7 +32,7 @@ def assert_equal_weights(model, expected: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture
 def run(tiny_model_dir, tmp_path):
-    """A run's folder: base, `prefix` on it, `aligned` on `prefix`; and the weights that they should add up to."""
+    """The folder of a run (base, `prefix` on it, `aligned` on `prefix`), and the expected merged weights."""
     folder = tmp_path / "run"
     shutil.copytree(tiny_model_dir, folder / "base")
     model = LlavaAudioForConditionalGeneration.from_pretrained(folder / "base")
@@ -157,7 +157,7 @@ def test_weight_that_the_base_lacks_is_named(run):
 def test_weights_that_differ_from_the_list_are_refused(run):
     folder, _ = run
     save_file({"model.suffix.weight": torch.zeros(16, 32)}, folder / "prefix" / "stage.safetensors")
-    with pytest.raises(ValueError, match="stage.safetensors does not hold the weights that stage.json lists"):
+    with pytest.raises(ValueError, match="stage.safetensors does not contain the weights that stage.json lists"):
         LlavaAudioForConditionalGeneration.from_pretrained(folder / "prefix")
 
 
@@ -167,7 +167,7 @@ def test_description_without_base_names_file_and_field(run):
     description = json.loads(path.read_text())
     del description["base_model_name_or_path"]
     path.write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=re.escape(str(path)) + " does not name base_model_name_or_path"):
+    with pytest.raises(ValueError, match=re.escape(str(path)) + " has no base_model_name_or_path"):
         LlavaAudioForConditionalGeneration.from_pretrained(folder / "prefix")
 
 

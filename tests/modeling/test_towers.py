@@ -1,4 +1,4 @@
-"""The two towers alone: what they hold, what is read for them, and the stages that they write."""
+"""The two towers alone: their parameters, the tensors that are read, and the stages that they write."""
 
 import pytest
 import safetensors
@@ -44,7 +44,7 @@ def captioner(tiny_config, tmp_path):
 
 @pytest.fixture
 def read(monkeypatch) -> set[str]:
-    """The names of the tensors that are read from any file."""
+    """The names of the tensors that are read from files."""
     names = set()
 
     class Counted:
@@ -93,7 +93,7 @@ def test_only_the_towers_weights_are_read(captioner, tmp_path, read, source):
     assert read == {f"model.{name}" for name in towers.state_dict()}
     read.clear()
     LlavaAudioModel.from_pretrained(tmp_path / source)
-    assert read > {"model.language_model.embed_tokens.weight"}  # the counter sees what other models read
+    assert read > {"model.language_model.embed_tokens.weight"}  # `read` also records other models
 
 
 def test_tokens_are_the_captioners(captioner, tmp_path, tiny_config):
@@ -108,7 +108,7 @@ def test_tokens_are_the_captioners(captioner, tmp_path, tiny_config):
 
 
 def test_stage_of_the_towers_is_the_captioners(captioner, tmp_path):
-    """Whether the towers or the whole captioner trained, the files hold the same."""
+    """The files are the same after training the towers alone or the whole captioner."""
     folders = tmp_path / "by_towers", tmp_path / "by_captioner"
     towers = LlavaAudioTowers.from_pretrained(tmp_path / "prefix")
     whole = LlavaAudioForConditionalGeneration.from_pretrained(tmp_path / "prefix")
