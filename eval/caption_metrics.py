@@ -15,7 +15,8 @@ from .spice import CORENLP_MISSING, find_corenlp, spice
 
 CAPTION_METRICS = ("bleu_1", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider")
 PYTHON_TOKENIZER_REASON = (
-    f"captions were tokenized by the built-in Python tokenizer, because PTB {JAVA_MISSING}: scores differ slightly"
+    f"captions were tokenized by the built-in Python tokenizer, because PTB {JAVA_MISSING}; scores on its tokens are "
+    "close to scores on PTB tokens, but not equal"
 )
 
 Metrics = dict[str, float | None]
@@ -102,8 +103,8 @@ class CaptionScorer:
 
         Returns:
             For each system, the metrics, with None for a metric that did not run, and the reasons: one for each None,
-            and "tokenizer" if the Python tokenizer was used in place of PTB. CIDEr-D is in [0, 10], the others in
-            [0, 1].
+            and "tokenizer" if the Python tokenizer was used in place of PTB. CIDEr-D is in [0, 10], SPIDEr in
+            [0, 5.5], the others in [0, 1].
 
         Raises:
             ValueError: the clips of a system differ from those of the references; see :func:`check_ids`.

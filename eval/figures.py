@@ -96,7 +96,7 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, path: str | os.PathLike) -> Path:
-    """Write a PNG, whole or not at all; make its folder if missing."""
+    """Write a PNG file atomically, and create its folder if missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

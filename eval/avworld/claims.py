@@ -30,7 +30,7 @@ def captions_are_visual(captions: Mapping[str, str], sound_words: frozenset[str]
 
 
 def prefix_turns_to_sound(row: Row) -> Claim:
-    """A prefix learned from sixteen shots makes the captioner name the sources that sound in a picture."""
+    """With a prefix learned from sixteen shots, the captioner names the sounding sources in a picture."""
     recall = row.metrics["seen_recall"]
     text = f"16-shot prefix: seen_recall of image captions at least {PREFIX_SEEN_RECALL}"
     return claim(text, recall >= PREFIX_SEEN_RECALL, f"{recall:.3f}")

@@ -80,7 +80,7 @@ class AudioSet(ListedCorpus):
         path = split_file(self, f"{split}_segments.csv")
         labels_path = self.labels_csv or os.path.join(os.path.dirname(path), LABELS_FILE)
         if not os.path.isfile(labels_path):
-            raise FileNotFoundError(f"{labels_path}: no such file; give labels_csv=, AudioSet's {LABELS_FILE}")
+            raise FileNotFoundError(f"{labels_path}: no such file; pass labels_csv=, AudioSet's {LABELS_FILE}")
         names, found, rows = read_label_names(labels_path), find_media(self), []
         for place, youtube_id, start, end, mids in read_segments(path):
             unknown = next((mid for mid in mids if mid not in names), None)

@@ -101,7 +101,7 @@ class CAVMAE(ListedCorpus):
     def read_rows(self, split: str) -> list[dict]:
         """One row per entry, in the order of the list."""
         if self.json is None:
-            raise ValueError("cav_mae_json needs json=, the list of the clips")
+            raise ValueError("cav_mae_json needs json=, the JSON list of the clips")
         names = None if self.labels_csv is None else read_label_names(self.labels_csv)
         find, rows = file_finder(os.path.dirname(self.json), self.data_dir), []
         for number, entry in enumerate(read_list(self.json)):

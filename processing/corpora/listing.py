@@ -57,10 +57,12 @@ class ListedCorpus:
                     raise FileNotFoundError(f"{path}: no such file or folder; check {declared.name}= of {self.name}")
                 setattr(self, declared.name, path)
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
-            raise ValueError(f"{self.data_dir}: is a file; data_dir= of {self.name} is the folder of the media")
+            raise ValueError(f"{self.data_dir}: is a file; set data_dir= of {self.name} to the folder of the media")
         table = getattr(self, "csv", None)
         if table and os.path.isfile(table) and len(self.splits) > 1:
-            raise ValueError(f"{table}: one file holds one split; name the split, or give the folder of all CSVs")
+            raise ValueError(
+                f"{table}: one file contains one split; select the split, or give the folder of all CSV files"
+            )
 
     def read_rows(self, split: str) -> list[dict]:
         """The rows of a split, with or without media. `dali_llava.processing.corpora` describes the columns."""

@@ -31,7 +31,7 @@ def read_member(source: Mapping[str, Any]) -> Mapping[str, Any]:
             bytes.
     """
     if source["bytes"] is None and source["path"] is None:
-        raise MediaError("the row names neither a file nor bytes; add the file, or remove the row")
+        raise MediaError("the row has neither a path nor bytes; add the file, or remove the row")
     match = None if source["bytes"] is not None else _PATH.fullmatch(source["path"])
     if match is None:
         return source

@@ -21,8 +21,8 @@ def name_key(name: str) -> str:
     """
     The key that matches the name of a clip with the name of its file.
 
-    The key has no media suffix, no leading or trailing blanks, forward slashes, and composed characters (NFC), because
-    macOS decomposes them.
+    The key has forward slashes and composed characters (NFC, because macOS decomposes them in file names). It has no
+    media suffix and no leading or trailing blanks.
 
     >>> name_key("./street/ tram.WAV")
     'street/ tram'

@@ -93,7 +93,7 @@ def test_without_java(no_corenlp):
     assert "Java" in reasons["meteor"] and "Java" in reasons["spice"] and "Python tokenizer" in reasons["tokenizer"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a shell script")
+@pytest.mark.skipif(os.name != "posix", reason="the replacement for Java is a shell script")
 def test_java_that_does_not_run(tmp_path, no_corenlp):
     java = tmp_path / "java"
     java.write_text("#!/bin/sh\necho Unable to locate a Java Runtime >&2\nexit 1\n")

@@ -35,7 +35,7 @@ def test_named_folder_without_corenlp(tmp_path, corenlp):
         find_corenlp(corenlp)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a script with a #! line")
+@pytest.mark.skipif(os.name != "posix", reason="the replacement for Java is a script with a #! line")
 def test_spice_process(tmp_path, corenlp):
     java = tmp_path / "java"
     java.write_text(

@@ -8,7 +8,7 @@ import pytest
 from dali_llava.eval.metrics.meteor_process import MeteorScorer
 
 
-needs_sh = pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a shell script")
+needs_sh = pytest.mark.skipif(os.name != "posix", reason="the replacement for Java is a shell script")
 
 
 # A process that reads requests but does not answer.

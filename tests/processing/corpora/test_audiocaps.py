@@ -212,11 +212,11 @@ def test_bad_options(load, tmp_path):
         load(content, csv=None, data_dir=None)
     with pytest.raises(FileNotFoundError, match=r"absent: no such file or folder; check data_dir= of audiocaps"):
         load(content, data_dir=tmp_path / "absent")
-    with pytest.raises(ValueError, match="data_dir= of audiocaps is the folder of the media"):
+    with pytest.raises(ValueError, match="is a file; set data_dir= of audiocaps to the folder"):
         load(content, data_dir=tmp_path / "test.csv")
     with pytest.raises(FileNotFoundError, match=r"val.csv: no such file; pass csv="):
         load(content, split="val")
-    with pytest.raises(ValueError, match="test.csv: one file holds one split; name the split"):
+    with pytest.raises(ValueError, match="test.csv: one file contains one split; select the split"):
         load(content, split=None, csv=tmp_path / "test.csv")
     (tmp_path / "test.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"test.csv: is not a CSV file in UTF-8 "):

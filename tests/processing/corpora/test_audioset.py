@@ -122,7 +122,7 @@ def test_bad_segments_are_named_with_their_line(content, message, load):
 
 
 def test_bad_labels(load, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"class_labels_indices.csv: no such file; give labels_csv="):
+    with pytest.raises(FileNotFoundError, match=r"class_labels_indices.csv: no such file; pass labels_csv="):
         load(GOOD, "abcdefghijk.wav", labels=None)
     with pytest.raises(ValueError, match="expected the columns index, mid, display_name; found number, name"):
         load(GOOD, "abcdefghijk.wav", labels="number,name\n")

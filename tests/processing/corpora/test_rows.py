@@ -133,9 +133,9 @@ def test_the_first_frames_are_as_many_as_there_are(tmp_path, media_dir):
 
 def test_a_row_that_names_nothing_is_told():
     nothing = {"path": None, "bytes": None}
-    with pytest.raises(MediaError, match="clip 'this': the row names neither a file nor bytes; add the file"):
+    with pytest.raises(MediaError, match="clip 'this': the row has neither a path nor bytes; add the file"):
         open_audio(row() | {"audio": nothing})
-    with pytest.raises(MediaError, match="clip 'this': the row names neither a file nor bytes; add the file"):
+    with pytest.raises(MediaError, match="clip 'this': the row has neither a path nor bytes; add the file"):
         open_frames(row() | {"frames": [nothing]})
 
 
