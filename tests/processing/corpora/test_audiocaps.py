@@ -212,7 +212,7 @@ def test_bad_options(load, tmp_path):
         load(content, csv=None, data_dir=None)
     with pytest.raises(FileNotFoundError, match=r"absent: no such file or folder; check data_dir= of audiocaps"):
         load(content, data_dir=tmp_path / "absent")
-    with pytest.raises(ValueError, match="is a file; set data_dir= of audiocaps to the folder"):
+    with pytest.raises(ValueError, match="is a file; set data_dir= of audiocaps to the folder of the media"):
         load(content, data_dir=tmp_path / "test.csv")
     with pytest.raises(FileNotFoundError, match=r"val.csv: no such file; pass csv="):
         load(content, split="val")
