@@ -119,8 +119,8 @@ def without_one(batch, token_id: int, word_id: int):
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        ("<image>", "holds 71 image placeholders for 72 image tokens"),
-        ("<audio>", "holds 191 audio placeholders for 192 audio tokens"),
+        ("<image>", "contains 71 image placeholders for 72 image tokens"),
+        ("<audio>", "contains 191 audio placeholders for 192 audio tokens"),
         ("<prefix>", r"samples contain \[0, 15, 16\] prefix placeholders; use multiples of prefix_length, 16"),
     ],
 )
@@ -136,7 +136,7 @@ def test_wrong_number_of_placeholders_names_the_counts(model, tiny_processor, en
 def test_media_without_placeholders_are_refused(model, tiny_processor, encode, mixed_samples):
     heard = encode(mixed_samples[:1])
     text = tiny_processor(text=tiny_processor.format_prompt(SOUND_PROMPT), return_tensors="pt")
-    with pytest.raises(ValueError, match="holds 0 audio placeholders for 64 audio tokens"):
+    with pytest.raises(ValueError, match="contains 0 audio placeholders for 64 audio tokens"):
         model(**text, input_features=heard["input_features"])
 
 

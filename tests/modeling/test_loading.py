@@ -301,7 +301,7 @@ def refuse(error: Exception):
     [
         ("org/nothing", OSError("no network"), ConnectionError, r"cannot be reached \(no network\).*network"),
         ("org/nothing", TimeoutError(), ConnectionError, r"cannot be reached \(TimeoutError\)"),
-        ("not/an/id", None, FileNotFoundError, "not the ORG/NAME of a model"),
+        ("not/an/id", None, FileNotFoundError, "not a valid ORG/NAME of a model"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_told_at_once(name, error, kind, message, tmp_path, monkeypatch):
