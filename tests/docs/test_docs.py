@@ -213,7 +213,7 @@ class Reader:
         if is_stage(words) and "--dataset" not in words:
             options += ["--dataset_options", SIZES]
         if name == "evaluate" and "avworld" in words:
-            options += ["--option", "sizes=" + json.dumps({"test": 4})]
+            options += ["--sizes", json.dumps({"test": 4})]
         return options
 
 

@@ -88,7 +88,7 @@ def test_the_reference_has_every_public_class(site):
 
 def test_the_reference_has_the_help_of_arguments_and_no_markup_of_docstrings(site):
     trainers = (site / "api" / "trainers" / "index.html").read_text()
-    assert "Checkpoint or Hub id" in trainers
+    assert "Folder or Hub id of the model to start from" in trainers
     for page in (site / "api").glob("*/index.html"):
         assert "*optional*" not in page.read_text() and "[<code>" not in page.read_text()
 
