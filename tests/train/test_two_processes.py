@@ -40,7 +40,10 @@ ALIGNMENT = [
     # Epochs 1 to 3: from the third step on, lambda applies and the attention learns.
     *("--schedule_epochs", "3", "--objective_learning_rate", "2e-3"),
 ]
-OPTIONS = {"ot_att": ["--objective_options", '{"temperature": 0.2}']}  # with 20, the attention would hardly change
+OPTIONS = {
+    "ot_att": ["--objective_options", '{"temperature": 0.2}'],  # with 20, the attention would hardly change
+    "token_assignment": ["--max_steps", "24"],  # its gradients are small, as those of the tower below
+}
 RUNS = {
     "prefix": ("prefix", ["--frame", "0"]),
     # Its gradients are small relative to COMMON's epsilon, so that every weight changes only after more steps.
