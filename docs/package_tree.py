@@ -1,8 +1,8 @@
-"""Hook of the documentation's build: lay the package out as it is imported, for mkdocstrings to read.
+"""Build hook of the documentation: copies the package in its installed layout for mkdocstrings.
 
-`modeling/`, `processing/`, `train/` and `eval/` lie at the root and are subpackages of `dali_llava`. mkdocstrings
-reads source files without importing them and cannot resolve that mapping, so it gets a copy in the installed layout.
-In the copy, docstrings that follow transformers' conventions are rewritten in those of mkdocstrings.
+`modeling/`, `processing/`, `train/` and `eval/` are folders at the root and subpackages of `dali_llava`. mkdocstrings
+reads source files without importing them and cannot resolve that mapping, so it reads a copy in the installed layout.
+In the copy, docstrings in the format of transformers are converted to the format of mkdocstrings.
 """
 
 import ast
@@ -43,7 +43,7 @@ def on_post_build(config):
 
 
 def rewrite_docstrings(text: str) -> str:
-    """The source with each docstring as `rewrite` has it."""
+    """Return the source with each docstring converted by `rewrite`."""
     lines = text.splitlines()
     documented = (ast.ClassDef, ast.FunctionDef)
     for node in sorted(ast.walk(ast.parse(text)), key=lambda node: -getattr(node, "lineno", 0)):
@@ -58,13 +58,14 @@ def rewrite_docstrings(text: str) -> str:
 
 
 def rewrite(docstring: str, node: ast.AST) -> str:
-    """A docstring as mkdocstrings reads it.
+    """Convert a docstring to the format of mkdocstrings.
 
-    - Types of arguments go, "(`int`, *optional*)": the signature gives them. So do the brackets of links, "[`Name`]".
-    - Arguments that share a line, "width, height: in pixels.", get a line each.
-    - The section of doctests is Examples.
-    - A dataclass of arguments gets the help of its fields, as Args.
-    - The arguments of a configuration, which has neither `__init__` nor the decorator of a dataclass, become a list.
+    - Types of arguments, "(`int`, *optional*)", are removed, because the signature gives them. The brackets of links,
+      "[`Name`]", are removed too.
+    - Arguments that share a line, "width, height: in pixels.", get one line each.
+    - The section of doctests is renamed to Examples.
+    - A dataclass of arguments gets the help of its fields as Args.
+    - The arguments of a configuration, which has neither `__init__` nor a dataclass decorator, become a list.
     """
 
     def one_each(match: re.Match) -> str:
@@ -80,7 +81,7 @@ def rewrite(docstring: str, node: ast.AST) -> str:
     docstring = re.sub(several, one_each, docstring + "\n", flags=re.M).rstrip("\n")
     if isinstance(node, ast.ClassDef):
         if helps := field_helps(node):
-            docstring += "\n\nArgs:\n" + "\n".join(f"    {name}: {told}" for name, told in helps.items())
+            docstring += "\n\nArgs:\n" + "\n".join(f"    {name}: {text}" for name, text in helps.items())
         decorators = {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}
         methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
         if "__init__" not in methods and "dataclass" not in decorators:
@@ -89,7 +90,7 @@ def rewrite(docstring: str, node: ast.AST) -> str:
 
 
 def field_helps(node: ast.ClassDef) -> dict[str, str]:
-    """The help of each `field(..., metadata={"help": ...})` of a dataclass."""
+    """Return the help of each `field(..., metadata={"help": ...})` of a dataclass."""
     helps = {}
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.value, ast.Call):

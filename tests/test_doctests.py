@@ -1,4 +1,4 @@
-"""The examples in docstrings run and print what they say."""
+"""The examples in docstrings run and print the expected output."""
 
 import doctest
 import importlib
@@ -22,7 +22,7 @@ def modules_with_examples():
 
 
 def solvers_and_functions():
-    """Public functions of the transport and Sinkhorn modules, which carry an example each."""
+    """Public functions of the transport and Sinkhorn modules, each of which must have an example."""
     from dali_llava.modeling import sinkhorn
     from dali_llava.train import transport
 
@@ -33,7 +33,7 @@ def solvers_and_functions():
 
 
 class UnfencedParser(doctest.DocTestParser):
-    """Reads examples inside Markdown fences too, as the docstrings of transformers have them."""
+    """Also parses examples inside Markdown fences, as in the docstrings of transformers."""
 
     def parse(self, string, name="<string>"):
         lines = ("" if line.strip().startswith("```") else line for line in string.splitlines())

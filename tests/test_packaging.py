@@ -1,4 +1,4 @@
-"""The package as others get it: its list of packages, its pins, and a wheel installed elsewhere."""
+"""The distributed package: its list of packages, its pins, and an installed wheel."""
 
 import ast
 import re
@@ -30,7 +30,7 @@ from dali_llava.train.transport import solve_transport
 
 
 def source_files() -> list[tuple[Path, str]]:
-    """Each Python file of the package, and the name of the package it belongs to."""
+    """Python files of the project, each with the package it belongs to."""
     files = []
     for folder, package in FOLDERS.items():
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -103,7 +103,7 @@ def test_the_readme_gives_a_reason_for_each_dependency():
 def installed_elsewhere(tmp_path_factory) -> Path:
     """A folder into which the wheel, built from the tree, is unpacked by pip."""
     folder = tmp_path_factory.mktemp("wheel")
-    # Setuptools would take files that are gone from the tree out of an old build/ folder, so build from a copy.
+    # Builds from a copy, because setuptools would include deleted files from an old build/ folder.
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", *FOLDERS):
@@ -118,7 +118,7 @@ def installed_elsewhere(tmp_path_factory) -> Path:
 
 
 def run_elsewhere(target: Path, code: str, *arguments: str) -> str:
-    """Run code on the installed wheel: outside the repository, without the editable installation's import hook."""
+    """Runs code with the installed wheel, outside the repository and without the import hook of editable installs."""
     prelude = f"""
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]

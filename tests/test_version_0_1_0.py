@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote (tests/data/version_0_1_0) still loads, with the same results."""
+"""Files of version 0.1.0 (tests/data/version_0_1_0) still load and give the same results."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_checkpoints_and_stages_give_the_logits_that_they_gave(stage):
     )
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1, :16]
-    # float32 on another processor; the figures were rounded to 6 digits after the point
+    # float32 on another processor; the figures are rounded to 6 decimals
     torch.testing.assert_close(logits, torch.tensor(LOGITS[stage]), rtol=1e-4, atol=1e-4)
 
 
@@ -46,5 +46,5 @@ def test_shards_load():
     rows = load_corpus("shards", "train", data_dir=str(FOLDER / "shards"))
     assert sorted(rows["id"]) == ["blue.mp4", "red.mp4"] or sorted(rows["id"]) == ["blue", "red"]
     for row in rows:
-        assert len(open_audio(row)) == 33_024  # AAC pads to whole frames
+        assert len(open_audio(row)) == 33_024  # AAC is padded to whole frames
         assert [frame.size for frame in open_frames(row)] == [(64, 48)] * 2

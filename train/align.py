@@ -1,5 +1,5 @@
 """
-Stage 1b of DALI: align the audio tower's tokens with the image tokens of the same clip. Uses no text and no negatives.
+Stage 1b of DALI: align the audio tokens of a clip with its image tokens. Uses no text and no negatives.
 
 Loads the two towers only, and trains the audio tower (86M parameters at full size).
 
@@ -25,11 +25,10 @@ from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
 
 def check_objective(arguments: AlignmentArguments) -> None:
     """
-    Check the objective and its options before any weight is loaded.
+    Check the objective and its options before weights are loaded.
 
     Raises:
-        ValueError: an unknown objective or option, a value that the objective cannot use, or a schedule without
-            epochs.
+        ValueError: if the objective or an option is unknown, a value is invalid, or a stream lacks `schedule_epochs`.
     """
     if arguments.objective not in LOSSES:
         raise ValueError(f"unknown objective '{arguments.objective}'; known: {', '.join(LOSSES)}.")
@@ -41,14 +40,14 @@ def check_objective(arguments: AlignmentArguments) -> None:
             f"objective {arguments.objective}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}."
         )
     if arguments.streaming and hasattr(loss, "set_epoch") and arguments.schedule_epochs is None:
-        raise ValueError("streaming: a stream has no epochs; name those of the objective's schedule, schedule_epochs.")
+        raise ValueError("streaming: a stream has no epochs; give those of the objective, --schedule_epochs N.")
     config = LlavaAudioConfig.from_pretrained(arguments.base_model)
     with torch.device("meta"):
         build_objective(arguments, LlavaAudioTowers(config))
 
 
 def build_objective(arguments: AlignmentArguments, towers: LlavaAudioTowers) -> AlignmentLoss:
-    """The objective that the arguments name, for the tokens of the towers."""
+    """Build the objective that the arguments name for the tokens of the towers."""
     try:
         return LOSSES[arguments.objective].from_captioner(towers, **arguments.objective_options)
     except (TypeError, ValueError) as error:

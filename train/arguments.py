@@ -17,7 +17,7 @@ COUPLED_ADAM = "adam"  # `torch.optim.Adam`: the weight decay is added to the gr
 
 
 def parse_options(name: str, value: dict | str | None) -> dict:
-    """The mapping in the argument `name`, given as JSON on a command line. Raises ValueError for anything else."""
+    """Return the mapping in the argument `name`, which may be JSON. Raises a ValueError for any other value."""
     try:
         options = json.loads(value) if isinstance(value, str) else dict(value or {})
     except (ValueError, TypeError) as error:
@@ -46,67 +46,67 @@ def import_plugins(names: Iterable[str]) -> None:
 @dataclass
 class StageArguments(TrainingArguments):
     """
-    Arguments of a stage: those of `transformers.TrainingArguments`, and where model and corpus come from.
+    Arguments of a stage: those of `transformers.TrainingArguments`, the base model and the corpus.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "dataset_options"]
 
     # Model
     base_model: str | None = field(
-        default=None, metadata={"help": "Checkpoint or Hub id that the stage starts from; the stage before it."}
+        default=None, metadata={"help": "Folder or Hub id of the model to start from: the previous stage."}
     )
 
     # Corpus
-    dataset: str = field(default="avworld", metadata={"help": "Corpus, by its name in dali_llava.processing.corpora."})
+    dataset: str = field(default="avworld", metadata={"help": "Name of the corpus in dali_llava.processing.corpora."})
     dataset_options: dict | str | None = field(
         default=None, metadata={"help": "Options of the corpus, as JSON: '{\"seed\": 1}'."}
     )
     split: str = field(default="train", metadata={"help": "Split to train on."})
     kept: str | None = field(
-        default=None, metadata={"help": "Folder of a pre-filter (train/prefilter.py): use the rows it kept."}
+        default=None, metadata={"help": "Output folder of train/prefilter.py: use only the rows it kept."}
     )
-    max_samples: int | None = field(default=None, metadata={"help": "Use the first so many rows; all by default."})
+    max_samples: int | None = field(default=None, metadata={"help": "Number of rows to use; all by default."})
 
     # Extensions
     plugins: list[str] | None = field(
         default=None,
-        metadata={"help": "Python modules to import first; they register audio towers, objectives or corpora."},
+        metadata={"help": "Python modules to import first, which register audio towers, objectives or corpora."},
     )
 
-    # Other defaults than transformers': a stage keeps its own columns, and saves once, at its end.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})
+    # Defaults that differ from transformers': a stage keeps its columns, and saves once, at its end.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not use."})
     save_strategy: str = field(default="no", metadata={"help": "When to checkpoint: no, steps or epoch."})
-    disable_tqdm: bool | None = field(default=False, metadata={"help": "Show no progress bar."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "Disable the progress bar."})
+    logging_steps: float = field(default=10, metadata={"help": "Number of steps between two log lines."})
 
     def __post_init__(self):
         self.dataset_options = parse_options("dataset_options", self.dataset_options)
         import_plugins(self.plugins or ())
         super().__post_init__()
-        # Pinned memory serves copies to an accelerator; without one torch would only warn.
+        # Pinned memory speeds up copies to an accelerator; without one, torch prints a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
 
 @dataclass
 class SoundArguments(StageArguments):
     """
-    Arguments of a stage that trains the audio tower: reading the corpus and augmenting the spectrograms.
+    Arguments of a stage that trains the audio tower: how it reads the corpus and augments the spectrograms.
     """
 
     # Input
     streaming: bool = field(
-        default=False, metadata={"help": "Read the corpus while training and repeat it until max_steps."}
+        default=False, metadata={"help": "Read the corpus during training and repeat it until max_steps."}
     )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Rows of a stream to shuffle at a time."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Number of rows in the shuffle buffer of a stream."})
     cache_features: bool = field(
         default=False,
-        metadata={"help": "Compute spectrograms and image tokens once and keep them on disk, for a small corpus."},
+        metadata={"help": "Compute spectrograms and image tokens once and store them on disk; for small corpora."},
     )
 
     # Augmentation of the spectrogram
-    augmentation_noise: float = field(default=0.1, metadata={"help": "Largest amplitude of uniform noise."})
+    augmentation_noise: float = field(default=0.1, metadata={"help": "Maximum amplitude of uniform noise."})
     augmentation_roll: int | None = field(
-        default=None, metadata={"help": "Largest roll in time, in frames; all by default."}
+        default=None, metadata={"help": "Maximum roll in time, in frames; all frames by default."}
     )
     augmentation_equaliser: float = field(
         default=0.0, metadata={"help": "Standard deviation of a random gain per mel bin, in normalised log-mel."}
@@ -115,39 +115,41 @@ class SoundArguments(StageArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.streaming:
-            # Each rank reads its own part of the stream; by default the first one would read for all.
+            # Each rank reads its own part of the stream. By default, the first rank reads for all.
             self.accelerator_config.dispatch_batches = False
 
     def augmentation(self, **others) -> Augmentation:
-        """The `Augmentation` of these arguments, with its other fields from `others`."""
+        """Return the `Augmentation` that these arguments describe; `others` sets its other fields."""
         options = {name: getattr(self, f"augmentation_{name}") for name in ("noise", "roll", "equaliser")}
         return Augmentation(**options, **others)
 
 
 @dataclass
 class PrefixArguments(StageArguments):
-    """Arguments of the prefix tuning."""
+    """Arguments of prefix tuning."""
 
     prompt: str = field(default=SOUND_PROMPT, metadata={"help": "Question that follows the prefix."})
-    split: str = field(default="shots", metadata={"help": "Split with captioned pictures."})
-    max_samples: int | None = field(default=16, metadata={"help": "How many of them: the shots."})
-    frame: int | None = field(default=None, metadata={"help": "Frame to show; a random one each epoch by default."})
+    split: str = field(default="shots", metadata={"help": "Split with captioned images."})
+    max_samples: int | None = field(default=16, metadata={"help": "Number of captioned images (shots)."})
+    frame: int | None = field(
+        default=None, metadata={"help": "Index of the frame to show; random in each epoch by default."}
+    )
 
 
 @dataclass
 class AlignmentArguments(SoundArguments):
     """
-    Arguments of the alignment: the objective, the optimiser and their schedules.
+    Arguments of the alignment: the objective, the optimizer and their schedules.
     """
 
     _VALID_DICT_FIELDS = [*SoundArguments._VALID_DICT_FIELDS, "objective_options"]
 
     # Objective
     objective: str = field(
-        default="mmd", metadata={"help": "Loss to minimise, by its name in dali_llava.train.losses.LOSSES."}
+        default="mmd", metadata={"help": "Name of the loss to minimise, a key of dali_llava.train.losses.LOSSES."}
     )
     objective_options: dict | str | None = field(
-        default=None, metadata={"help": "Its arguments, as JSON: '{\"num_heads\": 4}'."}
+        default=None, metadata={"help": "Arguments of the objective, as JSON: '{\"num_heads\": 4}'."}
     )
 
     schedule_epochs: int | None = field(
@@ -157,26 +159,26 @@ class AlignmentArguments(SoundArguments):
 
     # Input
     frame: int | None = field(
-        default=None, metadata={"help": "Frame to align with; by default a random frame of the clip in each epoch."}
+        default=None, metadata={"help": "Index of the frame to align with; by default a random frame in each epoch."}
     )
 
-    # Optimiser: by default as in the reference implementation
+    # Optimizer: the defaults are those of the reference implementation
     optim: str = field(
         default=COUPLED_ADAM,
         metadata={
-            "help": "Optimizer: adam (the weight decay is added to the gradient), or a name of transformers' optim."
+            "help": "Optimizer: adam (weight decay is added to the gradient), or a value of optim in transformers."
         },
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the audio tower."})
     objective_learning_rate: float = field(
         default=1e-4,
-        metadata={"help": "Constant learning rate of the objective's parameters, without weight decay."},
+        metadata={"help": "Constant learning rate of the objective's parameters, which have no weight decay."},
     )
-    adam_beta1: float = field(default=0.95, metadata={"help": "Adam's beta1."})
-    weight_decay: float = field(default=5e-7, metadata={"help": "Weight decay of all the audio tower's weights."})
+    adam_beta1: float = field(default=0.95, metadata={"help": "Beta1 of Adam."})
+    weight_decay: float = field(default=5e-7, metadata={"help": "Weight decay of the audio tower."})
     halve_from: float = field(default=10, metadata={"help": "Epoch at which the learning rate is first halved."})
     halve_every: float = field(
-        default=0, metadata={"help": "Epochs between two halvings; 0: use lr_scheduler_type instead."}
+        default=0, metadata={"help": "Number of epochs between two halvings; 0 uses lr_scheduler_type instead."}
     )
 
     def __post_init__(self):
@@ -186,7 +188,7 @@ class AlignmentArguments(SoundArguments):
             raise ValueError(f"optim: unknown optimizer '{self.optim}'; known: {', '.join(names)}.")
         optim = self.optim
         if optim == COUPLED_ADAM:
-            self.optim = OptimizerNames.ADAMW_TORCH  # `TrainingArguments` knows its own names only
+            self.optim = OptimizerNames.ADAMW_TORCH  # `TrainingArguments` accepts only its own names
         super().__post_init__()
         if optim == COUPLED_ADAM:
             self.optim = optim
@@ -194,35 +196,39 @@ class AlignmentArguments(SoundArguments):
 
 @dataclass
 class DistillationArguments(StageArguments):
-    """Arguments of the distillation: how the pseudo-captions are made, and the training's own."""
+    """Arguments of the distillation: how the pseudo-captions are generated, and those of the training."""
 
-    split: str = field(default="balanced", metadata={"help": "Split to caption and to learn from."})
-    prompt: str = field(default=SOUND_PROMPT, metadata={"help": "Question, in captioning and in training."})
-    caption_temperature: float = field(default=0.2, metadata={"help": "Temperature of the sampling; 0 is greedy."})
-    caption_max_new_tokens: int = field(default=128, metadata={"help": "Longest pseudo-caption, in tokens."})
-    caption_batch_size: int = field(default=16, metadata={"help": "Clips captioned at a time."})
+    split: str = field(default="balanced", metadata={"help": "Split to caption and to train on."})
+    prompt: str = field(default=SOUND_PROMPT, metadata={"help": "Question, for captioning and for training."})
+    caption_temperature: float = field(default=0.2, metadata={"help": "Sampling temperature; 0 decodes greedily."})
+    caption_max_new_tokens: int = field(default=128, metadata={"help": "Maximum number of tokens per caption."})
+    caption_batch_size: int = field(default=16, metadata={"help": "Number of clips per captioning batch."})
 
 
 @dataclass
 class PrefilterArguments(StageArguments):
-    """Arguments of the pre-filter: its two models, what it keeps, and the corpus, which every stage has."""
+    """Arguments of the pre-filter: its two models and which clips it keeps."""
 
     # Models
-    captioner: str | None = field(default=None, metadata={"help": "Image captioner: checkpoint folder or Hub id."})
+    captioner: str | None = field(default=None, metadata={"help": "Folder or Hub id of the image captioner."})
     prompt: str | None = field(
-        default=None, metadata={"help": "Question to the captioner; by default its own kind's."}
+        default=None, metadata={"help": "Question to the captioner; the default depends on its type."}
     )
-    caption_max_new_tokens: int = field(default=32, metadata={"help": "Longest caption, in tokens."})
+    caption_max_new_tokens: int = field(default=32, metadata={"help": "Maximum length of a caption, in tokens."})
     embedder: str | None = field(
-        default=None, metadata={"help": "Language model of the embeddings; by default the captioner's own."}
+        default=None, metadata={"help": "Language model that embeds texts; by default the captioner's own."}
     )
     embedder_kind: str = field(
-        default="language_model", metadata={"help": "language_model, or sentence (sentence-transformers)."}
+        default="language_model",
+        metadata={"help": "language_model, or sentence for sentence-transformers."},
     )
-    layer: int = field(default=-1, metadata={"help": "Hidden states to average: 0 word embeddings, -1 last layer."})
+    layer: int = field(
+        default=-1,
+        metadata={"help": "Layer to average: 0 for word embeddings, -1 for the last one."},
+    )
 
     # Choice
-    frames: int = field(default=10, metadata={"help": "Most frames of a clip, the first of each second."})
-    keep: int | None = field(default=None, metadata={"help": "Keep so many clips, the nearest."})
-    threshold: float | None = field(default=None, metadata={"help": "Keep the clips under this distance."})
-    batch_size: int = field(default=16, metadata={"help": "Clips captioned at a time, and kept in a part."})
+    frames: int = field(default=10, metadata={"help": "Maximum number of frames per clip, the first of each second."})
+    keep: int | None = field(default=None, metadata={"help": "Number of clips to keep, the nearest first."})
+    threshold: float | None = field(default=None, metadata={"help": "Keep the clips below this distance."})
+    batch_size: int = field(default=16, metadata={"help": "Number of clips per captioning batch."})

@@ -1,4 +1,4 @@
-"""A stage's command line: one YAML file, and any of its fields again as `--field value`."""
+"""Command line of a stage: one YAML file, and options `--field value` that override its fields."""
 
 import json
 import os
@@ -19,17 +19,20 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def parse_stage_arguments(arguments: type[Arguments], description: str, argv: list[str] | None = None) -> Arguments:
     """
-    Read `CONFIG.yaml [--field value ...]` into the dataclass `arguments`; the command line wins over the file.
+    Parse `CONFIG.yaml [--field value ...]` into the dataclass `arguments`. The command line overrides the file.
 
     Args:
-        arguments: a dataclass of `TrainingArguments`' kind; its fields are the keys that the file may hold.
+        arguments: a subclass of `TrainingArguments`. Its fields are the keys that the file may contain.
         description: the script's docstring, shown by `--help`.
-        argv: the words after the script's name; those of the process by default.
+        argv: command-line arguments after the script's name; by default those of the process.
+
+    Returns:
+        an instance of `arguments`.
 
     Raises:
-        SystemExit: on `--help` and on bad usage, as argparse does.
-        FileNotFoundError: when the file is not there.
-        ValueError: when the file is not a mapping or holds a key that the stage does not know.
+        SystemExit: on `--help` and on wrong usage, as in argparse.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not a mapping or contains an unknown key.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(arguments, description=description, allow_abbrev=False)
@@ -57,10 +60,13 @@ def parse_stage_arguments(arguments: type[Arguments], description: str, argv: li
 
 def run_stage(main: Callable[[list[str]], object]) -> None:
     """
-    Run a stage's `main` as a script. It ends with a summary line where `main` returns a `StageTrainer`.
+    Run a stage's `main` as a script. If `main` returns a `StageTrainer`, its summary line is printed at the end.
 
-    An error ends the script with one line on stderr and exit code 1. With the argument `--debug` it keeps its
-    traceback; `--debug VALUE` is the option of transformers' `TrainingArguments`.
+    An error prints one line on stderr and exits with code 1. With the argument `--debug`, the traceback is printed.
+    `--debug VALUE` is the option of `TrainingArguments`.
+
+    Args:
+        main: function that takes the command-line arguments.
     """
     argv, debug = split_debug(sys.argv[1:])
     warn_of_single_process(os.environ)
@@ -70,17 +76,17 @@ def run_stage(main: Callable[[list[str]], object]) -> None:
             line = trained.summary()
             if trained.is_world_process_zero():
                 print(line)
-    except (ValueError, OSError, ImportError) as error:  # some file systems need packages of their own
+    except (ValueError, OSError, ImportError) as error:  # ImportError: some fsspec file systems need extra packages
         if debug:
             raise
         message = str(error)
-        if message.startswith("Caught "):  # by a loader's worker: a whole traceback, which ends "package.Name: ..."
+        if message.startswith("Caught "):  # from a DataLoader's worker: a traceback that ends with "package.Name: ..."
             message = message.strip().splitlines()[-1].partition(": ")[2]
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}")
 
 
 def split_debug(argv: list[str]) -> tuple[list[str], bool]:
-    """`argv` without a `--debug` that has no value, and whether there was one."""
+    """Return `argv` without any `--debug` that has no value, and whether it contained one."""
     kept = [
         word
         for word, following in zip(argv, [*argv[1:], "--"], strict=True)
@@ -90,8 +96,8 @@ def split_debug(argv: list[str]) -> tuple[list[str], bool]:
 
 
 def warn_of_single_process(environment: Mapping[str, str]) -> None:
-    """Warn, on stderr, where `accelerate launch` was asked for several processes and started one."""
-    # It sets the address for several processes, but a world size only where it starts them.
+    """Print a warning on stderr if `accelerate launch` started one process instead of several."""
+    # accelerate sets the address if several processes are requested, but a world size only if it starts them.
     sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(environment) and not set(sizes) & set(environment):
         print(
@@ -102,9 +108,9 @@ def warn_of_single_process(environment: Mapping[str, str]) -> None:
 
 
 def read_stage_config(path: Path, known: set[str]) -> dict:
-    """The mapping in a YAML file, checked against the `known` keys; see `parse_stage_arguments`."""
+    """Return the mapping in a YAML file, checked against the `known` keys; see `parse_stage_arguments`."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such configuration; examples are in {CONFIGS}.")
+        raise FileNotFoundError(f"{path}: the configuration does not exist; examples are in {CONFIGS}.")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def pseudo_caption(captioner, processor, rows, arguments: DistillationArguments) -> dict[str, str]:
-    """Caption `rows` from image, audio and prefix; returns captions by id. Captions already on disk are reused."""
+    """Caption `rows` from image, audio and prefix, and return captions by id. Captions on disk are reused."""
 
     def samples() -> Iterator[Sample]:
         for row in rows:
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     rows = rows.filter(lambda name: name in captions, input_columns="id")
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": captions[row["id"]]})
     train_only(captioner, captioner.model.audio_projector)
-    captioner.config.prefix_modalities = ["audiovisual"]  # from here on, audio alone takes no prefix
+    captioner.config.prefix_modalities = ["audiovisual"]  # audio alone is now captioned without prefix
     trainer = CaptioningTrainer(
         model=captioner,
         args=arguments,

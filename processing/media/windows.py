@@ -50,12 +50,13 @@ def load_windows(
     Raises:
         MediaError: at the window where it shows: see `load_audio` and `load_frames`.
 
-    >>> import tempfile
-    >>> import soundfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     soundfile.write(f"{folder}/a.wav", np.zeros(25_000), 10_000)
-    ...     [(window.start, window.end) for window in load_windows(f"{folder}/a.wav", 1.0)]
-    [(0.0, 1.0), (1.0, 2.0), (2.0, 2.5)]
+    Example:
+        >>> import tempfile
+        >>> import soundfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     soundfile.write(f"{folder}/a.wav", np.zeros(25_000), 10_000)
+        ...     [(window.start, window.end) for window in load_windows(f"{folder}/a.wav", 1.0)]
+        [(0.0, 1.0), (1.0, 2.0), (2.0, 2.5)]
     """
     info = probe(path)
     if info.kind == "image":

@@ -1,4 +1,4 @@
-"""The folder that the documentation's commands run in: the files, corpora and runs that its pages assume."""
+"""Fixtures with the files, corpora and runs that the commands of the documentation need."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ CLASSES = 'index,mid,display_name\n0,/m/09x0r,"Speech"\n444,/t/dd00088,"Gush"\n'
 
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory):
-    """Corpora, and the code of checkpoints, go to temporary folders."""
+    """Use temporary folders for corpora and for the code of checkpoints."""
     folder = tmp_path_factory.mktemp("caches")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
@@ -27,7 +27,7 @@ def caches(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def media_folder(media_dir, tiny_model_dir, tmp_path_factory) -> Path:
-    """The media files of the examples, and the model that the quickstart writes, here one with random weights."""
+    """The media files of the examples, and a model with random weights in place of the quickstart's."""
     folder = tmp_path_factory.mktemp("docs")
     for file in media_dir.iterdir():
         (folder / file.name).symlink_to(file)
@@ -56,7 +56,7 @@ def corpora_folder(media_folder, tmp_path_factory) -> Path:
 
 
 def write_clips(folder: Path, video: Path) -> None:
-    """A folder of one's own clips, with captions and labels."""
+    """A folder of clips with captions and labels."""
     folder.mkdir()
     lines = ["file_name,caption,labels"]
     for name in ("one", "two", "three"):
@@ -66,7 +66,7 @@ def write_clips(folder: Path, video: Path) -> None:
 
 
 def write_audioset(folder: Path, media: Path) -> None:
-    """AudioSet's lists with videos, and a list of CAV-MAE with sounds and frames, for the same clips."""
+    """AudioSet's lists with videos, and a CAV-MAE list with audio and frames, for the same clips."""
     for name in ("csv", "media", "audio", "images/frame_0", "images/frame_1"):
         (folder / name).mkdir(parents=True)
     segments = ["# YTID, start_seconds, end_seconds, positive_labels"]
@@ -87,7 +87,7 @@ def write_audioset(folder: Path, media: Path) -> None:
 
 
 def write_audiocaps(folder: Path, video: Path) -> None:
-    """AudioCaps' lists, two captions a clip, with videos."""
+    """AudioCaps' lists, with two captions per clip, and videos."""
     (folder / "dataset").mkdir(parents=True)
     (folder / "media").mkdir()
     lines = ["audiocap_id,youtube_id,start_time,caption"]

@@ -27,11 +27,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 FENCE = re.compile(r"^(?:<!-- skip: (?P<reason>.+?) -->\n+)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
-# What the tests change in the commands of the documentation; everything else runs as written.
+# Changes to the commands of the documentation. Everything else runs as written.
 #
-# Files that `make quickstart` leaves: which command of the documentation writes the same.
+# Outputs of `make quickstart`, and the output of another command of the documentation that replaces each.
 WRITTEN_BY_QUICKSTART = {"runs/quickstart/prefix": "runs/prefix"}
-# Words that stand for a name of the reader's.
+# Placeholders in the commands, and their values.
 PLACEHOLDERS = {"MODEL": "runs/quickstart/model"}
 # Options appended for speed, by command or script: two steps, four clips, a captioner of two layers.
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -58,7 +58,7 @@ SPEED = {
     "evaluate": ["--max-new-tokens", "6"],
     "prepare": ["--num-proc", "1"],
 }
-SLOW = ("figures",)  # commands of `dali-llava` that take more than 20 seconds all the same
+SLOW = ("figures",)  # commands of `dali-llava` that take more than 20 seconds nevertheless
 
 
 @dataclass
@@ -80,7 +80,7 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 @cache
 def shell_lines() -> list[tuple[Path, tuple[str, ...], str | None]]:
-    """Every shell line of the pages: page, words, and why it is not run, if it is not."""
+    """Returns the page, the words and, if the line is not run, the reason of every shell line in the pages."""
     found = []
     for page in PAGES:
         for block in blocks(page, "bash", "sh", "console"):
@@ -91,7 +91,7 @@ def shell_lines() -> list[tuple[Path, tuple[str, ...], str | None]]:
 
 
 def commands(*programs: str) -> list:
-    """Every shell line that starts with one of `programs`, as parameters of a test."""
+    """Returns every shell line that starts with one of `programs` as a test parameter."""
     found = []
     for program in programs:
         start = tuple(program.split())
@@ -106,7 +106,7 @@ def is_stage(words: tuple[str, ...]) -> bool:
 
 
 def runnable() -> list:
-    """Each distinct `dali-llava` or stage command once, and a skipped parameter for each that says so."""
+    """Returns a test parameter for each distinct `dali-llava` or stage command, skipped if the page says so."""
     parameters = {}
     for page, words, skip in shell_lines():
         if words[0] == "dali-llava" or is_stage(words):
@@ -117,7 +117,7 @@ def runnable() -> list:
 
 
 def python_pages() -> list:
-    """A parameter for the Python of each page, and a skipped one for each block that says so."""
+    """Returns a test parameter for the Python code of each page, and a skipped one for each skipped block."""
     parameters = []
     for page in PAGES:
         found = blocks(page, "python")
@@ -131,16 +131,16 @@ def python_pages() -> list:
 
 
 def run_python(page: Path) -> None:
-    """Run the Python of a page, block after block."""
+    """Runs the Python blocks of a page in order."""
     namespace = {}
     for block in blocks(page, "python"):
         if block.skip is None:
-            # Line numbers of a traceback are then those of the page.
+            # The leading line breaks give tracebacks the line numbers of the page.
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
 
 
 def output_of(words: tuple[str, ...]) -> str | None:
-    """The file or folder that a command writes."""
+    """Returns the file or folder that a command writes."""
     if words[:2] == ("dali-llava", "merge"):
         return words[3]
     for option in ("--out", "--output_dir"):
@@ -150,7 +150,7 @@ def output_of(words: tuple[str, ...]) -> str | None:
 
 
 class Reader:
-    """Runs commands of the documentation, each in a folder of its own, with what other commands wrote before it."""
+    """Runs each command of the documentation in its own folder, with the outputs of the commands it depends on."""
 
     def __init__(self, corpora_folder: Path, make_folder):
         self.corpora_folder = corpora_folder
@@ -158,7 +158,7 @@ class Reader:
         self.folders: dict[tuple[str, ...], Path] = {}
 
     def run(self, words: tuple[str, ...]) -> Path:
-        """Run a command, once, and return the folder it ran in; its inputs are made first, as the pages say."""
+        """Runs a command once and returns its folder. Commands of the pages first create its inputs."""
         if words in self.folders:
             return self.folders[words]
         folder = self.make_folder("command", numbered=True)
@@ -181,7 +181,7 @@ class Reader:
         return folder
 
     def supply(self, folder: Path, path: str, words: tuple[str, ...]) -> None:
-        """Link into `folder` what the command that writes `path` left: one on the page of `words`, else the first."""
+        """Links the outputs of a command that writes `path` into `folder`, preferably one on the same page."""
         source = WRITTEN_BY_QUICKSTART.get(path, path)
         providers = [(page, other) for page, other, skip in shell_lines() if output_of(other) == source and not skip]
         assert providers, f"no command of the documentation writes {path}, which {' '.join(words)} reads"
@@ -197,7 +197,7 @@ class Reader:
             (folder / path).symlink_to((made / source).resolve())
 
     def finish_run(self, folder: Path, path: str, seed: int) -> None:
-        """A folder as the quickstart leaves it: two of its checkpoints, and a row of results."""
+        """Creates a folder as the quickstart does, with two of its checkpoints and one row of results."""
         for source, name in (("runs/prefix", "prefix"), ("runs/mmd", "mmd-aligned")):
             if not (folder / source).exists():
                 self.supply(folder, source, ())
@@ -207,18 +207,18 @@ class Reader:
         write_results(Results("avworld", 60.0, {}, [row]), folder / path)
 
     def speed(self, words: tuple[str, ...]) -> list[str]:
-        """The options that are appended to a command."""
+        """Returns the options that are appended to a command."""
         name = Path(next(word for word in words if word.endswith(".py"))).name if is_stage(words) else words[1]
         options = list(SPEED.get(name, []))
         if is_stage(words) and "--dataset" not in words:
             options += ["--dataset_options", SIZES]
         if name == "evaluate" and "avworld" in words:
-            options += ["--option", "sizes=" + json.dumps({"test": 4})]
+            options += ["--sizes", json.dumps({"test": 4})]
         return options
 
 
 def start(words: list[str]) -> None:
-    """Run a command in this process, as its entry point does."""
+    """Runs a command in this process, as its entry point does."""
     if words[0] == "dali-llava":
         assert main(words[1:]) == 0
         return
@@ -237,7 +237,7 @@ def reader(corpora_folder, tmp_path_factory) -> Reader:
 
 @pytest.fixture
 def reader_folder(media_folder, tmp_path, monkeypatch) -> Path:
-    """The working folder of the Python examples."""
+    """Working folder of the Python examples."""
     shutil.copytree(media_folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -257,7 +257,7 @@ def test_a_command_that_is_shown_runs(words, reader):
 
 @pytest.mark.parametrize("prefixed", [["audio", "audiovisual"], ["audiovisual"]], ids=["aligned", "distilled"])
 def test_the_python_examples_give_the_captions_of_the_command(reader_folder, prefixed, capsys):
-    """Also of a checkpoint that captions sound without prefix, as a distilled one does."""
+    """Also for a checkpoint that captions audio without prefix, as distilled ones do."""
     model = reader_folder / "runs" / "quickstart" / "model"
     weights = model.resolve()
     model.unlink()
@@ -280,7 +280,7 @@ def test_the_python_examples_give_the_captions_of_the_command(reader_folder, pre
 
 @pytest.mark.slow
 def test_the_readmes_training_runs_in_a_shell(corpora_folder, reader, tmp_path):
-    """The four lines one after the other, through `accelerate launch` itself."""
+    """Runs the four lines in order through `accelerate launch`."""
     shutil.copytree(corpora_folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     (block,) = (block for block in blocks(ROOT / "README.md", "bash") if "accelerate" in block.code)
     lines = [tuple(shlex.split(line)) for line in block.code.splitlines()]
@@ -333,7 +333,7 @@ def test_every_file_that_the_docs_name_is_there():
 
 
 def test_the_readme_opens_with_the_two_commands():
-    """Three sentences and the picture of the method come first; issue: documents, 'opens with a picture'."""
+    """Three sentences and the picture of the method come first."""
     first = blocks(ROOT / "README.md", "bash", "sh", "console", "python")[0]
     assert [line.split("#")[0].strip() for line in first.code.splitlines()] == ["make quickstart", "make test"]
     assert first.line <= 20
@@ -351,7 +351,7 @@ def test_the_readme_fits_on_three_screens():
 
 
 def test_the_readmes_results_are_those_of_the_results_page():
-    """Each figure of the README's table is the one of its system in docs/results.md, on `test`."""
+    """Each figure of the README's table equals that of its system on `test` in docs/results.md."""
     names = {"untrained audio tower": "untrained", "MMD": "mmd", "OT": "ot", "OT with attention": "ot_att"}
     columns = (("cider_d", "audio"), ("sound_recall", "audio"), ("cider_d", "audiovisual"), ("cider_d", "audio"))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

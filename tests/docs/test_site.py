@@ -1,4 +1,4 @@
-"""The site: it builds without a warning or the network, holds the API reference, and cuts off no table."""
+"""The site builds without warnings or network, includes the API reference, and shows all tables in full."""
 
 import functools
 import html
@@ -22,7 +22,7 @@ import dali_llava.train.losses
 ROOT = Path(__file__).parents[2]
 WIDTH = 1280  # pixels of the window
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# Opens each page in a frame of WIDTH pixels, then lists the tables that are wider than what holds them.
+# Opens each page in a frame of WIDTH pixels and reports for each table whether it fits into its container.
 MEASURE = """<body><script>
 const pages = PAGES, found = {};
 let left = pages.length;
@@ -52,7 +52,7 @@ for (const page of pages) {
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The site, built."""
+    """The built site."""
     pytest.importorskip("mkdocs", reason="mkdocs, of the dev extra, is not installed")
     folder = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
@@ -88,7 +88,7 @@ def test_the_reference_has_every_public_class(site):
 
 def test_the_reference_has_the_help_of_arguments_and_no_markup_of_docstrings(site):
     trainers = (site / "api" / "trainers" / "index.html").read_text()
-    assert "Checkpoint or Hub id" in trainers
+    assert "Folder or Hub id of the model to start from" in trainers
     for page in (site / "api").glob("*/index.html"):
         assert "*optional*" not in page.read_text() and "[<code>" not in page.read_text()
 

@@ -93,7 +93,7 @@ def captioner(run_dir) -> LlavaAudioForConditionalGeneration:
 
 @pytest.fixture
 def towers(run_dir) -> LlavaAudioTowers:
-    """The two towers of the run's captioner, freshly loaded: a test may change them."""
+    """The two towers of the run's captioner, loaded for each test, so that the test can modify them."""
     return LlavaAudioTowers.from_pretrained(run_dir / "captioner")
 
 

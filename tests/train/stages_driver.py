@@ -1,9 +1,9 @@
 """
-Run stages one after the other in this process, as `test_two_processes.py` asks; the first process prints what ran.
+Runs stages one after another in this process for `test_two_processes.py`. The first process prints what ran.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 stages_driver.py stages.json
 
-where the file holds `{name: [module, [words after the stage's command]]}`.
+The file contains `{name: [module, [arguments of the stage]]}`.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""Bad tensors are refused by name, and unusual layouts work, whatever solver or loss gets them.
+"""Every solver and loss rejects bad tensors with an error that names them, and accepts unusual layouts.
 
-POT's network simplex can take the process down with it. So a child process, this file run as a program, goes through
-all cases and prints a line of JSON after each; a case without a line is the one that killed it, or comes after that.
+POT's network simplex can crash the process. Therefore a child process, which runs this file as a program, executes
+all cases and prints one line of JSON after each. A case without a line crashed the process or comes after the crash.
 """
 
 import json
@@ -28,7 +28,7 @@ from dali_llava.train.transport import solve_transport
 
 
 BATCH, WIDTH, COUNTS = 3, 4, (7, 5)
-TIMEOUT = 120  # seconds; the child takes some ten, most of them imports
+TIMEOUT = 120  # seconds; the child takes about ten, mostly for imports
 
 
 def attentive(epoch: int) -> AlignmentLoss:
@@ -49,12 +49,12 @@ LOSSES: dict[str, Callable[[], AlignmentLoss]] = {
 
 
 def fill(sample: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Puts `value` everywhere in one sample."""
+    """Fill one sample with `value`."""
     return lambda tensor: tensor.index_fill(0, torch.tensor([sample]), value)
 
 
 def put(sample: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Puts `value` in one place of one sample, the last."""
+    """Set one element of the last sample to `value`."""
 
     def put(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.clone()
@@ -64,7 +64,7 @@ def put(sample: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return put
 
 
-# What is bad, how to make it, and what the message says; {own} is the spoilt argument, {x} and {y} are the point sets.
+# Name, function that spoils an argument, and message. {own} is the spoilt argument, {x} and {y} are the point sets.
 NOT_FINITE = "^{own} holds a NaN or an infinity in sample "
 NOT_POINTS = r"^{own} must be \(batch, tokens, width\)"
 POINTS = [
@@ -115,7 +115,7 @@ MASKS = [
     ("no dimension", lambda t: t[0, 0], r"^{own} must be of shape \(3, "),
     ("another device", lambda t: t.to("meta"), "^{own} is on meta and .* on cpu;"),
 ]
-# The same numbers in memory that is not contiguous, or in the last case shared between the samples.
+# The same values in memory that is not contiguous or, in the last case, shared between the samples.
 LAYOUTS = {
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "every second": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
@@ -126,9 +126,10 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `who` is one of `LOSSES` or `SOLVERS`; what is done to `argument`, and what the error says.
+    """A call of `who`, a key of `LOSSES` or `SOLVERS`: how `argument` is changed, and the expected message.
 
-    Without a message it is to work, `spoil` is a layout for all arguments, and contiguous tensors give the same.
+    Without a message, the call succeeds, `spoil` applies to all arguments, and the result equals that of contiguous
+    tensors.
     """
 
     who: str
@@ -178,7 +179,7 @@ def good_arguments(who: str) -> dict[str, torch.Tensor]:
 
 
 def call(who: str, arguments: dict[str, torch.Tensor]) -> list[float]:
-    """The loss, or the sum of the costs, and all gradients, in one list."""
+    """Returns the loss or the sum of the costs, and all gradients, in one list."""
     learnt = [tensor.detach().requires_grad_() for tensor in arguments.values() if tensor.is_floating_point()]
     arguments = dict(zip(arguments, [*learnt, *list(arguments.values())[len(learnt) :]], strict=True))
     if who in SOLVERS:
@@ -191,7 +192,7 @@ def call(who: str, arguments: dict[str, torch.Tensor]) -> list[float]:
 
 
 def outcome(case: Case) -> dict:
-    """What the child reports of a case."""
+    """Returns the child's report of a case."""
     arguments = good_arguments(case.who)
     if not case.message:
         arguments = {name: case.spoil(tensor) for name, tensor in arguments.items()}
@@ -213,7 +214,7 @@ def outcome(case: Case) -> dict:
 
 
 def run_all() -> None:
-    """Of the child: a line of JSON after each case, flushed at once."""
+    """Main function of the child: prints and flushes one line of JSON after each case."""
     for case in CASES:
         try:
             result = outcome(case)
@@ -224,7 +225,7 @@ def run_all() -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, dict]:
-    """What the child reported, by case; a case without a report holds why in "died"."""
+    """The child's reports by case. For a case without a report, "died" gives the reason."""
     path = tmp_path_factory.mktemp("child") / "lines"
     command = [sys.executable, "-X", "faulthandler", __file__]
     with path.open("w") as lines:
@@ -254,7 +255,7 @@ def test_bad_tensor_is_named(case, outcomes):
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.message], ids=str)
 def test_layout_in_memory_does_not_matter(case, outcomes):
-    """BLAS may add in another order: some 1e-16 of each term."""
+    """BLAS may sum in a different order, which changes each term by about 1e-16."""
     report = outcomes[str(case)]
     assert "died" not in report, report["died"]
     assert "error" not in report, report

@@ -1,4 +1,4 @@
-"""A stage's command line: one YAML file, overridden word by word, and errors that name key and file."""
+"""Command line of the stages: one YAML file, options that override it, and errors that name key and file."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ FILES = sorted(CONFIGS.glob("*/*.yaml"))
 
 @pytest.fixture
 def parse(tmp_path):
-    """`parse(text, *words)`: the alignment's arguments from a YAML file of that text and those overrides."""
+    """`parse(text, *words)`: parses the alignment's arguments from a YAML file with this text and from options."""
 
     def parse(text: str, *words: str) -> AlignmentArguments:
         path = tmp_path / "stage.yaml"
@@ -113,7 +113,9 @@ def test_bad_yaml_is_one_line_with_the_file(parse, tmp_path):
 
 
 def test_missing_file_is_named_with_the_examples(tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / 'no.yaml'}: no such configuration")) as error:
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"{tmp_path / 'no.yaml'}: the configuration does not exist")
+    ) as error:
         parse_stage_arguments(AlignmentArguments, "about", [str(tmp_path / "no.yaml")])
     assert str(CONFIGS) in str(error.value)
 
@@ -140,7 +142,7 @@ def test_help_describes_the_stage_and_its_fields(argv, capsys):
 
 
 def test_all_stages_have_configurations():
-    small = ("captioner", "pretrain_tower", "align_recordings")  # full-size models come pretrained
+    small = ("captioner", "pretrain_tower", "align_recordings")  # full-size models are pretrained
     assert {(path.parent.name, path.stem) for path in FILES} == {
         *(("avworld", stage) for stage in ARGUMENTS),
         *(("full", stage) for stage in ARGUMENTS if stage not in small),
@@ -150,7 +152,7 @@ def test_all_stages_have_configurations():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_configuration_parses_into_what_it_says(path, tmp_path):
     values = yaml.safe_load(path.read_text())
-    # half precision is for the accelerators that the full-size runs are for
+    # half precision needs an accelerator, as full-size runs do
     words = ["--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "true"]
     arguments = parse_stage_arguments(ARGUMENTS[path.stem], "about", [str(path), *words])
     values.pop("bf16", None)
@@ -161,7 +163,7 @@ def test_every_configuration_parses_into_what_it_says(path, tmp_path):
 
 def test_avworlds_alignment_has_the_attentive_schedules_six_epochs():
     align = read_stage_config(CONFIGS / "avworld" / "align.yaml", set(AlignmentArguments.__dataclass_fields__))
-    assert align["schedule_epochs"] == 6 and "objective" not in align  # chosen on the command line
+    assert align["schedule_epochs"] == 6 and "objective" not in align  # given on the command line
 
 
 def test_full_size_configurations_are_the_papers():
@@ -183,12 +185,13 @@ def test_script_tells_bad_input_in_one_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train/align.py", "stage.yaml"])
     with pytest.raises(SystemExit) as ended:
         run_stage(main)
-    assert ended.value.code == "align.py: error: stage.yaml: unknown key bogus"  # Python prints it, and exits with 1
+    # A string makes Python print it and exit with code 1.
+    assert ended.value.code == "align.py: error: stage.yaml: unknown key bogus"
 
 
 @pytest.mark.parametrize("words", [["stage.yaml", "--debug"], ["stage.yaml", "--debug", "--seed", "1"]])
 def test_debug_keeps_the_traceback_of_an_error_in_training(monkeypatch, words):
-    """A bare `--debug` is ours, and does not reach the stage's own arguments."""
+    """`--debug` without a value is removed before the stage's arguments are parsed."""
     given = []
 
     def main(argv: list[str]) -> None:
@@ -228,7 +231,7 @@ def test_processes_that_were_not_started_are_warned_of(capsys, environment, warn
 
 
 def test_accelerate_sets_what_the_warning_reads(monkeypatch):
-    """The launcher's own environment, for two processes on a CPU."""
+    """Uses the environment that the launcher sets for two processes on a CPU."""
     launch = importlib.import_module("accelerate.commands.launch")
     utilities = importlib.import_module("accelerate.utils.launch")
     words = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

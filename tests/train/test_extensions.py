@@ -1,4 +1,4 @@
-"""A package outside the tree adds an audio tower, an objective and a corpus: one file and one registration each."""
+"""An external package adds an audio tower, an objective and a corpus with one file and one registration each."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from dali_llava.train.losses import LOSSES, AlignmentLoss, MMDLoss, register_obj
 
 
 TESTS = Path(__file__).parent.parent
-FOLDERS = [TESTS / "extension", TESTS / "modeling"]  # the latter holds mel_mean_tower
+FOLDERS = [TESTS / "extension", TESTS / "modeling"]  # the latter contains mel_mean_tower
 OPTIONS = [
     *("--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true", "--disable_tqdm", "true"),
     *("--cache_features", "false", "--logging_steps", "1"),
@@ -25,7 +25,7 @@ OPTIONS = [
 
 @pytest.fixture
 def outside(monkeypatch):
-    """The toy package on the path; what it registers is gone after the test."""
+    """Adds the toy package to the import path and removes its registrations after the test."""
     for folder in FOLDERS:
         monkeypatch.syspath_prepend(folder)
     yield
@@ -86,7 +86,7 @@ def environment() -> dict[str, str]:
 
 
 def test_tower_of_a_plugin_is_aligned_from_the_shell(run_dir, other_tower, tmp_path, datasets_cache):
-    """With the objective and the corpus beside it, as a user starts it."""
+    """Runs the script with the objective and the corpus, as a user does."""
     config = tmp_path / "align.yaml"
     config.write_text("plugins: [mel_mean_tower, offset_objective, tones_corpus]\nobjective: offset\ndataset: tones\n")
     script = TESTS.parent / "train" / "align.py"
@@ -110,6 +110,6 @@ def test_missing_plugin_is_named(run_dir, tmp_path):
 def test_names_that_are_taken_or_unfit_are_refused(outside):
     with pytest.raises(ValueError, match="objective mmd: MMDLoss has this name; choose another name"):
         register_objective("mmd", type("Other", (AlignmentLoss,), {}))
-    register_objective("mmd", MMDLoss)  # again: a module may be imported twice
+    register_objective("mmd", MMDLoss)  # again, because a module may be imported twice
     with pytest.raises(TypeError, match="objective linear: .*Linear.* is not a subclass of AlignmentLoss"):
         register_objective("linear", torch.nn.Linear)

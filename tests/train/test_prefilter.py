@@ -353,7 +353,7 @@ def test_a_whole_run_keeps_rows_and_another_choice_captions_nothing(words, tmp_p
     assert "0 of 16 clips kept" in capsys.readouterr().out
     page = read_page((out / "report" / "index.html").read_text(encoding="utf-8"))
     assert page.texts_of("p")[0] == "0 of 16 scored clips kept: distance below -1."
-    with pytest.raises(ValueError, match="holds the id of none of these 16 rows"):
+    with pytest.raises(ValueError, match="contains none of the ids of these 16 rows"):
         keep_rows(rows, out)
     with pytest.raises(ValueError, match="has other settings: layer is 0 there and 1 now"):
         prefilter.main(words(out, "--keep", "5", "--layer", "1"))
@@ -373,7 +373,9 @@ def test_a_corpus_of_broken_clips_is_an_error(words, tmp_path, monkeypatch):
 
 
 def test_rows_of_an_unfinished_filter_are_refused(make_rows, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"kept.txt: no such list; run train/prefilter.py to its end"):
+    with pytest.raises(
+        FileNotFoundError, match=r"kept.txt: the list does not exist; complete the run of train/prefilter.py"
+    ):
         keep_rows(make_rows([[0]]), tmp_path)
 
 

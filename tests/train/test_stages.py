@@ -1,4 +1,4 @@
-"""Every stage from its command line: it trains what it should, saves a stage that loads, and repeats itself."""
+"""Every stage from its command line: which weights it trains, that its folder loads, and that it is deterministic."""
 
 import json
 import re
@@ -27,7 +27,7 @@ BEFORE = {"prefix": "captioner", "tower": "prefix", "aligned": "tower", "distill
 
 @pytest.fixture(scope="module")
 def loaded(run_dir) -> dict[str, LlavaAudioForConditionalGeneration]:
-    """The captioner after each stage."""
+    """The captioners after each stage."""
     return {
         stage: LlavaAudioForConditionalGeneration.from_pretrained(run_dir / stage).eval()
         for stage in ("captioner", *TRAINED)
@@ -36,7 +36,7 @@ def loaded(run_dir) -> dict[str, LlavaAudioForConditionalGeneration]:
 
 @pytest.fixture
 def unloaded(monkeypatch) -> None:
-    """Fails where a model is loaded: it may take minutes, and bad input should have been told by then."""
+    """Fails if a model is loaded, which may take minutes: bad input must be reported before."""
 
     def fail(*args, **kwargs):
         pytest.fail("a model is loaded")
@@ -50,7 +50,7 @@ def test_stage_changes_what_it_trains_and_nothing_else(loaded, stage):
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     part = {name for name in after if name.startswith(TRAINED[stage])}
     assert changed and changed <= part
-    # a key's bias has no gradient but for rounding, and may stay
+    # the bias of a key has no gradient except for rounding, and may not change
     assert all(name.endswith("k_proj.bias") for name in part - changed)
 
 
@@ -86,7 +86,7 @@ def test_picture_logits_are_untouched_by_every_stage(loaded, avworld_processor, 
 
 
 def test_captioner_never_trains_its_ears(loaded):
-    """The audio projector is a copy of the image projector; prefix and audio tower are as they were drawn."""
+    """The audio projector equals the image projector; prefix and audio tower keep their initial weights."""
     model = loaded["captioner"].model
     image, audio = model.multi_modal_projector.state_dict(), model.audio_projector.state_dict()
     assert all(torch.equal(audio[name], image[name]) for name in image)
@@ -137,13 +137,15 @@ def test_missing_base_is_an_error_with_its_remedy(run_stage, tmp_path, stage):
 
 
 def test_stage_before_the_one_before_it_is_an_error_with_its_remedy(run_stage, run_dir, tmp_path):
-    """Distilling what was never aligned; aligning a chain that has no prefix."""
+    """Distillation of a model that was not aligned, and alignment of a chain without a prefix."""
     prefix = run_dir / "prefix"
-    message = f"base_model {prefix} has been through prefix only; run train/align.py first"
+    message = f"base_model {prefix} only has the stages prefix; run train/align.py first"
     with pytest.raises(ValueError, match=re.escape(message)):
         run_stage("distilled", prefix, tmp_path / "out")
-    run_stage("aligned", run_dir / "captioner", tmp_path / "unprefixed")  # a whole checkpoint may have been anywhere
-    with pytest.raises(ValueError, match="has been through align:mmd only; run train/prefix_tune.py first"):
+    run_stage(
+        "aligned", run_dir / "captioner", tmp_path / "unprefixed"
+    )  # a complete checkpoint does not record its stages
+    with pytest.raises(ValueError, match="only has the stages align:mmd; run train/prefix_tune.py first"):
         run_stage("aligned", tmp_path / "unprefixed", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -226,5 +228,5 @@ def test_learnt_attention_lies_beside_the_model(run_stage, run_dir, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in attention.state_dict().items())
     assert (attention.num_heads, attention.temperature) == (4, 0.5)
     run_stage("aligned", run_dir / "prefix", tmp_path / "out", "--objective", "mmd")
-    assert not (tmp_path / "out" / ATTENTION_WEIGHTS).exists()  # it belonged to the weights that are gone
-    LlavaAudioForConditionalGeneration.from_pretrained(tmp_path / "out")  # which does not mind the file
+    assert not (tmp_path / "out" / ATTENTION_WEIGHTS).exists()  # it belonged to the replaced weights
+    LlavaAudioForConditionalGeneration.from_pretrained(tmp_path / "out")  # which accepts the file

@@ -1,4 +1,4 @@
-"""Two processes with half of each batch train the weights that one process trains with the whole of it."""
+"""Two processes with half of each batch train the same weights as one process with the whole batch."""
 
 import json
 import os
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DRIVER = Path(__file__).with_name("stages_driver.py")
-# stage: its module, and the stage before it
+# stage: its module and the previous stage
 STAGES = {
     "prefix": ("dali_llava.train.prefix_tune", "captioner"),
     "tower": ("dali_llava.train.avworld.pretrain_tower", "prefix"),
@@ -30,20 +30,23 @@ STAGES = {
 }
 COMMON = [
     *("--max_steps", "6", "--learning_rate", "2e-3", "--lr_scheduler_type", "constant", "--warmup_steps", "0"),
-    # Adam divides a gradient by its own size: one that is as small as float32's rounding would make that rounding a
-    # step of the full rate.
+    # Adam divides a gradient by its magnitude. If it is as small as float32's rounding error, the error becomes a
+    # full step.
     *("--adam_epsilon", "1e-5"),
 ]
 STILL = ["--augmentation_noise", "0", "--augmentation_roll", "0"]
 ALIGNMENT = [
     *(*STILL, "--frame", "0"),
-    # Epochs 1 to 3: from the third step on lambda counts, and the attention learns.
+    # Epochs 1 to 3: from the third step on, lambda applies and the attention learns.
     *("--schedule_epochs", "3", "--objective_learning_rate", "2e-3"),
 ]
-OPTIONS = {"ot_att": ["--objective_options", '{"temperature": 0.2}']}  # at 20 the attention would hardly move
+OPTIONS = {
+    "ot_att": ["--objective_options", '{"temperature": 0.2}'],  # with 20, the attention would hardly change
+    "token_assignment": ["--max_steps", "24"],  # its gradients are small, as those of the tower below
+}
 RUNS = {
     "prefix": ("prefix", ["--frame", "0"]),
-    # Its gradients are small beside COMMON's epsilon: more steps, for every weight to move.
+    # Its gradients are small relative to COMMON's epsilon, so that every weight changes only after more steps.
     "tower": ("tower", [*STILL, "--augmentation_equaliser", "0", "--augmentation_mix", "0", "--max_steps", "12"]),
     "distilled": ("distilled", []),
 } | {
@@ -52,7 +55,7 @@ RUNS = {
 
 
 def launch(listing: Path, cache: Path) -> list[dict]:
-    """Run the stages in `listing` in two processes; what the first of them printed of each."""
+    """Runs the stages in `listing` in two processes and returns what the first process printed about each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, DRIVER, listing], env=environment, capture_output=True, text=True, timeout=300)
@@ -62,13 +65,13 @@ def launch(listing: Path, cache: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def outputs(run_dir, run_stage, stage_words, datasets_cache, tmp_path_factory) -> tuple[Path, Path]:
-    """The folders with a checkpoint for each of `RUNS`: trained by one process, and by two."""
+    """Folders with a checkpoint for each of `RUNS`, trained by one process and by two."""
     alone, shared = (tmp_path_factory.mktemp(name) for name in ("alone", "shared"))
     listed = {}
     for name, (stage, own) in RUNS.items():
         for folder in (alone, shared):
             (folder / name).mkdir()
-            if stage == "distilled":  # sampled captions would differ
+            if stage == "distilled":  # because sampled captions would differ
                 shutil.copy(run_dir / stage / "pseudo_captions.jsonl", folder / name)
         module, before = STAGES[stage]
         words = [*COMMON, *own, "--per_device_train_batch_size"]
@@ -93,16 +96,16 @@ def test_two_processes_train_the_weights_of_one(outputs, run_dir, name):
     _, before = STAGES[RUNS[name][0]]
     start = LlavaAudioForConditionalGeneration.from_pretrained(run_dir / before).state_dict()
     moved = {key: (tensor - start[key]).abs().max().item() for key, tensor in alone.items()}
-    # a key's bias has no gradient but for rounding
+    # the bias of a key has no gradient except for rounding
     assert min(moved[key] for key in moved if not key.endswith("k_proj.bias")) > 1e-3
 
 
 def test_two_processes_train_the_attention_of_one(outputs, run_stage, run_dir, tmp_path):
     alone, shared = (load_file(folder / "ot_att" / ATTENTION_WEIGHTS) for folder in outputs)
-    # Its gradient is zero in epoch 1: after one step it is as it was drawn.
+    # Its gradient is zero in epoch 1: after one step, the weights are the initial ones.
     run_stage("aligned", run_dir / "prefix", tmp_path, *COMMON, *RUNS["ot_att"][1], "--max_steps", "1")
     start = load_file(tmp_path / ATTENTION_WEIGHTS)
     assert largest_difference(alone, shared) <= 1e-5
     moved = {key: (tensor - start[key]).abs().max().item() for key, tensor in alone.items()}
-    # biases that add the same to every token's score have no gradient
+    # biases that shift the scores of all tokens equally have no gradient
     assert min(moved[key] for key in moved if key.endswith("weight")) > 1e-4

@@ -1,1 +1,1 @@
-"""What only AVWorld needs: its captioner and audio tower from scratch, and the captioner's cache."""
+"""Stages that only AVWorld needs: its captioner and audio tower from scratch, and the cache of the captioner."""

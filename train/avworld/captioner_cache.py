@@ -27,7 +27,8 @@ def cache_folder() -> Path:
 
 
 def imported_sources(module: str, package: str = "dali_llava") -> list[Path]:
-    """Source files of `package` that `module` imports directly or indirectly, including its own, sorted by module.
+    """
+    Return the source files of `package` that `module` imports directly or indirectly, and its own, sorted by module.
 
     Imports are parsed from the source, so that the list does not depend on the modules that the process has imported.
     """
@@ -57,7 +58,7 @@ def _find_spec(name: str) -> ModuleSpec | None:
 
 
 def captioner_key(config: Path, overrides: list[str]) -> str:
-    """Hash of the configuration, the overrides, AVWorld, the training code and the library versions."""
+    """Return a hash of the configuration, the overrides, AVWorld, the training code and the library versions."""
     digest = hashlib.sha256()
     versions = [torch.__version__, transformers.__version__, str(torch.get_num_threads())]
     for part in (config.read_text(), *overrides, content_hash(), *versions):

@@ -1,7 +1,7 @@
 """
-Before DALI: train a small image captioner from scratch, pictures and text only, for a corpus that has one to learn.
+Before DALI: train AVWorld's image captioner from scratch, on pictures and text only.
 
-The captioner never hears: audio tower, audio projector and prefix keep their initial weights.
+The audio tower, the audio projector and the prefix keep their initial weights.
 
     accelerate launch train/avworld/pretrain_captioner.py train/configs/avworld/captioner.yaml \
         --output_dir runs/captioner
@@ -33,26 +33,24 @@ from dali_llava.train.data.corpus import load_rows
 
 @dataclass
 class CaptionerArguments(StageArguments):
-    """Arguments of the captioner's training: its architecture and the training's own."""
+    """Arguments of the captioner's training: its architecture and the settings of both steps."""
 
     _VALID_DICT_FIELDS = [*StageArguments._VALID_DICT_FIELDS, "vision_config", "text_config", "audio_config"]
 
-    vision_config: dict | str | None = field(default=None, metadata={"help": "Vision tower, as JSON."})
-    text_config: dict | str | None = field(default=None, metadata={"help": "Language model, as JSON."})
-    audio_config: dict | str | None = field(default=None, metadata={"help": "Audio tower, as JSON."})
-    audio_mean: float = field(default=-5.081, metadata={"help": "Mean of the log-mel spectrograms, to be removed."})
-    audio_std: float = field(default=4.4849, metadata={"help": "Their standard deviation, to be divided by."})
-    vision_steps: int = field(default=300, metadata={"help": "Steps of the vision tower, before the captioner's."})
-    vision_batch_size: int = field(default=64, metadata={"help": "Pictures a step, in those."})
-    vision_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate, in those."})
-    unlikelihood: float = field(
-        default=2.0, metadata={"help": "Weight of the loss against words that an answer has already used."}
-    )
+    vision_config: dict | str | None = field(default=None, metadata={"help": "Vision tower's configuration, as JSON."})
+    text_config: dict | str | None = field(default=None, metadata={"help": "Language model's configuration, as JSON."})
+    audio_config: dict | str | None = field(default=None, metadata={"help": "Audio tower's configuration, as JSON."})
+    audio_mean: float = field(default=-5.081, metadata={"help": "Mean of the log-mel spectrograms."})
+    audio_std: float = field(default=4.4849, metadata={"help": "Standard deviation of the log-mel spectrograms."})
+    vision_steps: int = field(default=300, metadata={"help": "Training steps of the vision tower."})
+    vision_batch_size: int = field(default=64, metadata={"help": "Number of pictures per step of the vision tower."})
+    vision_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of the vision tower."})
+    unlikelihood: float = field(default=2.0, metadata={"help": "Weight of the unlikelihood loss of repeated words."})
     split: str = field(default="captioner", metadata={"help": "Split with pictures and dialogues."})
 
 
 def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditionalGeneration, LlavaAudioProcessor]:
-    """A captioner with random weights and its processor, as the arguments describe them."""
+    """Build the captioner that the arguments describe, with random weights, and its processor."""
     tokenizer = build_tokenizer()
     image_id, audio_id, prefix_id = tokenizer.convert_tokens_to_ids(["<image>", "<audio>", "<prefix>"])
     vision, audio = dict(arguments.vision_config), dict(arguments.audio_config)
@@ -88,8 +86,17 @@ def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditi
 
 
 def tokenize_dialogues(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset:
-    """Rows with `frames` and a list of `dialogues` into a row a dialogue: `pictures` (its frames' numbers, counted
-    over all rows), `prompt_ids` and `answer_ids`."""
+    """
+    Tokenize dialogues.
+
+    Args:
+        rows: rows with `frames` and a list of `dialogues`.
+        processor: processor of the captioner.
+
+    Returns:
+        one row per dialogue, with `pictures` (indices of its frames, counted over all rows), `prompt_ids` and
+        `answer_ids`.
+    """
     tokenizer = processor.tokenizer
     first = [0, *accumulate(len(frames) for frames in rows["frames"])]
 
@@ -100,7 +107,7 @@ def tokenize_dialogues(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset
             for turn in dialogue
         ]
         texts = [processor.format_prompt(q, image=bool(shown), answer=answer) for shown, q, answer in turns]
-        asked = dict.fromkeys((bool(shown), question) for shown, question, _ in turns)  # the same few over and over
+        asked = dict.fromkeys((bool(shown), question) for shown, question, _ in turns)  # tokenizes each question once
         prompts = [processor.format_prompt(question, image=shown) for shown, question in asked]
         ids_of = dict(zip(asked, tokenizer(prompts)["input_ids"], strict=True))
         prompt_ids = [ids_of[bool(shown), question] for shown, question, _ in turns]
@@ -115,7 +122,7 @@ def tokenize_dialogues(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset
 
 @torch.no_grad()
 def encode_pictures(captioner, processor, rows: Dataset, batch_size: int = 256) -> torch.Tensor:
-    """Image tokens of all frames of all rows, one after the other: (frames, N, vision width)."""
+    """Return the image tokens (frames, N, vision width) of all frames of all rows, in order."""
     tower, tokens = captioner.model.eval(), []
     for batch in tqdm(rows.iter(batch_size), total=math.ceil(len(rows) / batch_size), desc="Image tokens", delay=2):
         pictures = [open_frame({"frames": frames}, i) for frames in batch["frames"] for i in range(len(frames))]
@@ -125,7 +132,7 @@ def encode_pictures(captioner, processor, rows: Dataset, batch_size: int = 256) 
 
 
 def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArguments) -> None:
-    """Train vision tower, projector and word embeddings until every noun is read off some image token."""
+    """Train the vision tower, the projector and the word embeddings to predict nouns from image tokens."""
     model = captioner.model
     train_only(captioner, model.vision_tower, model.multi_modal_projector, captioner.lm_head)
     WordTrainer(

@@ -25,7 +25,7 @@ from dali_llava.train.trainers import StageTrainer
 def main(argv: list[str] | None = None) -> StageTrainer:
     arguments = parse_stage_arguments(TowerArguments, __doc__, argv)
     if arguments.examples < 2:
-        raise ValueError(f"examples: {arguments.examples} rows have no deviation; give at least 2.")
+        raise ValueError(f"examples: {arguments.examples} rows have no standard deviation; give at least 2.")
     set_seed(arguments.seed)
     check_base(arguments)
     rows = open_rows(arguments, pictures=arguments.cache_features)

@@ -1,4 +1,4 @@
-"""Statistics of a spectrogram, which an audio tower can learn to tell: self-supervision without masks or labels."""
+"""Statistics of spectrograms as targets of self-supervised training, without masks or labels."""
 
 import torch
 from scipy.fft import dct
@@ -9,28 +9,30 @@ def spectral_statistics(
     features: torch.Tensor, coefficients: int = 24, bands: int = 8, depth: float = 5.0
 ) -> torch.Tensor:
     """
-    What classical descriptors keep of a sound: its mean spectrum, how it varies, and how fast.
+    Compute classical descriptors of sounds: the mean spectrum, how it varies, and how fast.
 
-    Of the first cepstral `coefficients` of the frames (orthonormal DCT-II over the mel bins): mean, standard deviation
-    and mean absolute difference of every second frame over time. Of the mean logarithm in each of `bands` groups of
-    mel bins: log(1 + magnitude) of its spectrum over time, averaged within octaves of modulation frequency, from one
-    cycle a clip on.
+    The first `coefficients` cepstral coefficients of the frames (orthonormal DCT-II over the mel bins) give their mean
+    over time, their standard deviation, and the mean absolute difference of frames two apart. The mean log power in
+    each of `bands` groups of mel bins gives log(1 + magnitude) of its spectrum over time, averaged within octaves of
+    modulation frequency, starting at one cycle per clip.
 
     Args:
-        features: (B, frames, mels), normalised logarithms; mels a multiple of `bands`.
-        depth: what lies further than this below a clip's loudest bin is raised to there, lest digital silence weigh
-            more than sound.
+        features: (B, frames, mels), normalised log powers. The number of mel bins is a multiple of `bands`.
+        coefficients: number of cepstral coefficients.
+        bands: number of groups of mel bins.
+        depth: values further than this below a clip's loudest bin are raised to that level, so that digital silence
+            does not dominate.
 
     Returns:
         (B, 3 * coefficients + octaves * bands) float32; octaves = floor(log2(frames / 2)).
 
     Raises:
-        ValueError: when there are fewer mel bins than coefficients, or they do not fill the bands.
+        ValueError: if there are fewer mel bins than coefficients, or their number is not a multiple of `bands`.
     """
     features = features.float()
     frames, mels = features.shape[1:]
     if mels < coefficients or mels % bands:
-        raise ValueError(f"{mels} mel bins: need at least {coefficients}, and a multiple of {bands}.")
+        raise ValueError(f"{mels} mel bins: the statistics need at least {coefficients} and a multiple of {bands}.")
     features = features.maximum(features.amax((1, 2), keepdim=True) - depth)
     basis = torch.from_numpy(dct(torch.eye(mels).double().numpy(), norm="ortho")[:, :coefficients]).to(features)
     cepstrum = features @ basis
@@ -45,23 +47,23 @@ def spectral_statistics(
 
 class StatisticsLoss(nn.Module):
     """
-    Mean squared error with which the mean of a clip's audio tokens tells the clip's statistics, each standardised.
+    Mean squared error of the standardised statistics of a clip, predicted linearly from its mean audio token.
 
-    A regression of hand-made descriptors by linear workers, as in PASE (Pascual et al., 2019, section 2.2); the worker
-    is thrown away. 1.0 is what the corpus's mean would have.
+    This is a regression of hand-crafted descriptors by a linear worker, as in PASE (Pascual et al., 2019, section
+    2.2). The worker is discarded after training. Predicting the mean of the corpus gives a loss of 1.0.
 
     Args:
-        width: of an audio token.
-        examples: (n, frames, mels), augmented spectrograms, which give the statistics' means and deviations.
+        width: width of the audio tokens.
+        examples: (n, frames, mels), augmented spectrograms from which means and deviations are estimated.
 
     Raises:
-        ValueError: fewer than 2 examples, or as `spectral_statistics`.
+        ValueError: if there are fewer than 2 examples, or as in `spectral_statistics`.
     """
 
     def __init__(self, width: int, examples: torch.Tensor):
         super().__init__()
         if len(examples) < 2:
-            raise ValueError(f"statistics of {len(examples)} clip have no deviation; bring at least 2.")
+            raise ValueError(f"{len(examples)} clips have no standard deviation; give at least 2.")
         statistics = spectral_statistics(examples)
         self.register_buffer("mean", statistics.mean(0))
         self.register_buffer("deviation", statistics.std(0).clamp_min(1e-6))
@@ -69,9 +71,15 @@ class StatisticsLoss(nn.Module):
 
     def forward(self, audio_tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """
+        Compute the loss.
+
         Args:
-            audio_tokens: (B, N, width), of the very `features` (B, frames, mels) that the tower was given.
+            audio_tokens: (B, N, width), the output of the audio tower for `features`.
+            features: (B, frames, mels), the spectrograms given to the audio tower.
+
+        Returns:
+            a scalar.
         """
         with torch.autocast(features.device.type, enabled=False):
-            told = self.worker(audio_tokens.float().mean(1))
-            return nn.functional.mse_loss(told, (spectral_statistics(features) - self.mean) / self.deviation)
+            predicted = self.worker(audio_tokens.float().mean(1))
+            return nn.functional.mse_loss(predicted, (spectral_statistics(features) - self.mean) / self.deviation)

@@ -1,4 +1,4 @@
-"""Captioning from views of a picture's tokens, for the captioner of AVWorld."""
+"""Training of AVWorld's captioner on views of the image tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,24 +12,25 @@ from dali_llava.train.data.collators import IGNORED
 from dali_llava.train.trainers.captioning import CaptioningTrainer
 
 
-STRAYS = 0.3  # largest share of a picture's drawn tokens that come from other pictures
-CONTRACTION = 0.7  # largest share of the way that drawn tokens go to the mean of their picture
-REGRESSION = 0.5  # the same towards the mean of all pictures
+STRAYS = 0.3  # maximum share of the drawn tokens that are replaced with tokens of other pictures
+CONTRACTION = 0.7  # maximum share by which drawn tokens are moved towards the mean of their picture
+REGRESSION = 0.5  # the same, towards the mean of all pictures
 
 
 class TokenViewTrainer(CaptioningTrainer):
     """
-    Captioning from views of a picture's tokens, so that the captioner reads any set of them, not one fixed grid.
+    Trains captioning from views of image tokens, so that the captioner reads any set of tokens, not one fixed grid.
 
-    Audio tokens are another number of tokens in another order, and sound with picture is two sets at once. What a
-    sound leaves open they spread over several pictures or average over, so that they differ less than image tokens do,
-    within a clip and between clips. A captioner that has only seen one grid in one order cannot read that, however
-    well they are aligned. The collator chooses the view and writes its placeholders; this trainer fills them.
+    Audio tokens differ from image tokens in number and order, and audio with image is two sets at once. If a sound
+    leaves something open, its tokens spread over several pictures or average over them, so that they vary less than
+    image tokens, within a clip and between clips. A captioner that has only seen one grid in one order cannot read
+    such tokens, even if they are well aligned. The collator selects the view and inserts its placeholders, and this
+    trainer computes the tokens.
 
     Args:
-        unlikelihood: weight of `repetition_unlikelihood`, added to the cross-entropy. A set of tokens shows the same
-            thing many times, and cross-entropy alone does not teach a small model to name it once.
-        words: (vocabulary,) bool, the words that it is about; all by default.
+        unlikelihood: weight of `repetition_unlikelihood`, which is added to the cross-entropy. A set of tokens shows
+            the same thing many times, and cross-entropy alone does not teach a small model to name it once.
+        words: (vocabulary,) bool, the words that the unlikelihood applies to; all by default.
     """
 
     def __init__(self, *args, unlikelihood: float = 0.0, words: torch.Tensor | None = None, **kwargs):
@@ -60,18 +61,20 @@ def token_views(
     regression: float = REGRESSION,
 ) -> list[torch.Tensor]:
     """
-    A view of each set of tokens: all in their order if `grid`, then `extra` tokens drawn at random with replacement.
+    Create a view of each set of tokens: all tokens in order if `grid`, then `extra` tokens drawn with replacement.
 
     Args:
-        tokens: of each row, (N_i, width): a picture's, or those of several pictures.
-        contraction: drawn tokens are moved towards the mean of their set by a share uniform in [0, contraction],
-            another one a row.
-        regression: they are then moved towards the mean of the whole batch, likewise.
-        strays: of the drawn tokens a share uniform in [0, strays], another one a row, is then replaced by tokens of
-            the whole batch.
+        tokens: one tensor (N_i, width) per row, the tokens of one or several pictures.
+        grid: whether the view starts with all tokens.
+        extra: number of tokens to draw.
+        strays: a share of the drawn tokens, drawn from U(0, strays) per row, is replaced with tokens of the whole
+            batch, after the two steps below.
+        contraction: drawn tokens are first moved towards the mean of their set, by a share drawn from
+            U(0, contraction) per row.
+        regression: they are then moved towards the mean of the batch, by a share drawn from U(0, regression) per row.
 
     Returns:
-        of each row, (N_i * grid + extra, width).
+        one tensor (N_i * grid + extra, width) per row.
     """
     everything, views = torch.cat(tokens), []
     middle = everything.mean(dim=0, keepdim=True)
@@ -88,17 +91,16 @@ def token_views(
 @dataclass
 class TokenViewCollator:
     """
-    Tokenised dialogues and the image tokens of their pictures into batches for `TokenViewTrainer`.
+    Collates tokenized dialogues and the image tokens of their pictures into batches for `TokenViewTrainer`.
 
-    A row holds `prompt_ids`, `answer_ids` and `pictures`, indices into `image_tokens`; none in a dialogue without. A
-    batch shows its pictures in one view: a quarter of the batches all tokens as they are, half of them tokens drawn
-    from these, as sound alone brings them, a quarter both one after the other, as sound after picture does. One view
-    a batch leaves little to pad.
+    A row has `prompt_ids`, `answer_ids` and `pictures`, a possibly empty list of indices into `image_tokens`. All
+    rows of a batch have the same view, which keeps the padding short. A quarter of the batches show all tokens, half
+    show drawn tokens (as audio does), and a quarter show both in sequence (as audio after an image does).
 
     Args:
-        processor: of the model to train.
-        image_tokens: (pictures, N, vision width), from the frozen vision tower.
-        drawn: least and largest number of tokens to draw.
+        processor: processor of the model to train.
+        image_tokens: (pictures, N, vision width), output of the frozen vision tower.
+        drawn: minimum and maximum number of tokens to draw.
     """
 
     processor: LlavaAudioProcessor
@@ -106,7 +108,7 @@ class TokenViewCollator:
     drawn: tuple[int, int]
 
     def draw_view(self) -> tuple[bool, int]:
-        """(grid, extra): see `token_views`."""
+        """Draw the view of a batch; returns `grid` and `extra` of `token_views`."""
         kind = int(torch.randint(4, ()))
         extra = int(torch.randint(self.drawn[0], self.drawn[1] + 1, ())) if kind > 0 else 0
         return kind in (0, 1), extra

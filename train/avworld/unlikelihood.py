@@ -1,4 +1,4 @@
-"""Unlikelihood of words that an answer has already used."""
+"""Unlikelihood loss for words that an answer has already used."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,19 +8,19 @@ import torch
 from dali_llava.train.data.collators import IGNORED
 
 
-REPEATED = 0.25  # share of the answers with a word that repeat it, from which the word may be repeated
+REPEATED = 0.25  # words repeated by at least this share of the answers that contain them are excluded
 
 
 def seldom_repeated(answers: Iterable[Sequence[int]], vocabulary_size: int) -> torch.Tensor:
     """
-    Which words answers say once: nouns and verbs, say, but not articles and commas.
+    Find the words that answers seldom repeat, such as nouns and verbs, but not articles and commas.
 
     Args:
         answers: token ids of each answer.
         vocabulary_size: number of token ids.
 
     Returns:
-        (vocabulary_size,) bool, False for words that at least `REPEATED` of the answers that hold them hold twice.
+        (vocabulary_size,) bool, False for words that at least `REPEATED` of the answers with the word repeat.
     """
     holding, repeating = Counter(), Counter()
     for answer in answers:
@@ -37,23 +37,25 @@ def repetition_unlikelihood(
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    Token-level unlikelihood of repetition: Welleck et al., "Neural Text Generation with Unlikelihood Training", ICLR
-    2020, equations 4 and 5.
+    Token-level unlikelihood of repetition [1, equations 4 and 5].
 
-    At each position of an answer, the negative candidates are the tokens that the answer holds before it, except the
-    one that is right there. The loss is -log(1 - p) of each candidate. Its context is the prompt and the true answer
-    so far, as in cross-entropy, so that a word the answer does say twice is not punished where it stands.
+    At each position of an answer, the negative candidates are the earlier tokens of the answer, except the correct
+    token of this position. The loss of a candidate is -log(1 - p). As in cross-entropy, the context is the prompt and
+    the correct answer so far, so a word that the answer does repeat is not penalised where it is repeated.
 
-    Words that answers often repeat make poor candidates: a comma would be punished at the "and" that ends its list.
+    Words that answers often repeat are poor candidates: a comma would be penalised at the "and" that ends its list.
 
     Args:
-        logits: (B, L, vocabulary), of the token after each position, as a causal language model returns them.
-        labels: (B, L), the answers' token ids, -100 elsewhere.
+        logits: (B, L, vocabulary), predictions of the token after each position, as a causal language model returns.
+        labels: (B, L), token ids of the answers, and -100 elsewhere.
         words: (vocabulary,) bool, the words that may be candidates; all by default. See `seldom_repeated`.
-        num_items: what the sum is divided by; the number of labels in the batch by default.
+        num_items: divisor of the sum; the number of labels in the batch by default.
 
     Returns:
-        scalar, float32.
+        a float32 scalar.
+
+    References:
+        [1] S. Welleck et al., "Neural Text Generation with Unlikelihood Training", ICLR 2020.
 
     Example:
         >>> logits = torch.zeros(1, 4, 4)  # each of four words has a probability of 1/4

@@ -1,4 +1,4 @@
-"""The vision tower before the captioner: pictures and the nouns of what they show, as CLIP stands before LLaVA."""
+"""Training of the vision tower before the captioner, on pictures and their nouns, as CLIP is trained before LLaVA."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,12 @@ from dali_llava.train.data.collators import pixel_values
 from dali_llava.train.trainers.stage import StageTrainer
 
 
-WORD_PRIOR = 4.0  # log-odds against a word; few of the vocabulary describe a picture
-GLOBAL_SHARE = 0.08  # of the loss that every token bears, not only a word's best
+WORD_PRIOR = 4.0  # log-odds against a word, because few words of the vocabulary describe a picture
+GLOBAL_SHARE = 0.08  # share of the loss that applies to every token, not only to the best one for a word
 
 
 class WordTrainer(StageTrainer):
-    """Every noun that a picture shows is to be read off its image tokens; see `word_loss`."""
+    """Trains the image tokens of a picture to predict its nouns; see `word_loss`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = torch.stack(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
@@ -29,21 +29,22 @@ def word_loss(
     tokens: torch.Tensor, words: torch.Tensor, lm_head: nn.Module, global_share: float = GLOBAL_SHARE
 ) -> torch.Tensor:
     """
-    Binary cross-entropy of words, read off image tokens through the language model's head.
+    Binary cross-entropy of words, predicted from image tokens by the language model's head.
 
-    Mostly multiple-instance, an image token the instance: in a picture of three things the gradient of "dog" reaches
-    the dog's patches at once, and the projected tokens come to lie near the embeddings of their words, where a
-    language model can pick them up. For the rest every token is to name all that the picture shows: CLIP's patch
-    tokens carry their picture's content too, and what they share between pictures says nothing about a sound.
+    The first part is multiple-instance learning with image tokens as instances. In a picture of three things, the
+    gradient of "dog" reaches the patches of the dog directly, and the projected tokens move close to the embeddings of
+    their words, which a language model can read. In the second part, every token predicts all nouns of the picture,
+    because CLIP's patch tokens also carry the content of the whole picture. What tokens have in common between
+    pictures says nothing about a sound.
 
     Args:
-        tokens: projected image tokens, (B, N, width).
+        tokens: (B, N, width), projected image tokens.
         words: (B, vocabulary), 1 for the nouns that the picture shows.
-        lm_head: (..., width) -> (..., vocabulary).
+        lm_head: maps (..., width) to (..., vocabulary).
         global_share: weight of the second part, in [0, 1].
 
     Returns:
-        scalar, summed over the vocabulary, averaged over the pictures (and over the tokens, in the second part).
+        a scalar, summed over the vocabulary and averaged over the pictures (and over the tokens in the second part).
     """
     cross_entropy = nn.functional.binary_cross_entropy_with_logits
     logits = lm_head(nn.functional.rms_norm(tokens, tokens.shape[-1:])) - WORD_PRIOR
@@ -54,7 +55,7 @@ def word_loss(
 
 @dataclass
 class WordCollator:
-    """Rows with `frames` and `visible` into `pixel_values` and `words` (B, vocabulary), 1 for the nouns that show."""
+    """Collates rows with `frames` and `visible` into `pixel_values` and `words` (B, vocabulary), 1 for nouns shown."""
 
     processor: LlavaAudioProcessor
 

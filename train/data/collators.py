@@ -1,4 +1,4 @@
-"""Rows of a corpus into batches: captions to learn, and pairs of picture and sound to align."""
+"""Collators that turn rows of a corpus into batches for captioning and for alignment."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,26 +12,35 @@ from dali_llava.train.data.augmentation import Augmentation
 from dali_llava.train.data.clips import ClipOpener
 
 
-IGNORED = -100  # the label that cross-entropy skips
+IGNORED = -100  # label that cross-entropy ignores
 
 
 def pixel_values(images: list[Image.Image], processor: LlavaAudioProcessor) -> torch.Tensor:
-    """(B, 3, H, W) of the images, through everything the processor does to one."""
+    """Return the processor's pixel values (B, 3, H, W) for images."""
     texts = [processor.image_token] * len(images)
     return processor(text=texts, images=images, return_tensors="pt")["pixel_values"]
 
 
 def input_features(sounds: list[np.ndarray], processor: LlavaAudioProcessor) -> torch.Tensor:
-    """(B, frames, mels) of waveforms (samples,) at the extractor's sampling rate."""
+    """Return the spectrograms (B, frames, mels) of waveforms (samples,) at the extractor's sampling rate."""
     extractor = processor.feature_extractor
     return extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
 
 
 def answer_labels(input_ids: torch.Tensor, tokenizer, prompts: list[str], texts: list[str]) -> torch.Tensor:
     """
-    Labels for the left-padded `input_ids` of `texts`: the ids of what follows each of `prompts`, -100 before.
+    Build labels for the answers in left-padded `input_ids`, with -100 at all other positions.
 
-    Placeholders stand in both, so their expansion does not change how many tokens the answer has.
+    Prompts and texts contain the same placeholders, so their expansion does not change the length of the answer.
+
+    Args:
+        input_ids: (B, L), the ids of `texts` after placeholders are expanded.
+        tokenizer: tokenizer of the texts.
+        prompts: the prompts without answers.
+        texts: the same prompts with answers.
+
+    Returns:
+        (B, L) labels.
     """
     labels = torch.full_like(input_ids, IGNORED)
     with_answer, without = tokenizer(texts)["input_ids"], tokenizer(prompts)["input_ids"]
@@ -44,15 +53,17 @@ def answer_labels(input_ids: torch.Tensor, tokenizer, prompts: list[str], texts:
 @dataclass
 class CaptionCollator:
     """
-    Rows with `question` and `answer` into `input_ids`, `labels` and media.
+    Collates rows with `question` and `answer` into `input_ids`, `labels` and media.
 
-    The loss falls on the answer and its end token.
+    The labels cover the answer and its end token.
 
     Args:
-        processor: of the model to train.
-        image, audio, prefix: what stands before the question; the rows then hold `frames` or `audio`.
-        frame: index of the frame to show; a random one by default.
-        opener: opens the media, and draws other rows for broken ones.
+        processor: processor of the model to train.
+        image: whether the image precedes the question; rows then need `frames`.
+        audio: whether the audio precedes the question; rows then need `audio`.
+        prefix: whether the prefix precedes the question.
+        frame: index of the frame to show; random by default.
+        opener: opens the media and replaces broken rows.
     """
 
     processor: LlavaAudioProcessor
@@ -84,15 +95,15 @@ class CaptionCollator:
 @dataclass
 class AlignmentCollator:
     """
-    Rows into pairs of picture and sound: `pixel_values` (B, 3, H, W), `input_features` (B, frames, mels).
+    Collates rows into pairs of image and audio: `pixel_values` (B, 3, H, W) and `input_features` (B, frames, mels).
 
-    Rows of `train.corpus.with_features` hold `image_tokens` in place of frames; so do their batches: (B, N, width).
+    For rows of `with_features`, batches contain `image_tokens` (B, N, width) in place of `pixel_values`.
 
     Args:
-        processor: of the model to train.
-        augmentation: of the spectrograms.
-        frame: index of the frame to align with; a random one by default.
-        opener: opens the media, and draws other rows for broken ones.
+        processor: processor of the model to train.
+        augmentation: augmentation of the spectrograms.
+        frame: index of the frame to align with; random by default.
+        opener: opens the media and replaces broken rows.
     """
 
     processor: LlavaAudioProcessor

@@ -1,4 +1,4 @@
-"""The corpus of a stage: its rows, chosen and prepared as the stage's arguments say."""
+"""Load and select the rows of a corpus that a stage trains on."""
 
 import hashlib
 import inspect
@@ -23,17 +23,21 @@ from dali_llava.train.data.collators import input_features, pixel_values
 
 logger = logging.getLogger(__name__)
 
-SEEN_FIRST = 20  # rows of which one at least has a picture
-KEPT = "kept.txt"  # of a pre-filter's folder: an id a line
+SEEN_FIRST = 20  # number of rows checked for pictures; at least one must have one
+KEPT = "kept.txt"  # list in the output folder of a pre-filter, with one id per line
 
 
 def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
     """
-    Rows of `arguments.split`, those in `kept` where it is given, or of another `split`; at most `max_samples`.
+    Load the rows of a split, at most `arguments.max_samples`.
+
+    Args:
+        arguments: arguments of the stage.
+        split: split to load instead of `arguments.split`. `arguments.kept` applies to the latter only.
 
     Raises:
-        ValueError: when corpus, split or an option is unknown, or the split is empty.
-        FileNotFoundError, ValueError: as `kept_ids` does.
+        ValueError: if the corpus, the split or an option is unknown, or the split is empty.
+        FileNotFoundError, ValueError: as in `keep_rows`.
     """
     kept = arguments.kept if split in (None, arguments.split) else None
     split = split or arguments.split
@@ -49,19 +53,19 @@ def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
 
 def stream_rows(arguments: SoundArguments) -> IterableDataset:
     """
-    The rows of `load_rows` as a stream that begins again where it ends.
+    Load the rows of `load_rows` as a stream that repeats without end.
 
-    Ranks and the workers of a loader read their own parts of it, if the corpus has as many shards.
+    Ranks and DataLoader workers read their own parts of the stream if the corpus has enough shards.
 
     Raises:
-        ValueError: as `load_rows`, or for an argument that a stream cannot serve.
-        FileNotFoundError: as `load_rows`.
+        ValueError: as in `load_rows`, or if an argument is not supported for streams.
+        FileNotFoundError: as in `load_rows`.
     """
     if arguments.max_steps <= 0:
-        raise ValueError("streaming: a stream has no end; say how many steps to train, --max_steps N.")
+        raise ValueError("streaming: a stream has no end; give the number of steps, --max_steps N.")
     for name in ("cache_features", "halve_every"):
         if getattr(arguments, name, False):
-            raise ValueError(f"streaming: a stream cannot serve {name}; leave out one of the two, --{name} 0.")
+            raise ValueError(f"streaming: {name} is not supported for streams; disable one of the two, --{name} 0.")
     rows = load_corpus(arguments.dataset, arguments.split, streaming=True, **arguments.dataset_options)
     if arguments.kept is not None:
         kept = kept_ids(arguments.kept)
@@ -75,13 +79,14 @@ def stream_rows(arguments: SoundArguments) -> IterableDataset:
 
 def open_rows(arguments: SoundArguments, pictures: bool) -> Dataset | IterableDataset:
     """
-    The rows of a stage that trains the audio tower, or their stream.
+    Load the rows of a stage that trains the audio tower, as a stream if `arguments.streaming`.
 
     Args:
-        pictures: whether the stage needs them.
+        arguments: arguments of the stage.
+        pictures: whether the stage needs pictures.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_rows`, `stream_rows` and `check_pictures`.
+        ValueError, FileNotFoundError: as in `load_rows`, `stream_rows` and `check_pictures`.
     """
     rows = stream_rows(arguments) if arguments.streaming else load_rows(arguments)
     if pictures:
@@ -90,43 +95,43 @@ def open_rows(arguments: SoundArguments, pictures: bool) -> Dataset | IterableDa
 
 
 def shuffled(rows: Dataset | IterableDataset, arguments: SoundArguments) -> Dataset | IterableDataset:
-    """Rows to train on. A `Dataset` is shuffled by its loader, anew in each pass; a stream, which has none, here."""
+    """Shuffle a stream. A `Dataset` is returned unchanged, because the DataLoader shuffles it in each epoch."""
     if not arguments.streaming:
         return rows
     return rows.shuffle(arguments.seed, buffer_size=arguments.shuffle_buffer)
 
 
 def check_pictures(rows: Iterable[dict], arguments: SoundArguments) -> None:
-    """ValueError where none of the first rows has a picture to align its sound with."""
+    """Raise a ValueError if none of the first rows has a picture."""
     if not any(row["frames"] for row in islice(rows, SEEN_FIRST)):
-        raise ValueError(f"{arguments.dataset}, split {arguments.split}: no pictures to align the sounds with.")
+        raise ValueError(f"{arguments.dataset}, split {arguments.split}: no pictures, which the alignment needs.")
 
 
 def kept_ids(folder: str | Path) -> set[str]:
-    """The ids that a pre-filter kept; FileNotFoundError when the folder, its output_dir, holds no finished one."""
+    """Return the ids that a pre-filter kept. Raises FileNotFoundError if the folder has no finished pre-filter."""
     path = Path(folder) / KEPT
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such list; run train/prefilter.py to its end first.")
+        raise FileNotFoundError(f"{path}: the list does not exist; complete the run of train/prefilter.py first.")
     return set(path.read_text(encoding="utf-8").splitlines())
 
 
 def keep_rows(rows: Dataset, folder: str | Path) -> Dataset:
     """
-    The rows that a pre-filter kept, in their order.
+    Select the rows that a pre-filter kept, in their order.
 
     Args:
-        rows: of the corpus and split that were filtered. Rows that the filter never saw are not kept.
-        folder: its output_dir.
+        rows: rows of the corpus and split that were filtered. Rows that the pre-filter did not score are not kept.
+        folder: output folder of the pre-filter.
 
     Raises:
-        FileNotFoundError: when the folder holds no finished pre-filter.
-        ValueError: when none of the rows was kept.
+        FileNotFoundError: if the folder has no finished pre-filter.
+        ValueError: if none of the rows was kept.
     """
     kept = kept_ids(folder)
     chosen = [index for index, name in enumerate(rows["id"]) if name in kept]
     if not chosen:
         raise ValueError(
-            f"{Path(folder) / KEPT}: holds the id of none of these {len(rows)} rows; was another corpus filtered?"
+            f"{Path(folder) / KEPT}: contains none of the ids of these {len(rows)} rows; filter this corpus and split."
         )
     return rows.select(chosen)
 
@@ -135,15 +140,20 @@ def with_features(
     rows: Dataset, towers: LlavaAudioTowers | LlavaAudioModel, processor: LlavaAudioProcessor
 ) -> Dataset:
     """
-    What an alignment needs of the rows, computed once and kept on disk by `datasets`.
+    Compute the features that the alignment needs. `datasets` caches them on disk.
 
-    Clips that cannot be opened are left out, each with a warning.
+    Clips that cannot be opened are skipped with a warning.
+
+    Args:
+        rows: rows of a corpus.
+        towers: the model that encodes the images.
+        processor: its processor.
 
     Returns:
-        `id`; `input_features` (T, mels); `image_tokens` (frames, N, vision width), each frame's from the frozen tower.
+        rows with `id`, `input_features` (T, mels) and `image_tokens` (frames, N, vision width).
 
     Raises:
-        ValueError: no clip can be opened.
+        ValueError: if no clip can be opened.
     """
     extractor = processor.feature_extractor
     towers.eval()
@@ -155,7 +165,7 @@ def with_features(
             try:
                 sound, frames = open_audio(row, extractor.sampling_rate), open_frames(row)
             except MediaError as error:
-                logger.warning("%s; it is left out", error)
+                logger.warning("%s; the clip is skipped", error)
                 continue
             names.append(row["id"])
             sounds.append(sound)
@@ -190,14 +200,15 @@ def with_features(
         desc="Features",
     )
     if len(stored) == 0:
-        raise ValueError(f"none of {len(rows)} clips can be opened; `dali-llava inspect --check 100` tells why.")
+        raise ValueError(f"none of {len(rows)} clips can be opened; `dali-llava inspect --check 100` shows why.")
     return stored.with_format("numpy", columns=["input_features", "image_tokens"], output_all_columns=True)
 
 
 def _features_fingerprint(
     rows: Dataset, towers: LlavaAudioTowers | LlavaAudioModel, processor: LlavaAudioProcessor
 ) -> str:
-    """A key of everything that `with_features` depends on, equal in all processes (that of a pickled model is not)."""
+    """Return a hash of everything that `with_features` depends on. It is the same in all processes, unlike a hash of a
+    pickled model."""
     weights = hashlib.sha256()
     for name, tensor in towers.vision_tower.state_dict().items():
         weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())

@@ -56,7 +56,7 @@ class TokenAssignmentLoss(AlignmentLoss):
         self.variant = variant
         self.eps = eps
         self.num_iterations = num_iterations
-        self.log_scale = nn.Parameter(torch.full((1,), math.log(_INITIAL_SCALE)))  # FSDP2 refuses scalars
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(_INITIAL_SCALE)))  # FSDP2 does not accept scalars
 
     def compute(
         self,
@@ -96,7 +96,7 @@ class TokenAssignmentLoss(AlignmentLoss):
 def _token_infonce(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """(B,) mean over tokens of the cross-entropy of logits (B, N, N) against the diagonal, in float64.
 
-    The gradient holds `softmax - 1` at the diagonal; where the softmax is nearly 1, float32 would round it away.
+    The gradient at the diagonal is `softmax - 1`, which float32 would round to 0 if the softmax is nearly 1.
     """
     logits = logits.double()
     target = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])

@@ -68,10 +68,10 @@ class ContrastiveLoss(AlignmentLoss):
 
 
 def _gather(audio: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """All ranks' vectors, in rank order and with gradients, and where this rank's begin."""
+    """The vectors of all ranks, in rank order and with gradients, and the index of the first one of this rank."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return audio, image, 0
-    # A collective on tensors of different sizes hangs or fills in rubbish.
+    # A collective on tensors of different sizes hangs or returns wrong values.
     size = torch.tensor([len(audio)], device=audio.device)
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)

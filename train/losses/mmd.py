@@ -6,11 +6,11 @@ from torch.autograd.function import once_differentiable
 from dali_llava.train.losses.base import AlignmentLoss, LossOutput, uniform_weights
 
 
-# The kernel's bandwidths are s times 1/4, 1/2, 1, 2 and 4. The widest gives u = exp(-d^2 / (4 s)); each next one, half
-# as wide, is the square of the one before.
+# The bandwidths are s times 1/4, 1/2, 1, 2 and 4. The widest kernel is exp(-d^2 / (4 s)); each narrower one has half
+# the bandwidth and is the square of the previous one.
 _WIDEST = 4.0
 _NUM_KERNELS = 5
-_MEMORY_MB = {False: 32.0, True: 512.0}  # by whether the tokens are on a GPU
+_MEMORY_MB = {False: 32.0, True: 512.0}  # key: whether the tokens are on a GPU
 
 
 class MMDLoss(AlignmentLoss):
@@ -66,13 +66,13 @@ class MMDLoss(AlignmentLoss):
 class _PairedMMD(torch.autograd.Function):
     """MMD^2 (B,) and bandwidth (B,) of x (B, N, D) with weights a (B, N) and y (B, M, D) with weights b (B, M).
 
-    The gradient has a closed form that needs the same kernel matrices as the value. It is taken along in the forward
-    pass, so that no N x N matrix outlives its part of the batch.
+    The gradient has a closed form that needs the same kernel matrices as the value. It is computed in the forward
+    pass, so that no N x N matrix is kept longer than its part of the batch is processed.
     """
 
     @staticmethod
     def forward(ctx, x, y, a, b, memory_mb):
-        # Five matrices at most live at once: three of the block at hand, and the slopes of the two before it.
+        # At most five matrices exist at once: three of the current block and the slopes of the two previous ones.
         largest = max(x.shape[1], y.shape[1])
         pairs = max(1, int(memory_mb * 2**20 / (5 * largest**2 * x.element_size())))
         needs_x, needs_y = ctx.needs_input_grad[:2]
@@ -112,20 +112,20 @@ def _mmd_with_gradients(x, y, a, b, needs_x, needs_y):
 
 
 def _standardise(x, y, a, b):
-    """Centres and scales both clouds so that the widest kernel becomes exp(-d^2); returns s and the scale too.
+    """Centres and scales both clouds so that the widest kernel is exp(-d^2). Also returns s and the scale.
 
-    Distances do not see the shift, and without it float32 would lose their digits when the clouds lie far out.
+    The shift does not change distances. Without it, float32 would lose digits for clouds far from the origin.
     """
     count_x, count_y = (a > 0).sum(dim=1), (b > 0).sum(dim=1)
     count = (count_x + count_y).to(x.dtype)
     total = (count_x[:, None] * (a[:, None] @ x)[:, 0]) + (count_y[:, None] * (b[:, None] @ y)[:, 0])
     centre = total / count[:, None]
-    # Masked tokens are moved onto the centre, where they add nothing to any sum.
+    # Masked tokens are moved to the centre, where they do not contribute to any sum.
     x = (x - centre[:, None]) * (a > 0)[..., None]
     y = (y - centre[:, None]) * (b > 0)[..., None]
     # sum_ij |z_i - z_j|^2 = 2 N sum_i |z_i|^2 for centred points, over the N (N - 1) pairs of different points.
     bandwidth = 2 * (x.square().sum(dim=(1, 2)) + y.square().sum(dim=(1, 2))) / (count - 1)
-    # Equal points differ from their rounded mean by a few units in the last place: that is no spread.
+    # Equal points differ from their rounded mean by a few units in the last place, which does not count as spread.
     rounding = (4 * torch.finfo(x.dtype).eps) ** 2 * centre.square().sum(dim=1)
     bandwidth = torch.where(bandwidth > rounding, bandwidth, 0.0)
     scale = torch.where(bandwidth > 0, (_WIDEST * bandwidth).rsqrt(), 0.0)
@@ -133,10 +133,9 @@ def _standardise(x, y, a, b):
 
 
 def _kernel_within(x, a, with_slope):
-    """As `_kernel` for the tokens of one cloud, and their squared norms (B, N).
+    """`_kernel` for the tokens of one cloud. Also returns their squared norms (B, N).
 
-    The norms are read off the products themselves: a token's distance to itself is then exactly 0, whatever precision
-    the products were rounded to.
+    The norms are taken from the products, so that the distance of a token to itself is exactly 0 at any precision.
     """
     gram = x @ x.mT
     norms = gram.diagonal(dim1=1, dim2=2).clone()
@@ -144,11 +143,11 @@ def _kernel_within(x, a, with_slope):
 
 
 def _kernel(gram, row_norms, column_norms, a, b, with_slope):
-    """Weighted mean (B,) of the kernel matrix to a Gram matrix (B, N, M), and the matrix of its derivatives by d^2.
+    """Weighted mean (B,) of the kernel matrix of a Gram matrix (B, N, M), and its derivatives with respect to d^2.
 
-    The mean is float64: MMD is a small difference of three such means, and float32 would leave it four digits.
+    The mean is float64, because MMD is a small difference of three such means and would have four digits in float32.
 
-    Overwrites the Gram matrix; gives None for the derivatives unless asked.
+    Overwrites the Gram matrix. Returns None for the derivatives unless `with_slope`.
     """
     power = gram.mul_(2).sub_(row_norms[:, :, None]).sub_(column_norms[:, None]).clamp_(max=0).exp_()
     kernel = power.clone()

@@ -1,4 +1,4 @@
-"""Trainer subclasses, one a kind of objective."""
+"""Trainers of the stages."""
 
 from .alignment import AlignmentModel, AlignmentTrainer
 from .captioning import CaptioningTrainer

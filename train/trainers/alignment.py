@@ -1,4 +1,4 @@
-"""Stage 1b: match the distribution of a clip's audio tokens to that of its image tokens."""
+"""Stage 1b: match the distribution of the audio tokens of a clip to that of its image tokens."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .stage import StageTrainer
 
 @dataclass
 class AlignmentOutput(ModelOutput):
-    """`loss` to minimise, and the objective's `logs`."""
+    """Output of `AlignmentModel`: the `loss` to minimise and the objective's `logs`."""
 
     loss: torch.Tensor | None = None
     logs: dict | None = None
@@ -32,8 +32,12 @@ class AlignmentModel(nn.Module):
     """
     The two towers and an objective between their tokens.
 
-    The objective is a submodule, so its parameters (an attention, a temperature) are wrapped and gathered with the
-    audio tower's. The vision tower runs without a graph.
+    The objective is a submodule, so that its parameters (an attention, a temperature) are wrapped and gathered
+    together with those of the audio tower. The vision tower runs without an autograd graph.
+
+    Args:
+        towers: the towers. All weights except those of the audio tower are frozen.
+        objective: an `AlignmentLoss`.
     """
 
     def __init__(self, towers: LlavaAudioTowers, objective: nn.Module):
@@ -49,7 +53,15 @@ class AlignmentModel(nn.Module):
     def forward(
         self, pixel_values=None, input_features=None, input_features_mask=None, image_tokens=None
     ) -> AlignmentOutput:
-        """The objective of a batch; pictures are given as pixels or as the vision tower's tokens."""
+        """
+        Compute the objective of a batch.
+
+        Args:
+            pixel_values: (B, 3, H, W); not used if `image_tokens` is given.
+            input_features: (B, frames, mels).
+            input_features_mask: (B, frames), True for frames that count; all by default.
+            image_tokens: (B, N, width), output of the vision tower.
+        """
         towers = self.towers
         if image_tokens is None:
             with torch.no_grad():
@@ -62,9 +74,10 @@ class AlignmentModel(nn.Module):
 
 class ScheduleEpochs(TrainerCallback):
     """
-    Calls the objective's `set_epoch`, from 1, before each step (for the entropy weight of `AttentiveTransportLoss`).
+    Calls `objective.set_epoch`, counted from 1, before each step (for the entropy weight of `AttentiveTransportLoss`).
 
     Args:
+        objective: the objective.
         epochs: number of epochs to divide a run of `max_steps` into; by default the epochs of the data.
     """
 
@@ -80,9 +93,13 @@ class ScheduleEpochs(TrainerCallback):
 
 class AlignmentTrainer(StageTrainer):
     """
-    Trainer of an `AlignmentModel`. The objective's own parameters, if any, are a group of the one optimiser.
+    Trainer of an `AlignmentModel`. The objective's parameters, if any, are a group of the same optimizer.
 
-    If the objective has an `attention`, it is saved beside the stage for `load_alignment_attention`.
+    If the objective has an `attention`, it is saved in the stage's folder for `load_alignment_attention`.
+
+    Args:
+        model: the towers and the objective.
+        kwargs: arguments of `StageTrainer`.
     """
 
     def __init__(self, model: AlignmentModel, **kwargs):
@@ -93,10 +110,10 @@ class AlignmentTrainer(StageTrainer):
 
     def create_optimizer(self, model=None):
         """
-        The optimiser of `args.optim` over the audio tower, and over the objective's parameters if it has any.
+        Create the optimizer `args.optim` for the audio tower and for the objective's parameters, if it has any.
 
         Raises:
-            ValueError: for an optimiser of transformers that makes its own parameter groups.
+            ValueError: if the optimizer creates its own parameter groups.
         """
         if self.optimizer is None:
             args, module = self.args, self.model
@@ -108,7 +125,7 @@ class AlignmentTrainer(StageTrainer):
             ]
             own = list(module.objective.parameters())
             if own:
-                # No decay: Adam would walk weights to zero on the decay alone, as long as they get no other gradient.
+                # No decay: with no other gradient, Adam would move the weights to zero at full speed.
                 rate = args.objective_learning_rate
                 groups.append({"params": own, "lr": rate, "weight_decay": 0.0, "constant_rate": True})
             optimizer_class, options = self._optimizer_class()
@@ -123,7 +140,7 @@ class AlignmentTrainer(StageTrainer):
         found, options = self.get_optimizer_cls_and_kwargs(args, self.model)
         if is_optimizer_factory(found) or options.keys() & {"params", "model", "optimizer_dict"}:
             raise ValueError(
-                f"optim: {args.optim.value} makes its own parameter groups, so the objective cannot have one; use "
+                f"optim: {args.optim.value} creates its own parameter groups, so the objective cannot have one; use "
                 f"{COUPLED_ADAM}, adamw_torch or another optimizer without layer-wise groups."
             )
         return found, options
@@ -140,7 +157,7 @@ class AlignmentTrainer(StageTrainer):
         return self.lr_scheduler
 
     def _halved(self, num_training_steps: int) -> Callable[[int], float]:
-        """The rate's factor by step: halved at epoch `halve_from` and then every `halve_every` epochs."""
+        """Return the rate's factor by step, halved at epoch `halve_from` and every `halve_every` epochs after it."""
         args = self.args
         if args.max_steps > 0:  # num_train_epochs is then unused
             batches = max(1, len(self.get_train_dataloader()))
@@ -169,7 +186,7 @@ class AlignmentTrainer(StageTrainer):
         if attention is not None:
             save_alignment_attention(attention, folder)
         else:
-            (folder / ATTENTION_WEIGHTS).unlink(missing_ok=True)  # of an earlier objective in this folder
+            (folder / ATTENTION_WEIGHTS).unlink(missing_ok=True)  # from an earlier run with another objective
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():

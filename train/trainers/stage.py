@@ -1,4 +1,4 @@
-"""The trainer that all stages share; its checkpoint holds the weights that the stage trained."""
+"""Base trainer of all stages, whose checkpoint contains only the weights that the stage trained."""
 
 import torch
 from transformers import Trainer
@@ -8,7 +8,7 @@ from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
 
 
 class StageProgress(ProgressCallback):
-    """Progress on stderr with the last loss beside it; stdout stays free for results."""
+    """Progress bar on stderr with the last loss; stdout is reserved for results."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and logs:
@@ -22,7 +22,7 @@ class StageTrainer(Trainer):
 
     Args:
         pretrained: the captioner or the part of it that is loaded; its trained weights are saved.
-        stage: the stage's name, such as `align:mmd`.
+        stage: name of the stage, such as `align:mmd`.
     """
 
     def __init__(self, *args, pretrained: LlavaAudioPreTrainedModel, stage: str, **kwargs):
@@ -34,26 +34,26 @@ class StageTrainer(Trainer):
 
     @property
     def broken_clips(self) -> int:
-        """Number of clips of this rank that could not be opened and were replaced; see `ClipOpener`."""
+        """Number of clips that this rank could not open and replaced; see `ClipOpener`."""
         return self.data_collator.opener.broken if hasattr(self.data_collator, "opener") else 0
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As `Trainer.log`, with `broken_clips` where there are any."""
+        """Log as `Trainer.log` does, with `broken_clips` if there are any."""
         super().log(logs | {"broken_clips": self.broken_clips} if self.broken_clips else logs, *args, **kwargs)
 
     def summary(self) -> str:
-        """One line about a finished stage. All ranks must call it."""
+        """Return one line about the finished stage. All ranks must call it."""
         broken = self.accelerator.reduce(torch.tensor(self.broken_clips, device=self.accelerator.device)).item()
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         line = f"{self.args.output_dir}: {self.stage}, {self.state.global_step} steps"
-        line += f", the last loss {losses[-1]:.4g}" if losses else ""
-        return line + (f"; {broken} times a clip could not be opened, and another took its place" if broken else "")
+        line += f", last loss {losses[-1]:.4g}" if losses else ""
+        return line + (f"; {broken} clips could not be opened and were replaced" if broken else "")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        if not self.args.should_save:  # called on every rank
+        if not self.args.should_save:  # `_save` is called on every rank
             return
         output_dir = output_dir or self.args.output_dir
-        if self.args.base_model is None:  # the first stage trains a whole captioner
+        if self.args.base_model is None:  # the first stage trains a complete captioner
             self.pretrained.save_pretrained(output_dir)
         else:
             self.pretrained.save_stage(output_dir, base=self.args.base_model, stage=self.stage)

@@ -1,4 +1,4 @@
-"""The pretrained captioner's cache: trained once, put there whole, kept apart by what it depends on."""
+"""Cache of the pretrained captioner: trained once, written atomically, and keyed by everything it depends on."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from dali_llava.train.avworld.captioner_cache import captioner_key, pretrained_c
 
 @pytest.fixture
 def trainings(monkeypatch, tmp_path) -> list[list[str]]:
-    """The trainings' command lines; they write one file instead of training, and the cache is a temporary folder."""
+    """Records the command lines of trainings, which write one file instead; the cache is a temporary folder."""
     calls = []
 
     def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The captioner's material: its architecture, dialogues as token ids, and each picture's image tokens."""
+"""Inputs of the captioner's training: its architecture, tokenized dialogues and the image tokens of pictures."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ SEEN = [True, False, True, True]
 
 @pytest.fixture
 def corpus(rows) -> Dataset:
-    """Four rows: two pictures each, but none in the second; no dialogue in the third."""
+    """Four rows with two pictures each, except the second, which has none. The third has no dialogue."""
     return Dataset.from_list(
         [
             {"id": row["id"], "frames": row["frames"][:2] if see else [], "dialogues": dialogue}
@@ -63,7 +63,7 @@ def test_image_tokens_are_every_frames(corpus, captioner, avworld_processor, bat
 
 @pytest.fixture
 def avworlds(tmp_path):
-    """Captioner and processor as the configuration has them."""
+    """Captioner and processor built from the configuration."""
     words = [str(CONFIGS / "avworld" / "captioner.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
     return build_captioner(parse_stage_arguments(CaptionerArguments, "about", words))
 
@@ -73,7 +73,7 @@ def test_avworlds_captioner_has_four_image_tokens_a_cell_each_and_sixteen_audio_
     config = captioner.config
     assert (config.vision_config.image_size, config.vision_config.patch_size) == (IMAGE_SIZE, CELL)
     assert config.image_seq_length == GRID * GRID == 4
-    assert sorted(config.audio_config.grid_size) == [2, 8]  # patches of 32 in 64 mels, 256 frames
+    assert sorted(config.audio_config.grid_size) == [2, 8]  # patches of 32 x 32 in 64 mels x 256 frames
     image = captioner.model.encode_image(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     audio = captioner.model.encode_audio(torch.zeros(1, 256, 64))
     assert (image.shape, audio.shape) == ((1, 4, 64), (1, 16, 64))

@@ -1,4 +1,4 @@
-"""Statistics of spectrograms: analytic cases, an independent implementation, and what the loss says of a tower."""
+"""Statistics of spectrograms: analytic cases, an independent implementation, and values of the loss."""
 
 import math
 
@@ -14,7 +14,7 @@ COEFFICIENTS, BANDS, OCTAVES = 24, 8, 7  # of 256 frames
 
 
 def parts(statistics: torch.Tensor) -> list[torch.Tensor]:
-    """Mean, deviation and change of the cepstrum, (B, 24) each, and the modulations, (B, 7, 8)."""
+    """Returns mean, deviation and change of the cepstrum, (B, 24) each, and the modulations, (B, 7, 8)."""
     *cepstral, modulation = statistics.split([COEFFICIENTS] * 3 + [OCTAVES * BANDS], dim=1)
     return [*cepstral, modulation.unflatten(1, (OCTAVES, BANDS))]
 
@@ -27,7 +27,7 @@ def test_flat_and_steady_sound_has_a_level_and_nothing_else():
 
 
 def test_pulsing_sound_shows_at_its_rate():
-    """10 cycles a clip, amplitude 0.3, in one band: |X| = 0.3 * 256 / 2 at bin 10, of the octave 8 to 15."""
+    """10 cycles per clip with amplitude 0.3 in one band: |X| = 0.3 * 256 / 2 at bin 10, in the octave from 8 to 15."""
     time = torch.arange(256, dtype=torch.float64)
     features = torch.zeros(1, 256, 64, dtype=torch.float64)
     features[:, :, 16:24] = (0.3 * torch.sin(2 * torch.pi * 10 * time / 256))[None, :, None]
@@ -38,7 +38,7 @@ def test_pulsing_sound_shows_at_its_rate():
     # coefficient 0 is the sum over 8 of 64 bins, over sqrt(64): a sine of amplitude 0.3
     assert deviation[0, 0] == pytest.approx(0.3 / math.sqrt(2) * math.sqrt(256 / 255), rel=1e-4)
     assert abs(mean[0, 0]) < 1e-5
-    # |sin(a + 2 w) - sin(a)| = 2 |sin(w)| |cos(a + w)|, whose mean over a is 2 / pi times that
+    # |sin(a + 2 w) - sin(a)| = 2 |sin(w)| |cos(a + w)|, with a mean over a of 2 / pi times that
     assert change[0, 0] == pytest.approx(0.3 * 2 * math.sin(2 * math.pi * 10 / 256) * 2 / math.pi, rel=0.02)
 
 
@@ -70,7 +70,7 @@ def test_octaves_follow_the_clips_length(frames, octaves):
 
 @pytest.mark.parametrize("mels", [16, 30])
 def test_mel_bins_that_do_not_serve_are_named(mels):
-    with pytest.raises(ValueError, match=f"{mels} mel bins: need at least 24, and a multiple of 8"):
+    with pytest.raises(ValueError, match=f"{mels} mel bins: the statistics need at least 24 and a multiple of 8"):
         spectral_statistics(torch.zeros(1, 32, mels))
 
 
@@ -88,13 +88,13 @@ def test_telling_the_mean_costs_one(examples):
 
 
 def test_a_worker_that_knows_pays_nothing(examples):
-    """Tokens whose mean is the standardised statistics, and a worker that passes them on."""
+    """Tokens with the standardised statistics as their mean, and a worker that is the identity."""
     statistics = spectral_statistics(examples)
     standard = (statistics - statistics.mean(0)) / statistics.std(0)
     loss = StatisticsLoss(standard.shape[1], examples)
     torch.nn.init.eye_(loss.worker.weight)
     torch.nn.init.zeros_(loss.worker.bias)
-    spread = torch.tensor([-0.5, 0.0, 0.5])[None, :, None]  # tokens differ; their mean is told
+    spread = torch.tensor([-0.5, 0.0, 0.5])[None, :, None]  # the tokens differ; their mean is used
     assert loss(standard[:, None] + spread, examples).item() < 1e-10
 
 
@@ -114,5 +114,5 @@ def test_constant_statistics_give_no_nan():
 
 
 def test_one_clip_has_no_deviation(examples):
-    with pytest.raises(ValueError, match="statistics of 1 clip have no deviation; bring at least 2"):
+    with pytest.raises(ValueError, match="1 clips have no standard deviation; give at least 2"):
         StatisticsLoss(8, examples[:1])

@@ -1,4 +1,4 @@
-"""The audio tower's pretraining: what it trains, what it starts from, and that it learns."""
+"""Pretraining of the audio tower: what it trains, what it starts from, and that it learns."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_statistics_are_standardised_by_the_corpus(run_stage, run_dir, tmp_path)
 
 
 def test_tower_learns_to_tell_statistics(run_stage, run_dir, tmp_path):
-    """Forty steps on the same four clips: 1.0 is what telling their mean would cost."""
+    """Forty steps on the same four clips. Predicting their mean has a loss of 1.0."""
     still = ["--augmentation_noise", "0", "--augmentation_roll", "0", "--augmentation_equaliser", "0"]
     words = ["--max_steps", "40", "--max_samples", "4", "--augmentation_mix", "0", "--examples", "4"]
     rate = ["--learning_rate", "3e-3", "--lr_scheduler_type", "constant", "--warmup_steps", "0"]
@@ -40,12 +40,12 @@ def test_tower_learns_to_tell_statistics(run_stage, run_dir, tmp_path):
 
 
 def test_sounds_need_no_pictures(run_stage, run_dir, tmp_path):
-    """Media are opened in the loader, frames are not; broken clips give way as everywhere."""
+    """The loader opens the audio but no frames, and replaces broken clips as in other stages."""
     trainer = run_stage("tower", run_dir / "prefix", tmp_path, "--cache_features", "false")
     assert trainer.state.global_step == 2 and trainer.broken_clips == 0
     assert "image_tokens" not in trainer.train_dataset.column_names
 
 
 def test_one_example_has_no_deviation(run_stage, run_dir, tmp_path):
-    with pytest.raises(ValueError, match="examples: 1 rows have no deviation; give at least 2"):
+    with pytest.raises(ValueError, match="examples: 1 rows have no standard deviation; give at least 2"):
         run_stage("tower", run_dir / "prefix", tmp_path, "--examples", "1")

@@ -1,4 +1,4 @@
-"""Unlikelihood of repetition: its value, its gradient, and that it is part of the captioner's loss."""
+"""Unlikelihood of repetition: its value, its gradient, and its part in the captioner's loss."""
 
 import math
 
@@ -11,7 +11,7 @@ from dali_llava.train.avworld.unlikelihood import repetition_unlikelihood, seldo
 
 
 def by_hand(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Equation 4 of the paper, word by word."""
+    """Equation 4 of the paper, one word at a time."""
     total, count = 0.0, 0
     for row, answer in zip(logits.tolist(), labels.tolist(), strict=True):
         used = set()
@@ -32,7 +32,7 @@ def logits() -> torch.Tensor:
 
 LABELS = torch.tensor(
     [
-        [-100, -100, -100, 4, 1, 5, 4, 2, 3],  # 4 is said twice
+        [-100, -100, -100, 4, 1, 5, 4, 2, 3],  # 4 occurs twice
         [-100, -100, -100, -100, -100, -100, -100, 0, 3],
         [-100, 0, 1, 2, 3, -100, -100, -100, -100],  # padded on the right
     ]
@@ -82,9 +82,9 @@ def test_avworlds_nouns_and_verbs_are_not_repeated(avworld_processor):
 def test_gradient_lowers_the_used_words_and_spares_the_right_one():
     logits = torch.zeros(1, 4, 5, requires_grad=True)
     repetition_unlikelihood(logits, torch.tensor([[-100, 1, 2, 1]])).backward()
-    assert not logits.grad[0, 0].any() and not logits.grad[0, 3].any()  # nothing used before; no label after
+    assert not logits.grad[0, 0].any() and not logits.grad[0, 3].any()  # nothing is used before, and no label follows
     assert logits.grad[0, 1, 1] > 0 and (logits.grad[0, 1, [0, 2, 3, 4]] < 0).all()
-    assert logits.grad[0, 2, 2] > 0 and (logits.grad[0, 2, [0, 1, 3, 4]] < 0).all()  # 1 is right, though used
+    assert logits.grad[0, 2, 2] > 0 and (logits.grad[0, 2, [0, 1, 3, 4]] < 0).all()  # 1 is correct here
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

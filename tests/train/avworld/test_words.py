@@ -1,4 +1,4 @@
-"""The vision tower's pre-training: the nouns of what a picture shows, read off its tokens."""
+"""Pretraining of the vision tower: prediction of the nouns of a picture from its tokens."""
 
 import pytest
 import torch

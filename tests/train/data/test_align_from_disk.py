@@ -1,4 +1,4 @@
-"""The alignment reads clips from files and shards, in order or as a stream, and does without the broken ones."""
+"""The alignment reads clips from files and shards, in order or as a stream, and replaces broken ones."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from dali_llava.train.data.corpus import stream_rows
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """Twelve clips of AVWorld in four shards. Read it, do not change it."""
+    """Twelve clips of AVWorld in four shards. Read-only."""
     folder = tmp_path_factory.mktemp("shards")
     rows = load_corpus("avworld", "train", sizes={"train": 12})
     prepare_shards(rows, folder, clips_per_shard=3, num_proc=1)
@@ -32,7 +32,7 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def broken_folder(tmp_path) -> Path:
-    """The media of six clips as a folder, of which two sounds are cut short."""
+    """A folder with the media of six clips, two of which have truncated audio."""
     media = tmp_path / "media"
     media.mkdir()
     for row in load_corpus("avworld", "train", sizes={"train": 6}):
@@ -91,7 +91,7 @@ def test_stored_features_leave_broken_clips_out(broken_folder, run_dir, run_stag
     with caplog.at_level(logging.WARNING):
         trainer = run_stage("aligned", run_dir / "prefix", tmp_path / "out", *words)
     assert trainer.train_dataset["id"][:] == [f"train-{number:06d}" for number in (0, 2, 3, 5)]
-    told = [record.getMessage() for record in caplog.records if "it is left out" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "the clip is skipped" in record.getMessage()]
     assert [message.partition(":")[0] for message in told] == ["clip 'train-000001'", "clip 'train-000004'"]
     for path in broken_folder.glob("*.flac"):
         path.write_bytes(b"")
@@ -110,7 +110,7 @@ def test_a_stream_goes_on_without_end_in_another_order(shards, run_dir, run_stag
     words = [*of_shards(shards), "--streaming", "true", "--shuffle_buffer", "3"]
     stream = run_stage("aligned", run_dir / "prefix", tmp_path, *words).train_dataset
     names = [row["id"] for row in itertools.islice(stream, 36)]
-    # the buffer lets clips of a pass come up to three places late
+    # the buffer delays the clips of a pass by up to three places
     passes = [names[:12], names[12:24], names[24:]]
     assert len(set(names)) == 12 and all(abs(names.count(name) - 3) <= 1 for name in set(names))
     assert passes[0] != passes[1] != passes[2]
@@ -145,12 +145,12 @@ def test_a_stream_holds_what_was_kept(shards, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_steps": -1}, "a stream has no end; say how many steps to train, --max_steps N"),
+        ({"max_steps": -1}, "a stream has no end; give the number of steps, --max_steps N"),
         (
             {"cache_features": True},
-            "a stream cannot serve cache_features; leave out one of the two, --cache_features 0",
+            "cache_features is not supported for streams; disable one of the two, --cache_features 0",
         ),
-        ({"halve_every": 5}, "a stream cannot serve halve_every"),
+        ({"halve_every": 5}, "halve_every is not supported for streams"),
     ],
 )
 def test_what_a_stream_cannot_serve(shards, tmp_path, arguments, message):
@@ -163,7 +163,7 @@ def test_sounds_alone_cannot_be_aligned(broken_folder, run_dir, run_stage, tmp_p
     for picture in broken_folder.glob("*.png"):
         picture.unlink()
     words = ("--dataset", "folder", "--dataset_options", json.dumps({"data_dir": str(broken_folder)}))
-    with pytest.raises(ValueError, match="folder, split train: no pictures to align the sounds with"):
+    with pytest.raises(ValueError, match="folder, split train: no pictures, which the alignment needs"):
         run_stage(
             *("aligned", run_dir / "prefix", tmp_path / "out", *words, "--cache_features", "false"),
             *("--streaming", streaming),
@@ -181,7 +181,7 @@ def test_a_script_ends_in_a_line(broken_folder, run_dir, stage_words, tmp_path, 
     run_stage_script(align.main)
     told = capsys.readouterr().out.splitlines()[-1]
     assert told.startswith(f"{tmp_path}/out: align:mmd, 2 steps")
-    assert re.search(r"; [23456] times a clip could not be opened, and another took its place$", told)
+    assert re.search(r"; [23456] clips could not be opened and were replaced$", told)
     for path in broken_folder.glob("*.flac"):
         path.write_bytes(b"")
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_a_script_ends_in_a_line(broken_folder, run_dir, stage_words, tmp_path, 
 def test_a_schedule_needs_its_epochs(shards, run_dir, tmp_path):
     (tmp_path / "align.yaml").write_text("streaming: true\nobjective: ot_att\nmax_steps: 2\nuse_cpu: true\n")
     places = ["--base_model", str(run_dir / "prefix"), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="a stream has no epochs; name those of the objective's schedule"):
+    with pytest.raises(ValueError, match="a stream has no epochs; give those of the objective, --schedule_epochs N"):
         align.main([str(tmp_path / "align.yaml"), *places, *of_shards(shards)])
 
 

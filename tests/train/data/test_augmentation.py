@@ -1,4 +1,4 @@
-"""Augmentation: each change is what it says, and what is switched off draws nothing."""
+"""Augmentation: the effect of each change, and that disabled ones draw no random numbers."""
 
 import pytest
 import torch
@@ -59,7 +59,9 @@ def test_equaliser_gives_each_clip_a_smooth_gain_of_the_mel_bins():
     torch.testing.assert_close(gains, gains[:, :1].expand_as(gains), rtol=0, atol=1e-5)  # the same in all frames
     knots = gains[:, 0, ::15]  # bins 0, 15, 30, 45, 60: independent N(0, 0.5)
     torch.testing.assert_close(knots.T.cov(), 0.25 * torch.eye(5), rtol=0, atol=0.05)
-    middle = gains[:, 0, 5]  # a third of the way: (1 + cos(pi / 3)) / 2 = 3/4 of one knot, 1/4 of the next
+    middle = gains[
+        :, 0, 5
+    ]  # a third of the way between knots: (1 + cos(pi / 3)) / 2 = 3/4 of one knot and 1/4 of the next
     torch.testing.assert_close(middle, 0.75 * knots[:, 0] + 0.25 * knots[:, 1], rtol=0, atol=1e-5)
 
 
@@ -89,7 +91,7 @@ def test_mixing_draws_the_level_in_decibels_and_the_share():
 def test_silence_laid_over_a_clip_changes_nothing():
     torch.manual_seed(0)
     features = torch.full((200, 4, 4), -60.0)
-    features[0] = 0.0  # the one that sounds is laid over one of the others
+    features[0] = 0.0  # the clip with sound is added to one of the others
     mixed = mix_spectrograms(features, share=1.0)
     sounding = (mixed.amax((1, 2)) > -13).nonzero().flatten().tolist()
     assert len(sounding) == 2 and 0 in sounding

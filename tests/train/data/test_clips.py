@@ -1,4 +1,4 @@
-"""Rows are opened whatever they name; a broken clip gives way to another and is counted, in workers too."""
+"""Opening of all kinds of rows; broken clips are replaced and counted, also in workers."""
 
 import itertools
 import logging
@@ -22,7 +22,7 @@ BROKEN = (1, 4, 5)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Dataset:
-    """Eight clips of a second on disk, clip n with sound and picture of level 0.1 n; three have no readable sound."""
+    """Eight clips of one second on disk. Clip n has audio and picture of level 0.1 n; three have unreadable audio."""
     folder = tmp_path_factory.mktemp("clips")
     rows = []
     for number in range(8):
@@ -38,7 +38,7 @@ def corpus(tmp_path_factory) -> Dataset:
 
 
 def number_of(clip) -> int:
-    """The clip that this is, by its sound, which its picture and row agree with."""
+    """Returns the number of the clip by its audio, and checks that its picture and row agree."""
     number = round(float(clip.audio.mean()) * 10)
     assert clip.image.getpixel((0, 0)) == (20 * number,) * 3 and clip.row["captions"] == [str(number)]
     return number

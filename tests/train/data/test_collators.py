@@ -1,4 +1,4 @@
-"""Batches: labels cover the answer and nothing else; pairs are the clip's own; augmentation is what it says."""
+"""Batches: labels cover exactly the answer, audio and image belong to the same clip, and audio is augmented."""
 
 import io
 
@@ -14,12 +14,12 @@ from dali_llava.train.data.clips import open_frame
 from dali_llava.train.data.collators import IGNORED, AlignmentCollator, CaptionCollator, pixel_values
 
 
-GRID = 36  # image tokens of 48 px in patches of 8
-HEARD = 64  # audio tokens of 2.56 s
+GRID = 36  # number of image tokens: 48 pixels in patches of 8
+HEARD = 64  # number of audio tokens of 2.56 s
 
 
 def assert_labels_are_the_answers(batch, rows, processor) -> None:
-    """From the first label on: the answer's tokens and the end token, exactly; before it, nothing."""
+    """The labels are exactly the answer's tokens and the end token."""
     tokenizer = processor.tokenizer
     for input_ids, labels, row in zip(batch["input_ids"], batch["labels"], rows, strict=True):
         learnt = labels != IGNORED
@@ -48,7 +48,7 @@ def test_labels_cover_answer_and_end_token(avworld_processor, rows, media):
         assert placeholder.sum(-1).tolist() == [count * present] * len(rows)
         assert (batch["labels"][placeholder] == IGNORED).all()
     padding = batch["attention_mask"] == 0
-    assert padding.any() and not padding[:, -1].any()  # answers differ in length; the padding is left of them
+    assert padding.any() and not padding[:, -1].any()  # answers differ in length and are padded on the left
     assert (batch["labels"][padding] == IGNORED).all()
     assert ("pixel_values" in batch) == media.get("image", False)
     assert ("input_features" in batch) == media.get("audio", False)
@@ -78,7 +78,7 @@ def test_random_frame_reaches_every_frame(rows):
 
 @pytest.fixture
 def image_tokens() -> torch.Tensor:
-    """A picture a row: (4, 36, 32)."""
+    """One picture per row: (4, 36, 32)."""
     return torch.randn(4, GRID, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -113,7 +113,7 @@ def test_two_pictures_of_one_row_are_one_set_of_tokens(avworld_processor, view_r
 
 
 def test_view_of_the_grid_is_what_the_processor_writes(avworld_processor, rows, view_rows, image_tokens, monkeypatch):
-    """Ids, padding and labels, those of plain captioning."""
+    """Ids, padding and labels equal those of plain captioning."""
     monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
     batch = TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64))(view_rows([True] * 4))
     plain = CaptionCollator(avworld_processor, image=True)(rows)
@@ -151,7 +151,7 @@ def test_pairs_without_augmentation_are_first_frame_and_clean_sound(avworld_proc
 
 @pytest.mark.parametrize("frame", [0, 2])
 def test_pairs_show_the_frame_that_is_asked_for(avworld_processor, rows, frame):
-    """Of pictures and of stored image tokens alike, whatever is done to the sound."""
+    """For pictures and for stored image tokens, with any augmentation of the audio."""
     frames = [Image.open(io.BytesIO(row["frames"][frame]["bytes"])).convert("RGB") for row in rows]
     collator = AlignmentCollator(avworld_processor, frame=frame)
     assert torch.equal(collator(rows)["pixel_values"], pixel_values(frames, avworld_processor))
@@ -169,13 +169,13 @@ def test_augmented_pairs_keep_frame_and_sound_of_one_clip(avworld_processor, row
         frames = [Image.open(io.BytesIO(frame["bytes"])).convert("RGB") for frame in row["frames"]]
         own = pixel_values(frames, avworld_processor)
         assert any(torch.equal(batch["pixel_values"][index], pixels) for pixels in own)
-        # a roll keeps the multiset of frames
+        # rolling preserves the multiset of frames
         torch.testing.assert_close(batch["input_features"][index].sum(0), clean[index].sum(0), rtol=1e-4, atol=1e-3)
     assert not torch.equal(batch["input_features"], clean)
 
 
 def test_stored_pairs_draw_for_the_sound_first_and_then_the_frames(avworld_processor):
-    """The published figures hang on this order."""
+    """The published figures depend on this order."""
     generator = torch.Generator().manual_seed(0)
     features, tokens = torch.randn(3, 256, 64, generator=generator), torch.randn(3, 4, 36, 32, generator=generator)
     stored = [

@@ -1,4 +1,4 @@
-"""A stage's rows: as many as asked for; spectrograms and image tokens that are stored as they would be computed."""
+"""Rows of a stage: their number, and stored spectrograms and image tokens that equal computed ones."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from dali_llava.train.data.corpus import load_rows, with_features
 
 @pytest.fixture
 def stored(captioner, avworld_processor, rows) -> Dataset:
-    """The last row has one frame only, the others four."""
+    """The last row has one frame, the others have four."""
     rows = [*rows[:-1], rows[-1] | {"frames": rows[-1]["frames"][:1]}]
     return with_features(Dataset.from_list(rows), captioner.model.train(), avworld_processor)
 
@@ -27,7 +27,7 @@ def test_stored_spectrograms_are_the_extractors(stored, avworld_processor, rows)
         expected = extractor(load_audio(row["audio"]["bytes"]), return_tensors="np")["input_features"][0]
         found = np.asarray(stored[index]["input_features"])
         assert found.dtype == np.float32 and found.shape == (256, 64)
-        # filter banks of a clip alone and of a batch add up in another order
+        # the filter bank sums in a different order for one clip and for a batch
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
         assert stored[index]["id"] == row["id"]
 
@@ -93,5 +93,7 @@ def test_what_a_prefilter_kept_is_used_of_its_split_alone(tmp_path):
     arguments.max_samples = 1
     assert load_rows(arguments)["id"][:] == ["val-000001"]
     arguments.kept = str(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="kept.txt: no such list; run train/prefilter.py to its end first"):
+    with pytest.raises(
+        FileNotFoundError, match="kept.txt: the list does not exist; complete the run of train/prefilter.py first"
+    ):
         load_rows(arguments)

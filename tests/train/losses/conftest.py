@@ -1,4 +1,4 @@
-"""A fixture for losses that look at the other ranks' samples."""
+"""Fixture for losses that use the samples of other ranks."""
 
 import json
 import os
@@ -26,9 +26,9 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="session")
 def on_two_ranks(tmp_path_factory):
-    """`on_two_ranks(code, given)`: run Python code that sets `results` from `given` and `rank`; each rank's results.
+    """`on_two_ranks(code, given)`: runs code that computes `results` from `given` and `rank`; returns all results.
 
-    Both `given` and `results` are JSON values. The code finds `torch` and a gloo process group.
+    Both `given` and `results` are JSON values. The code can use `torch` and a gloo process group.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")

@@ -17,7 +17,7 @@ def assignment(similarity, eps=0.1, iterations=50):
 
 
 def naive_loss(audio, image, scale, reference=False):
-    """Equation 4, or the authors' program, token by token."""
+    """Equation 4, or the authors' code, one token at a time."""
     total = 0
     for x, y in zip(audio, image, strict=True):
         x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)

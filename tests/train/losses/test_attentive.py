@@ -17,18 +17,18 @@ def tokens(seed=0, dtype=torch.float64):
 
 
 def make(epoch=2, temperature=0.05, dtype=torch.float64, **options):
-    """A small temperature makes the weights of untrained attention differ."""
+    """With a small temperature, the weights of an untrained attention differ."""
     torch.manual_seed(0)
     loss = AttentiveTransportLoss(16, num_heads=4, temperature=temperature, **options).to(dtype)
     for name, parameter in loss.named_parameters():
-        if name.endswith("bias"):  # attention's start at 0, where they would test nothing
+        if name.endswith("bias"):  # biases of the attention start at 0, where they would not be tested
             torch.nn.init.normal_(parameter, std=0.1)
     loss.set_epoch(epoch)
     return loss
 
 
 def naive_attention(attention, query, key, value):
-    """Multi-head attention (Vaswani et al., 2017) of one sample, head by head."""
+    """Multi-head attention (Vaswani et al., 2017) of one sample, one head at a time."""
     width, heads = query.shape[1], attention.num_heads
     size = width // heads
     q, k, v = (
@@ -48,7 +48,7 @@ def naive_attention(attention, query, key, value):
 
 
 def naive_weights(loss, audio, image):
-    """Unmixed, sample by sample."""
+    """Weights before mixing, one sample at a time."""
     m = loss.attention
     a, b = [], []
     for x, y in zip(audio, image, strict=True):
@@ -69,7 +69,7 @@ def test_weights_equal_the_definition():
 
 
 def test_what_is_learnt():
-    """Six linears with bias and two attentions."""
+    """Six linear layers with bias and two attentions."""
     sizes = {name: parameter.numel() for name, parameter in AttentiveTransportLoss(16).named_parameters()}
     assert sum(sizes.values()) == 6 * (16 * 16 + 16) + 2 * 4 * (16 * 16 + 16)
     assert all(name.startswith("attention.") for name in sizes)
@@ -79,7 +79,7 @@ def test_what_is_learnt():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_value_and_parameter_gradients_equal_the_definition(dtype, tolerance):
-    """d(OT(a, b) - lambda (H(a) + H(b))) / d theta, with OT's potentials as its derivative by the weights."""
+    """d(OT(a, b) - lambda (H(a) + H(b))) / d theta, with OT's potentials as the derivative by the weights."""
     loss, (audio, image) = make(dtype=dtype), tokens(dtype=dtype)
     output = loss(audio, image)
     parameters = list(loss.parameters())
@@ -140,7 +140,7 @@ def test_tokens_get_the_gradient_of_transport_alone():
 
 
 def test_no_mixed_weight_falls_below_half_of_uniform():
-    """Even where attention has settled on one token, entropy is that of the mixed weights."""
+    """The entropy is that of the mixed weights, even if the attention selects one token."""
     loss, (audio, image) = make(temperature=1e-6), tokens()
     logs = loss(audio, image).logs
     for name, count in (("entropy_audio", 6), ("entropy_image", 5)):
@@ -263,7 +263,7 @@ def test_epochs_count_from_one():
         make(epoch=0)
 
 
-# Loss and gradients of a rank's two of four pairs, under weights that both ranks draw alike.
+# Loss and gradients of two of four pairs on each rank, with the same random weights on both ranks.
 RANK = """
 from dali_llava.train.losses import AttentiveTransportLoss
 
@@ -280,9 +280,9 @@ results = {"loss": output.loss.item(), "lambda": output.logs["lambda"], "paramet
 
 
 def test_two_ranks_make_one_batch(on_two_ranks):
-    """The mean of the ranks' losses, with gradients averaged as DistributedDataParallel does, is the whole batch's.
+    """The mean of the ranks' losses and gradients, as in DistributedDataParallel, equals that of the whole batch.
 
-    The second rank's clouds are far wider apart than the first's, so that lambda by either alone would be another.
+    The clouds of the second rank are farther apart, so that lambda differs from that of either rank alone.
     """
     generator = torch.Generator().manual_seed(0)
     audio, image = (torch.randn(4, n, 16, generator=generator, dtype=torch.float64) for n in (6, 5))

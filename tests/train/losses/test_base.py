@@ -28,7 +28,7 @@ def test_names():
 
 @pytest.mark.parametrize("name", ALL)
 def test_masked_tokens_are_as_good_as_removed(name):
-    """Value and gradients, with NaN where nothing may look."""
+    """Value and gradients, with NaN in masked tokens."""
     torch.manual_seed(1)
     loss = make(name)
     audio, image = (batch.double() for batch in tokens())
@@ -40,7 +40,7 @@ def test_masked_tokens_are_as_good_as_removed(name):
     masked.loss.backward()
     plain = loss(audio.requires_grad_(), image.requires_grad_())
     plain.loss.backward()
-    # The attention's parameters are float32 numbers, but all is computed in float64.
+    # The attention's parameters have float32 values, but everything is computed in float64.
     torch.testing.assert_close(masked.loss, plain.loss, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(padded_audio.grad[:, :6], audio.grad, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(padded_image.grad[:, 3:], image.grad, rtol=1e-8, atol=1e-12)
@@ -55,10 +55,10 @@ def test_masks_may_differ_from_sample_to_sample(name):
     audio, image = (batch.double() for batch in tokens(1))
     audio_mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 0, 0]], dtype=torch.bool)
     together = loss(audio, image, audio_mask).loss
-    if name == "contrastive":  # its samples need one another
+    if name == "contrastive":  # its samples depend on one another
         means = torch.stack([one[mask].mean(0) for one, mask in zip(audio, audio_mask, strict=True)])
         expected = loss(means[:, None], image).loss
-    elif name == "ot_att":  # lambda goes by the batch's mean distance
+    elif name == "ot_att":  # lambda depends on the batch's mean distance
         loss.entropy_schedule = (0.0,)
         together = loss(audio, image, audio_mask).loss
         expected = torch.stack([loss(audio[i, audio_mask[i]][None], image[i][None]).loss for i in range(3)]).mean()

@@ -6,7 +6,7 @@ from dali_llava.train.losses import ContrastiveLoss
 
 
 def naive_infonce(audio, image, temperature=0.05):
-    """Term by term."""
+    """The definition, one term at a time."""
     audio, image = audio.mean(1), image.mean(1)
     loss = 0
     for queries, keys in ((audio, image), (image, audio)):
@@ -36,7 +36,7 @@ def test_equals_the_definition(dtype, tolerance):
 
 
 def test_orthogonal_pairs():
-    """Cosine 1 with its own, 0 with the other: -log of e^20 / (e^20 + 1)."""
+    """The cosine is 1 for a pair and 0 otherwise: -log of e^20 / (e^20 + 1)."""
     audio = torch.eye(2, dtype=torch.float64)[:, None]
     output = ContrastiveLoss()(audio, 3 * audio)
     assert output.loss.item() == pytest.approx(torch.tensor(-20.0, dtype=torch.float64).exp().log1p().item(), rel=1e-6)
@@ -53,7 +53,7 @@ def test_bad_temperature():
         ContrastiveLoss(temperature=0.0)
 
 
-# Loss and gradients of a rank's part of the tokens, for an even share and for an uneven one.
+# Loss and gradients of each rank's part of the tokens, for equal and for unequal parts.
 RANK = """
 from dali_llava.train.losses import ContrastiveLoss
 
@@ -72,12 +72,12 @@ for first in (3, 4):
 
 @pytest.fixture(scope="module")
 def ranks(on_two_ranks):
-    """What each of two ranks got, with the tokens shared out 3 to 3 and 4 to 2."""
+    """Results of two ranks, with 3 and 3 or with 4 and 2 pairs."""
     return on_two_ranks(RANK, [batch.tolist() for batch in tokens(6)])
 
 
 def test_two_ranks_make_one_batch(ranks):
-    """The mean of the ranks' losses, with gradients averaged as DistributedDataParallel does, is the whole batch's."""
+    """The mean of the ranks' losses and gradients, as in DistributedDataParallel, equals that of the whole batch."""
     audio, image = tokens(6)
     first, second = (results[0] for results in ranks)
     loss = ContrastiveLoss()(audio, image).loss

@@ -39,7 +39,7 @@ def test_equals_the_definition(dtype, tolerance):
 
 
 def test_two_points():
-    """One token each, a distance d apart: s = d^2, so the loss is 10 - 2 sum_m exp(-1 / m) whatever d is."""
+    """One token each at distance d: s = d^2, so the loss is 10 - 2 sum_m exp(-1 / m) for every d."""
     x, y = torch.zeros(1, 1, 3), torch.full((1, 1, 3), 2.0)
     expected = 10 - 2 * sum(math.exp(-1 / multiple) for multiple in (0.25, 0.5, 1, 2, 4))
     output = MMDLoss()(x, y)
@@ -77,7 +77,7 @@ def test_float32_clouds_far_out_keep_their_digits():
 
 
 def test_float32_value_of_nearby_clouds_keeps_its_digits():
-    """Three means of about 1 cancel to a hundredth; added up in float32 they would leave an error of 2e-5."""
+    """Three means of about 1 cancel to 0.01. Their sum in float32 would have an error of 2e-5."""
     generator = torch.Generator().manual_seed(13)
     x = torch.randn(4, 300, 64, generator=generator)
     y = torch.randn(4, 350, 64, generator=generator)

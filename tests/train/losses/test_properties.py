@@ -1,4 +1,4 @@
-"""What holds of the losses whatever the tokens and masks, down to one token and one sample."""
+"""Properties of the losses for any tokens and masks, down to one token and one sample."""
 
 import math
 
@@ -21,11 +21,11 @@ from dali_llava.train.transport import solve_transport
 
 
 SETTINGS = settings(max_examples=20, deadline=None, derandomize=True)
-# Sums of some ten terms in another order differ by some 1e-15 of the largest. The softmaxes of the attention and of
-# the contrast multiply that by their logits, some hundreds at most, and a mean token may be short beside its tokens.
+# Sums of about ten terms in another order differ by about 1e-15 of the largest. The softmaxes of the attention and of
+# InfoNCE multiply that by their logits, a few hundred at most, and a mean token may be shorter than its tokens.
 TOLERANCE = 1e-10
-# Half the step of a central difference, in the tokens' largest value. The rounding of float64 divided by it, some 1e-9
-# of the value, weighs as much as the third derivative times its square; the tolerance leaves room for both.
+# Half the step of a central difference, relative to the largest token value. The rounding error divided by it, about
+# 1e-9 of the value, equals the third derivative times its square. The tolerance allows for both.
 STEP, SLOPE_TOLERANCE = 1e-6, 1e-6
 MULTIPLES = (1 / 4, 1 / 2, 1, 2, 4)
 
@@ -36,9 +36,9 @@ seeds = st.integers(0, 2**31)
 
 @st.composite
 def pairs(draw, coinciding: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Audio tokens (B, Na, D) and image tokens (B, Nv, D), float64; no two plans between them cost the same.
+    """Audio tokens (B, Na, D) and image tokens (B, Nv, D), float64, for which all plans have different costs.
 
-    With `coinciding` some lie on a grid, where tokens coincide and plans tie.
+    If `coinciding`, some tokens lie on a grid, where tokens coincide and plans tie.
     """
     generator = torch.Generator().manual_seed(draw(seeds))
     batch, width, scale = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4])), draw(st.sampled_from([1e-2, 1, 1e2]))
@@ -51,29 +51,29 @@ def pairs(draw, coinciding: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def size_of(audio: torch.Tensor, image: torch.Tensor) -> float:
-    """The largest coordinate."""
+    """Returns the largest coordinate."""
     return max(audio.abs().max().item(), image.abs().max().item()) + 1e-300
 
 
 def unit_of(name: str, size: float) -> float:
-    """What the loss is in proportion to: transport counts in squared distances, the others have no unit."""
+    """Returns the unit of the loss: squared distances for transport, and 1 for the others."""
     return size**2 if name.startswith("ot") else 1.0
 
 
 def make(name: str, audio: torch.Tensor, image: torch.Tensor) -> AlignmentLoss:
-    """The loss `name` for tokens like these, in their dtype."""
+    """Builds the loss `name` for tokens of this width and dtype."""
     if name == "contrastive":
-        assume(len(audio) > 1)  # one pair has no negatives, and is refused
+        assume(len(audio) > 1)  # one pair has no negatives and raises an error
         return ContrastiveLoss()
     if name.startswith("assignment"):
         return TokenAssignmentLoss("reference" if name.endswith("reference") else "paper").to(audio.dtype)
     if not name.startswith("ot_att"):
         return {"mmd": MMDLoss, "ot": TransportLoss}[name]()
     torch.manual_seed(0)
-    # A small temperature makes the weights of untrained attention differ.
+    # With a small temperature, the weights of an untrained attention differ.
     loss = AttentiveTransportLoss(audio.shape[2], num_heads=2, temperature=0.05 * size_of(audio, image))
     for parameter in loss.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # biases start at 0, where they would test nothing
+        torch.nn.init.normal_(parameter, std=0.3)  # biases start at 0, where they would not be tested
     loss.set_epoch(int(name[-1]))
     return loss.to(audio.dtype).train()
 
@@ -85,7 +85,7 @@ def value_and_gradients(loss, audio, image, *masks):
 
 
 def assert_same(got, wanted, unit: float, size: float) -> None:
-    """Values to `TOLERANCE` of the loss's unit, gradients to that of unit over size, or of the largest gradient."""
+    """Compares values to `TOLERANCE` in the loss's unit, and gradients in unit over size or the largest gradient."""
     torch.testing.assert_close(got[0], wanted[0], rtol=TOLERANCE, atol=TOLERANCE * unit)
     largest = max(unit / size, *(gradient.abs().max().item() for gradient in wanted[1:]))
     for gradient, other in zip(got[1:], wanted[1:], strict=True):
@@ -93,7 +93,7 @@ def assert_same(got, wanted, unit: float, size: float) -> None:
 
 
 def hide(tokens: torch.Tensor, count: int, value: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens, in their order, at random places among `count` that hold `value`, and the mask of those places."""
+    """Places the tokens in order at random positions among `count` tokens of `value`; also returns the mask."""
     batch, kept, width = tokens.shape
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(batch, kept + count, generator=generator).argsort(dim=1) < kept
@@ -138,7 +138,7 @@ def test_masked_tokens_are_not_looked_at(name, pair, seed, garbage):
 @SETTINGS
 @given(pair=pairs(), seed=seeds)
 def test_order_of_tokens_does_not_matter(name, pair, seed):
-    """Each sample's tokens in an order of their own; the gradients go with them."""
+    """The tokens of each sample are permuted differently, and the gradients with them."""
     loss = make(name, *pair)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.rand(tokens.shape[:2], generator=generator).argsort(dim=1) for tokens in pair]
@@ -156,7 +156,7 @@ def test_order_of_tokens_does_not_matter(name, pair, seed):
 @SETTINGS
 @given(pair=pairs(), seed=seeds, distance=st.sampled_from([1.0, 1e3]))
 def test_a_common_shift_changes_nothing(name, pair, seed, distance):
-    """A shift by a thousand sizes rounds the tokens to 1e-13 of one, well below the tolerance."""
+    """A shift by a thousand times the size rounds the tokens to 1e-13 of it, well below the tolerance."""
     loss = make(name, *pair)
     size = size_of(*pair)
     generator = torch.Generator().manual_seed(seed)
@@ -179,7 +179,7 @@ def test_symmetric(name, pair):
 @SETTINGS
 @given(pairs(coinciding=True))
 def test_mmd_and_transport_are_not_negative(pair):
-    """MMD is a sum of means of at most 5, which rounding may leave 1e-15 times some units below 0."""
+    """MMD is a sum of means of at most 5. Rounding may leave it a few 1e-15 below 0."""
     assert MMDLoss()(*pair).loss >= -1e-13
     assert TransportLoss()(*pair).loss >= 0
 
@@ -188,7 +188,7 @@ def test_mmd_and_transport_are_not_negative(pair):
 @SETTINGS
 @given(pair=pairs(coinciding=True), seed=seeds, times=st.integers(1, 2))
 def test_one_cloud_in_any_order_and_multiplicity_is_at_zero(name, pair, seed, times):
-    """Distances are differences of squared norms, hence 1e-16 of the size's square, some units of it, not 0."""
+    """Distances are differences of squared norms, so rounding leaves a few 1e-16 of the squared size, not 0."""
     audio, _ = pair
     order = torch.randperm(audio.shape[1] * times, generator=torch.Generator().manual_seed(seed))
     image = audio.repeat(1, times, 1)[:, order]
@@ -197,7 +197,7 @@ def test_one_cloud_in_any_order_and_multiplicity_is_at_zero(name, pair, seed, ti
 
 
 def frozen(name: str, loss: AlignmentLoss, audio: torch.Tensor, image: torch.Tensor):
-    """The loss as a function of the tokens, with all that no gradient runs through held at its value for these."""
+    """Returns the loss as a function of the tokens, with everything without gradient fixed at its current value."""
     if name == "mmd":
         joined = torch.cat((audio, image), dim=1)
         count, n = joined.shape[1], audio.shape[1]
@@ -221,7 +221,7 @@ def frozen(name: str, loss: AlignmentLoss, audio: torch.Tensor, image: torch.Ten
             s = F.normalize(x, dim=2) @ F.normalize(y, dim=2).mT
             total = 0
             for q_m, s_m in ((q, s), (q.mT, s.mT)):
-                # (B, i, j): q_i with s_j; the authors' program sums over the index of q.
+                # (B, i, j): q_i with s_j; the authors' code sums over the index of q.
                 logits = scale * torch.einsum("bik,bjk->bij", q_m, s_m)
                 normaliser = logits.logsumexp(dim=1 if name.endswith("reference") else 2)
                 total = total + (normaliser - logits.diagonal(dim1=1, dim2=2)).mean()
@@ -232,7 +232,7 @@ def frozen(name: str, loss: AlignmentLoss, audio: torch.Tensor, image: torch.Ten
         with torch.no_grad():
             a, b = ((learnt + 1 / learnt.shape[1]) / 2 for learnt in loss.weights(audio, image))
             entropies = sum(torch.special.entr(weights).sum(dim=1).mean() for weights in (a, b))
-        # The second of the schedule's numbers, times the mean of all squared distances.
+        # The second value of the schedule, times the mean of all squared distances.
         strength = 0.2 * torch.cdist(audio, image).square().mean()
         return lambda x, y: solve_transport(x, y, a, b).cost.mean() - strength * entropies
     return lambda x, y: loss(x, y).loss
@@ -242,7 +242,7 @@ def frozen(name: str, loss: AlignmentLoss, audio: torch.Tensor, image: torch.Ten
 @SETTINGS
 @given(pair=pairs(), seed=seeds)
 def test_gradients_of_tokens_are_finite_differences(name, pair, seed):
-    """Of the loss at MMD's bandwidth, the assignment and the attention's weights and lambda as they are."""
+    """Of the loss with MMD's bandwidth, the assignment, the attention's weights and lambda fixed."""
     loss = make(name, *pair)
     size = size_of(*pair)
     unit = unit_of(name, size)
@@ -265,7 +265,7 @@ def test_gradients_of_tokens_are_finite_differences(name, pair, seed):
 @SETTINGS
 @given(pair=pairs(), seed=seeds)
 def test_gradients_of_parameters_are_finite_differences(name, pair, seed):
-    """Of the whole loss, all parameters moving: neither lambda nor the assignment depends on what is learnt."""
+    """Of the whole loss with respect to all parameters: lambda and the assignment do not depend on them."""
     loss = make(name, *pair)
     parameters = list(loss.parameters())
     gradients = torch.autograd.grad(loss(*pair).loss, parameters)
@@ -286,9 +286,11 @@ def test_gradients_of_parameters_are_finite_differences(name, pair, seed):
 @SETTINGS
 @given(pair=pairs(), dtypes=st.tuples(*[st.sampled_from([torch.float16, torch.bfloat16])] * 2))
 def test_half_precision_is_the_float32_loss_of_the_rounded_tokens(name, pair, dtypes):
-    """To the last bit, and the gradients are float32's, rounded. Audio and image may differ in their kind."""
+    """Values are equal bit for bit, and gradients are those of float32, rounded. Audio and image dtypes may differ."""
     size = size_of(*pair)
-    narrow = [(tokens / size).to(dtype) for tokens, dtype in zip(pair, dtypes, strict=True)]  # fp16 ends at 65504
+    narrow = [
+        (tokens / size).to(dtype) for tokens, dtype in zip(pair, dtypes, strict=True)
+    ]  # the largest fp16 value is 65504
     wide = [tokens.float() for tokens in narrow]
     loss = make(name, *wide)
     value, *gradients = value_and_gradients(loss, *narrow)
@@ -302,7 +304,7 @@ def test_half_precision_is_the_float32_loss_of_the_rounded_tokens(name, pair, dt
 @SETTINGS
 @given(pair=pairs(), seed=seeds)
 def test_batch_is_the_mean_of_its_samples_alone(name, pair, seed):
-    """With masks that leave each sample a number of tokens of its own; a sample alone is without the others."""
+    """Each sample has a different number of unmasked tokens. A sample alone gives its result in the batch."""
     loss = make(name, *pair)
     size = size_of(*pair)
     generator = torch.Generator().manual_seed(seed)
@@ -324,7 +326,7 @@ def test_batch_is_the_mean_of_its_samples_alone(name, pair, seed):
 @SETTINGS
 @given(pairs())
 def test_one_token_a_side(pair):
-    """MMD's s is then |x - y|^2, whatever that is; a lone token has weight 1, entropy 0, and itself assigned."""
+    """MMD's s is |x - y|^2. A single token has weight 1, entropy 0, and is assigned to itself."""
     audio, image = (tokens[:, :1] for tokens in pair)
     size = size_of(audio, image)
     difference = audio - image
@@ -346,7 +348,7 @@ def test_one_token_a_side(pair):
 @SETTINGS
 @given(pairs())
 def test_one_token_against_many(pair):
-    """All that one token can do is to go everywhere: transport is the mean squared distance, the gradient its own."""
+    """One token is moved to all others: transport is the mean squared distance, with its gradient."""
     audio, image = pair[0][:, :1], pair[1]
     size = size_of(audio, image)
     differences = (audio - image) / len(audio)

@@ -12,7 +12,7 @@ def squared_distances(x, y):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_equals_an_assignment(dtype, tolerance):
-    """With as many audio as image tokens, uniform transport is an assignment; its gradient is that of the pairing."""
+    """For equal numbers of tokens, uniform transport is an assignment, and its gradient is that of the pairs."""
     generator = torch.Generator().manual_seed(0)
     audio = torch.randn(3, 20, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     image = torch.randn(3, 20, 8, generator=generator, dtype=torch.float64).to(dtype)

@@ -1,4 +1,4 @@
-"""The alignment's model, its one Adam with coupled decay, and the rate that halves."""
+"""The alignment's model, its Adam with coupled weight decay, and the halved learning rate."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from dali_llava.train.trainers.alignment import ScheduleEpochs
 
 @pytest.fixture
 def make_trainer(towers, avworld_processor, tmp_path):
-    """`make_trainer(objective, rows, **arguments)`: an alignment of the run's captioner, on so many rows."""
+    """`make_trainer(objective, rows, **arguments)`: a trainer that aligns the run's captioner on `rows` rows."""
 
     def make_trainer(objective, rows: int = 0, **arguments) -> AlignmentTrainer:
         return AlignmentTrainer(
@@ -50,7 +50,7 @@ def test_objectives_own_parameters_are_a_group_at_a_constant_rate(make_trainer):
     trainer = make_trainer(AttentiveTransportLoss(width=32, num_heads=4), halve_every=5)
     tower, own = trainer.create_optimizer().param_groups
     assert {id(p) for p in own["params"]} == {id(p) for p in trainer.model.objective.parameters()}
-    assert len(own["params"]) == 6 * 2 + 2 * 4  # six linears, two attentions
+    assert len(own["params"]) == 6 * 2 + 2 * 4  # six linear layers, two attentions
     assert own["constant_rate"] and "constant_rate" not in tower
     assert own["lr"] == tower["lr"] == 1e-4 and own["weight_decay"] == 0.0
     assert make_trainer(AttentiveTransportLoss(width=32, num_heads=4)).args.objective_learning_rate == 1e-4
@@ -80,7 +80,7 @@ def test_named_optimizer_has_the_same_groups(make_trainer, name, expected):
 
 
 def test_decoupled_decay_shrinks_the_weight(make_trainer):
-    """One step of AdamW: the weight times 1 - rate * decay, less rate * sign(gradient)."""
+    """One step of AdamW: the weight times 1 - rate * decay, minus rate * sign(gradient)."""
     trainer = make_trainer(MMDLoss(), optim="adamw_torch", weight_decay=0.1, learning_rate=1e-3)
     optimizer = trainer.create_optimizer()
     weight = trainer.pretrained.audio_tower.proj.weight
@@ -96,7 +96,7 @@ def test_optimizers_that_cannot_serve_are_errors(make_trainer):
         make_trainer(MMDLoss(), optim="adma")
     trainer = make_trainer(MMDLoss(), optim="galore_adamw", optim_target_modules=["attention"])
     trainer.get_optimizer_cls_and_kwargs = lambda *_: (torch.optim.AdamW, {"lr": 1e-3, "params": []})  # as with GaLore
-    with pytest.raises(ValueError, match="optim: .*galore_adamw.* makes its own parameter groups"):
+    with pytest.raises(ValueError, match="optim: .*galore_adamw.* creates its own parameter groups"):
         trainer.create_optimizer()
 
 
@@ -106,7 +106,7 @@ def test_arguments_keep_the_optimizers_name(make_trainer):
 
 
 def test_attention_waits_unchanged_through_the_first_epoch(make_trainer, towers, avworld_processor, rows):
-    """Its gradient is zero there, and no decay walks it to zero; the tower learns."""
+    """The attention's gradient is zero, and no weight decay changes it. The tower learns."""
     objective = AttentiveTransportLoss(width=32, num_heads=4)
     trainer = make_trainer(objective, weight_decay=5e-7, learning_rate=1e-2, objective_learning_rate=1e-2)
     optimizer = trainer.create_optimizer()
@@ -133,7 +133,7 @@ def test_objectives_rate_is_constant_under_any_schedule(make_trainer, kind):
 
 
 def test_weight_decay_is_added_to_the_gradient(make_trainer):
-    """One step moves every weight by rate * g / (|g| + eps), with g = gradient + decay * weight."""
+    """One step changes every weight by rate * g / (|g| + eps), with g = gradient + decay * weight."""
     trainer = make_trainer(MMDLoss(), weight_decay=0.1, learning_rate=1e-3)
     optimizer = trainer.create_optimizer()
     weight = trainer.pretrained.audio_tower.proj.weight
@@ -145,11 +145,11 @@ def test_weight_decay_is_added_to_the_gradient(make_trainer):
     expected = before - 1e-3 * coupled / (coupled.abs() + 1e-8)
     torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-6)
     opposed = coupled.sign() != gradient.double().sign()
-    assert opposed.any()  # where decoupled decay would have gone the other way
+    assert opposed.any()  # where decoupled decay would have the opposite sign
 
 
 def rates(trainer, steps: int) -> list[list[float]]:
-    """The groups' rates at every step of a training."""
+    """Returns the learning rates of the groups at every step of a training."""
     optimizer = trainer.create_optimizer()
     scheduler = trainer.create_scheduler(steps, optimizer)
     found = []
@@ -164,7 +164,7 @@ def rates(trainer, steps: int) -> list[list[float]]:
     "length",
     [
         {"num_train_epochs": 20},
-        {"max_steps": 140, "num_train_epochs": 3},  # num_train_epochs then says nothing
+        {"max_steps": 140, "num_train_epochs": 3},  # num_train_epochs is then unused
         {"max_steps": 140, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         # thirteen batches: seven steps, the last of one batch
         {"max_steps": 140, "rows": 26, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
@@ -239,7 +239,7 @@ def test_evaluation_gives_the_loss_and_no_gradient(make_trainer, avworld_process
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_first_process_alone_saves(make_trainer, tmp_path, monkeypatch, index):
-    """The trainer asks every process; two at a time would take each other's unfinished files."""
+    """The trainer calls it in every process. Two writers would take each other's unfinished files."""
     trainer = make_trainer(AttentiveTransportLoss(width=32, num_heads=4), base_model="base")
     monkeypatch.setattr(AlignmentArguments, "process_index", index)
     trainer.save_model(str(tmp_path / "saved"))
@@ -267,7 +267,7 @@ def test_alignment_lowers_its_loss(run_stage, run_dir, tmp_path):
 
 @pytest.fixture
 def epochs(monkeypatch) -> list[int]:
-    """The epochs that `AttentiveTransportLoss` is told, a step each."""
+    """The epochs that `AttentiveTransportLoss` receives, one per step."""
     told = []
     set_epoch = AttentiveTransportLoss.set_epoch
 
@@ -284,7 +284,7 @@ def align_attentively(run_stage, run_dir, output, *words: str) -> AlignmentTrain
 
 
 def test_schedule_spreads_its_epochs_over_the_steps(run_stage, run_dir, tmp_path, epochs):
-    """Epochs 1 to 6 in twelve steps, though the data run three times; lambda follows in mean distances."""
+    """Epochs 1 to 6 in twelve steps, although the data is read three times. Lambda follows, in mean distances."""
     trainer = align_attentively(run_stage, run_dir, tmp_path / "out", "--max_steps", "12")
     assert trainer.args.schedule_epochs == 6
     assert epochs == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
@@ -295,7 +295,7 @@ def test_schedule_spreads_its_epochs_over_the_steps(run_stage, run_dir, tmp_path
 
 
 def test_schedule_follows_the_datas_epochs_by_default(run_stage, run_dir, tmp_path, epochs):
-    """Sixteen rows, four a step."""
+    """Sixteen rows, four per step."""
     config = tmp_path / "align.yaml"
     config.write_text("split: train\n")
     words = ["--output_dir", str(tmp_path / "out"), "--base_model", str(run_dir / "prefix"), "--objective", "ot_att"]

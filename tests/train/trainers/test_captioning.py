@@ -1,4 +1,4 @@
-"""Views of a picture's tokens: how many, which, and that the captioner is trained on exactly them."""
+"""Views of image tokens: their number and content, and that the captioner is trained on exactly these."""
 
 import pytest
 import torch
@@ -25,16 +25,16 @@ def test_view_is_all_tokens_and_then_some_drawn_from_them(grid, extra):
         assert all((own == token).all(-1).any() for token in drawn)
         if extra == 40:
             assert len(drawn[:, 0].unique()) < 40  # with replacement
-            assert (drawn[:, 0].diff() < 0).any()  # in no order
+            assert (drawn[:, 0].diff() < 0).any()  # in random order
 
 
 def test_strays_come_from_the_other_pictures():
-    """Of a picture's drawn tokens half of `strays` are replaced on average, one in four of those by its own again."""
+    """On average, half of `strays` of the drawn tokens are replaced, a quarter by tokens of the same picture."""
     torch.manual_seed(0)
     pictures = [torch.full((5, 2), float(index)) for index in range(4)]
     views = torch.stack(token_views(pictures, grid=False, extra=20000, strays=0.8, regression=0.0))
     foreign = (views[..., 0] != torch.arange(4.0)[:, None]).float().mean(1)
-    assert foreign.max() <= 0.8 * 0.75 + 0.02 and len(foreign.unique()) == 4  # a share of its own each
+    assert foreign.max() <= 0.8 * 0.75 + 0.02 and len(foreign.unique()) == 4  # a different share for each
     torch.manual_seed(0)
     pictures = [torch.full((5, 2), float(index)) for index in range(500)]
     many = torch.stack(token_views(pictures, grid=False, extra=200, strays=0.8, regression=0.0))
@@ -43,7 +43,7 @@ def test_strays_come_from_the_other_pictures():
 
 
 def test_drawn_tokens_move_towards_their_own_mean():
-    """All of a row by the same share, uniform up to `contraction`; the tokens in their order stay."""
+    """All drawn tokens of a row move by the same share, uniform up to `contraction`; the ordered tokens do not."""
     torch.manual_seed(0)
     corner = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     pictures = [corner + index for index in range(400)]
@@ -60,7 +60,7 @@ def test_drawn_tokens_move_towards_their_own_mean():
 
 def test_drawn_tokens_move_towards_the_mean_of_all():
     torch.manual_seed(0)
-    pictures = [torch.full((4, 2), 1.0 if index % 2 else -1.0) for index in range(400)]  # of mean zero
+    pictures = [torch.full((4, 2), 1.0 if index % 2 else -1.0) for index in range(400)]  # with mean zero
     views = token_views(pictures, grid=True, extra=6, strays=0.0, regression=0.5)
     shares = []
     for picture, view in zip(pictures, views, strict=True):
@@ -75,7 +75,7 @@ def test_views_carry_gradients_to_their_tokens():
     torch.manual_seed(0)
     tokens = torch.randn(2, 6, 3, requires_grad=True)
     torch.cat(token_views(list(tokens), grid=True, extra=4)).sum().backward()
-    assert tokens.grad[..., 0].min() >= 1  # once as it is, and what was drawn of it
+    assert tokens.grad[..., 0].min() >= 1  # the ordered tokens and the drawn ones
     assert tokens.grad[..., 0].sum().item() == pytest.approx(2 * (6 + 4), abs=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_rows_of_text_alone_train_too(trainer, captioner, view_rows):
 
 
 def test_pictures_of_a_mixed_batch_stay_with_their_rows(trainer, captioner, view_rows, monkeypatch):
-    """A batch's loss is that of its rows alone, each weighed by its answer's tokens."""
+    """The loss of a batch is the mean of the losses of its rows, weighted by the number of answer tokens."""
     monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
     dialogues = view_rows([True, False, True, True])
     losses = [trainer.compute_loss(captioner, trainer.data_collator([row])) for row in dialogues]

@@ -1,4 +1,4 @@
-"""What a stage freezes: only what it trains has a gradient, and frozen towers build no graph."""
+"""Frozen parts of a stage: only trained parts have a gradient, and frozen towers build no graph."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from dali_llava.train.trainers import AlignmentModel
 
 
 def with_gradient(model) -> set[str]:
-    """The children of the backbone, or the head, that hold a gradient."""
+    """Returns the names of the backbone's children, and of the head, that have a gradient."""
     return {
         name.removeprefix("model.").partition(".")[0]
         for name, parameter in model.named_parameters()
@@ -20,7 +20,7 @@ def with_gradient(model) -> set[str]:
 
 @pytest.fixture
 def graphs(captioner):
-    """Whether the output of each tower and projector needs a graph, filled in by a forward pass."""
+    """Whether the output of each tower and projector requires a gradient; set by a forward pass."""
     seen = {}
 
     def note(name):
@@ -48,7 +48,7 @@ def test_prefix_tuning_gives_the_prefix_a_gradient_alone(captioner, avworld_proc
     captioner.train()
     captioner(**CaptionCollator(avworld_processor, image=True, prefix=True)(rows)).loss.backward()
     assert with_gradient(captioner) == {"prefix"}
-    assert captioner.model.prefix.weight.grad.any(-1).all()  # every one of the 16 vectors
+    assert captioner.model.prefix.weight.grad.any(-1).all()  # all 16 vectors
     assert graphs == {"vision_tower": False, "multi_modal_projector": False}
 
 

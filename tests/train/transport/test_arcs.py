@@ -36,7 +36,7 @@ def test_potentials_are_feasible_and_near_the_optimum():
 
 
 def test_north_west_corner_on_paper():
-    """Row 0 fills columns 0 and 1, row 1 the rest of column 1, row 2 column 2; 1 and 2 touch at 0.75."""
+    """Row 0 fills column 0 and part of column 1, row 1 the rest of it, and row 2 column 2; 1 and 2 meet at 0.75."""
     a, b = torch.tensor([[0.5, 0.25, 0.25]]).double(), torch.tensor([[0.25, 0.5, 0.25]]).double()
     expected = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 1, 1]]).bool()
     assert torch.equal(_north_west(a, b)[0], expected)
@@ -59,7 +59,7 @@ def test_parts_of_a_batch_do_not_see_each_other():
 
 @pytest.fixture
 def sparse_calls(monkeypatch):
-    """How many arcs each run of the sparse simplex got."""
+    """The number of arcs in each run of the sparse simplex."""
     calls = []
 
     def spy(arcs, *others):
@@ -118,7 +118,7 @@ def test_exact_falls_back_on_all_arcs(guess, sparse_calls, monkeypatch):
 
 @pytest.mark.parametrize("solver", ["exact", "certified"])
 def test_costs_that_are_all_one(solver):
-    """Every plan is optimal, and every arc as good as any other."""
+    """Every plan is optimal, and all arcs have the same cost."""
     cost = torch.full((2, 130, 140), 0.7, dtype=torch.float64)
     a, b = (torch.full((2, count), 1 / count, dtype=torch.float64) for count in (130, 140))
     result = SOLVERS[solver](cost, a, b)

@@ -38,7 +38,7 @@ def squared_distances(x, y):
 
 @pytest.fixture
 def dense_samples(monkeypatch):
-    """The samples that went to the dense solver, one list a call."""
+    """The samples solved by the dense solver, one list per call."""
     calls = []
 
     def spy(*arguments, **options):
@@ -58,7 +58,7 @@ def test_finds_and_proves_the_optimum(family, size, dense_samples):
     torch.testing.assert_close(result.cost, exact.cost, rtol=1e-9, atol=0)
     assert (result.gap >= 0).all() and (result.gap <= 1e-9 * result.cost).all()
 
-    # The proof, made again from what was handed back.
+    # Repeats the proof with the returned values.
     cost = squared_distances(x, y)
     u, v = result.potentials
     assert (u[..., None] + v[:, None] <= cost + 1e-12 * cost.amax()).all()
@@ -72,8 +72,8 @@ def test_finds_and_proves_the_optimum(family, size, dense_samples):
     assert torch.bincount(result.plan.indices()[0]).max() < x.shape[1] + y.shape[1]
 
 
-# Where points are doubled the optimal plan is not unique, and where the weights have equal partial sums the potentials
-# are not, so that there is no one gradient.
+# With duplicated points the optimal plan is not unique, and with equal partial sums of the weights the potentials
+# are not unique, so that the gradient is not unique either.
 @pytest.mark.parametrize(("family", "of_weights"), [("uniform", False), ("softmax_1", True), ("softmax_3", True)])
 def test_gradients_are_the_exact_solvers(family, of_weights):
     x, y, a, b = problem(family, seed=1)
@@ -102,7 +102,7 @@ def test_a_poor_proposal_is_mended_by_adding_arcs(dense_samples, monkeypatch):
     poor = {"eps": (10.0,), "num_iterations": (1,), "arcs_per_point": 1, "rounds": 50}
     result = solve_transport(x, y, a, b, solver="certified", **poor)
     assert dense_samples == [] and 2 <= len(kept) <= 50
-    # It began with the north-west corner's arcs and at most one a point.
+    # It started with the arcs of the north-west corner and at most one per point.
     assert kept[0] < 2 * (40 + 50) and kept[1] > kept[0]
     torch.testing.assert_close(result.cost, solve_transport(x, y, a, b).cost, rtol=1e-9, atol=0)
     assert (result.gap <= 1e-9 * result.cost).all()
@@ -121,7 +121,7 @@ def test_what_no_round_proves_goes_to_the_dense_solver(dense_samples):
 
 @pytest.mark.parametrize("wrong", ["failure", "cost"])
 def test_one_problem_that_fails_goes_to_the_dense_solver_alone(wrong, dense_samples, monkeypatch):
-    """With a failure from the simplex, or a cost below the lower bound."""
+    """The simplex fails, or returns a cost below the lower bound."""
     x, y, a, b = problem("softmax_1", seed=4)
     solve_restricted = certified._solve_restricted
 
@@ -142,14 +142,14 @@ def test_one_problem_that_fails_goes_to_the_dense_solver_alone(wrong, dense_samp
 
 
 def test_a_simplex_that_finds_no_plan_is_a_failure():
-    """Both rows may only go to the first column, and POT calls that a plan of cost 0."""
+    """Both rows can only be moved to the first column, for which POT returns a plan of cost 0."""
     with pytest.warns(UserWarning):
         numbers, _ = certified._solve_one(*np.full((2, 2), 0.5), np.array([0, 1]), np.array([0, 0]), np.ones(2), 1000)
     assert numbers.tolist() == [1, 0, 0, 0, 0, 0]
 
 
 def test_a_plan_that_leaves_mass_behind_is_a_failure(monkeypatch):
-    """Even where the simplex reports no trouble."""
+    """Even if the simplex reports no problem."""
     emd = ot.emd
 
     def lose_mass(*arguments, **options):
@@ -179,13 +179,13 @@ def test_the_dense_solvers_error_names_the_sample_of_the_whole_batch(monkeypatch
 def test_weights_of_zero():
     x, y, a, b = problem("softmax_1", seed=6)
     a[:, ::3], b[:, 1::4] = 0, 0
-    # Whoever looked at these would be led astray.
+    # Wrong values, which must not be used.
     x[:, ::3] *= 100
     result, exact = (solve_transport(x, y, a, b, solver=solver) for solver in ("certified", "exact"))
     torch.testing.assert_close(result.cost, exact.cost, rtol=1e-9, atol=0)
     assert (result.gap <= 1e-9 * result.cost).all()
     assert (result.plan.to_dense()[:, ::3] == 0).all() and (result.plan.to_dense()[..., 1::4] == 0).all()
-    # Potentials are known up to a shift.
+    # Potentials are unique up to a shift.
     for got, expected, sign in zip(result.potentials, exact.potentials, (1, -1), strict=True):
         shift = sign * (result.potentials[0] - exact.potentials[0])[:, 1:2]
         torch.testing.assert_close(got, expected + shift, rtol=1e-9, atol=1e-9)
@@ -202,7 +202,7 @@ def test_a_single_point(n, m):
 
 @pytest.mark.parametrize("solver", ["certified", "sinkhorn"])
 def test_costs_beside_which_their_mean_vanishes(solver):
-    """A share of it is too small for float32 to hold."""
+    """A share of it is too small for float32."""
     x = torch.tensor([[[0.0], [1e6]]], dtype=torch.float64)
     weights = torch.tensor([[1.0, 1e-44]], dtype=torch.float64)
     result = solve_transport(x, x, weights, weights, solver=solver)

@@ -1,4 +1,4 @@
-"""What holds of transport whatever the points and weights, down to one point and one sample."""
+"""Properties of transport for any points and weights, down to one point and one sample."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def problems(draw, sets: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def scale_of(*sets: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """The largest squared norm: what float64's rounding of a cost is in proportion to."""
+    """Returns the largest squared norm, to which the rounding error of a cost in float64 is proportional."""
     return max(points.square().sum(dim=2).max().item() for points, _ in sets) + 1e-300
 
 
@@ -78,7 +78,7 @@ def test_root_obeys_the_triangle_inequality(problem):
         return solve_transport(first[0], second[0], first[1], second[1]).cost.clamp(min=0).sqrt()
 
     detour = distance((x, a), (y, b)) + distance((y, b), (z, c))
-    # the root turns a rounding of 1e-16 of the cost into one of 1e-8
+    # the root turns a rounding error of 1e-16 of the cost into 1e-8
     assert (distance((x, a), (z, c)) <= detour + 1e-7 * scale_of(*problem) ** 0.5).all()
 
 

@@ -1,4 +1,4 @@
-"""Transport that leaves mass where it is, by solver "partial" and "unbalanced"."""
+"""Transport that leaves part of the mass in place: the solvers "partial" and "unbalanced"."""
 
 import math
 
@@ -13,7 +13,7 @@ from dali_llava.train.transport import partial, solve_transport, unbalanced
 from dali_llava.train.transport.simplex import NoPlanError
 
 
-# Options under which both find the optimum to many digits.
+# Options with which both solvers find the optimum to many digits.
 FINE = {
     "partial": {"mass": 0.7},
     "unbalanced": {"relaxation": 2.0, "relative": False, "tolerance": 1e-13, "max_iterations": 20_000},
@@ -58,14 +58,14 @@ def test_partial_moves_the_near_pair_only(mass):
 
 
 def test_partial_on_paper():
-    """The first point's half moves for 1 a unit; of the second, what is missing, for 4."""
+    """The half of the first point moves at a cost of 1 per unit, and the missing part of the second one at 4."""
     a, b = (torch.tensor([weights], dtype=torch.float64) for weights in ([0.5, 0.5], [0.7, 0.3]))
     result = solve_transport(on_a_line(1.0, 2.0), on_a_line(0.0, 50.0), a, b, solver="partial", mass=0.6)
     assert result.cost.item() == pytest.approx(0.5 * 1 + 0.1 * 4, rel=1e-12)
 
 
 def partial_linear_program(cost, a, b, mass):
-    """The optimum of one problem as a generic solver finds it."""
+    """Solves one problem with a generic solver."""
     n, m = cost.shape
     marginals = np.vstack((np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))))
     total, limits = np.ones((1, n * m)), np.concatenate((a, b))
@@ -286,7 +286,7 @@ def test_finite_differences_of_points(solver):
 @solvers
 @pytest.mark.parametrize("which", [2, 3])
 def test_finite_differences_of_weights(solver, which):
-    """Along changes that keep the sum, which are all that a set of weights can undergo."""
+    """With respect to changes that preserve the sum, the only ones possible for weights."""
     problem = list(random_problem(44, batch=1))
     weights = problem[which].requires_grad_()
 

@@ -1,4 +1,4 @@
-"""Far points: results stay right, and the gap covers what rounding does to the cost."""
+"""Far points: results stay accurate, and the gap includes the rounding error of the cost."""
 
 from fractions import Fraction
 from itertools import permutations
@@ -27,13 +27,13 @@ def with_point(points, value):
 
 
 def exact_costs(x, y):
-    """(N, M) squared distances of the points (N, D) and (M, D), as fractions."""
+    """Returns the squared distances (N, M) of the points (N, D) and (M, D) as fractions."""
     x, y = ([[Fraction(value) for value in row] for row in points.double().tolist()] for points in (x, y))
     return [[sum((p - q) ** 2 for p, q in zip(row, column, strict=True)) for column in y] for row in x]
 
 
 def exact_optimum(x, y):
-    """The cost of the best permutation of N points with equal weights, as a fraction."""
+    """Returns the cost of the best permutation of N points with equal weights as a fraction."""
     cost = exact_costs(x, y)
     count = len(cost)
     return min(sum(cost[i][order[i]] for i in range(count)) for order in permutations(range(count))) / count
@@ -54,7 +54,7 @@ def test_a_far_point_on_both_sides_does_not_hide_the_others(solver, n):
 
 @proving
 def test_a_far_point_on_one_side_costs_its_share(solver):
-    """All targets lie at the origin, so that the one plan there is costs the mean squared norm."""
+    """All targets are at the origin, so that every plan costs the mean squared norm."""
     x, y = clouds(1)
     x = with_point(x, FAR)
     expected = x.square().sum(dim=2).mean(dim=1)
@@ -133,7 +133,7 @@ def test_a_far_point_of_weight_zero_does_not_count():
     weights = with_point(torch.ones(2, 12, 1, dtype=torch.float64), 0.0)[..., 0]
     result = solve_transport(with_point(x, FAR), with_point(y, -FAR), weights, weights)
     torch.testing.assert_close(result.cost, expected.cost, rtol=1e-10, atol=0)
-    # Its potential is the cost of the first mass that it receives.
+    # The potential is the cost of the first mass that the point receives.
     u, v = result.potentials
     first = (with_point(x, FAR)[:, -1:] - y).square().sum(dim=2) - v[:, :-1]
     torch.testing.assert_close(u[:, -1], first.min(dim=1).values, rtol=1e-12, atol=0)
@@ -141,7 +141,7 @@ def test_a_far_point_of_weight_zero_does_not_count():
 
 @pytest.mark.parametrize("solver", ["partial", "unbalanced"])
 def test_gap_of_relaxed_transport_covers_the_error_beside_a_far_point(solver):
-    """The share that moves is nearly all, and the penalty so strong that nearly all moves."""
+    """The share is nearly 1, and the penalty is strong enough to move nearly all mass."""
     x, y = clouds(8, n=5, batch=1)
     far_x, far_y = with_point(x, FAR), with_point(y, FAR)
     options = {"mass": 1 - 1e-9} if solver == "partial" else {"relaxation": 1e9, "relative": False}
@@ -171,7 +171,7 @@ def test_error_bounds_of_costs_hold_and_are_not_vacuous(kind):
 
 @st.composite
 def problems(draw):
-    """x and y (1, N, D): near points, then points far away on either side or both, then a shift and a unit."""
+    """x and y (1, N, D): near points, points far away in one or both sets, a shift and a scale."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     count, width = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
@@ -191,7 +191,7 @@ def problems(draw):
 def test_gap_covers_the_error(problem, solver):
     x, y = problem
     truth = exact_optimum(x[0], y[0])
-    # The last digits of the cost as it is returned: float64's that a gap of 0 leaves open, or float32's.
+    # The precision of the returned cost: that of float64, which a gap of 0 does not include, or of float32.
     digits = 1e-12 if x.dtype == torch.float64 else 1e-7
     result = solve_transport(x, y, solver=solver)
     error = abs(Fraction(result.cost.item()) - truth)

@@ -22,7 +22,7 @@ def squared_distances(x, y):
 
 
 def linear_program(cost, a, b):
-    """The optimum of one problem as a generic solver finds it."""
+    """Solves one problem with a generic solver."""
     n, m = cost.shape
     rows = np.kron(np.eye(n), np.ones(m))
     columns = np.kron(np.ones(n), np.eye(m))
@@ -144,7 +144,7 @@ def test_finite_differences_of_points():
 
 @pytest.mark.parametrize("which", ["a", "b"])
 def test_finite_differences_of_weights(which):
-    """Along changes that keep the sum, which are all that a set of weights can undergo."""
+    """With respect to changes that preserve the sum, the only ones possible for weights."""
     x, y, a, b = random_problem(12, batch=1)
     weights = a if which == "a" else b
 
@@ -224,7 +224,7 @@ def test_weights_are_rescaled():
 
 
 def test_bfloat16_weights_and_points():
-    """Weights that sum to 1 only roughly, as a half-precision softmax's do."""
+    """Weights that sum to 1 only approximately, as those of a half-precision softmax."""
     x, y, a, b = random_problem(19, n=64, m=36, width=16, dtype=torch.bfloat16)
     result = solve_transport(x, y, a, b)
     assert result.cost.dtype == torch.float32
