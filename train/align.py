@@ -64,17 +64,14 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     objective = build_objective(arguments, towers)
     if arguments.cache_features:
         rows = with_features(rows, towers, processor)
-    trainer = AlignmentTrainer(
+    return AlignmentTrainer(
         model=AlignmentModel(towers, objective),
         args=arguments,
         train_dataset=shuffled(rows, arguments),
         data_collator=AlignmentCollator(processor, arguments.augmentation(), arguments.frame, opener=ClipOpener(rows)),
         processing_class=processor,
         stage=f"align:{arguments.objective}",
-    )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model()
-    return trainer
+    ).train_and_save()
 
 
 if __name__ == "__main__":

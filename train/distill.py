@@ -69,17 +69,14 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": captions[row["id"]]})
     train_only(captioner, captioner.model.audio_projector)
     captioner.config.prefix_modalities = ["audiovisual"]  # audio alone is now captioned without prefix
-    trainer = CaptioningTrainer(
+    return CaptioningTrainer(
         model=captioner,
         args=arguments,
         train_dataset=rows,
         data_collator=CaptionCollator(processor, audio=True, opener=ClipOpener(rows)),
         processing_class=processor,
         stage="distill",
-    )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model()
-    return trainer
+    ).train_and_save()
 
 
 if __name__ == "__main__":

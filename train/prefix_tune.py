@@ -30,17 +30,14 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": row["captions"][0]})
     captioner, processor = load_base(arguments)
     train_only(captioner, captioner.model.prefix)
-    trainer = CaptioningTrainer(
+    return CaptioningTrainer(
         model=captioner,
         args=arguments,
         train_dataset=rows,
         data_collator=CaptionCollator(processor, image=True, prefix=True, frame=arguments.frame),
         processing_class=processor,
         stage="prefix",
-    )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model()
-    return trainer
+    ).train_and_save()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> StageTrainer:
     train_dataset = shuffled(rows, arguments)
     examples = collator(list(islice(train_dataset, arguments.examples)))["input_features"]
     objective = StatisticsLoss(towers.config.audio_config.output_size, examples)
-    trainer = StageTrainer(
+    return StageTrainer(
         model=TowerModel(towers, objective),
         pretrained=towers,
         args=arguments,
@@ -45,10 +45,7 @@ def main(argv: list[str] | None = None) -> StageTrainer:
         data_collator=collator,
         processing_class=processor,
         stage="tower",
-    )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model()
-    return trainer
+    ).train_and_save()
 
 
 if __name__ == "__main__":

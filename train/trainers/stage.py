@@ -32,6 +32,12 @@ class StageTrainer(Trainer):
             self.add_callback(StageProgress)
         self.remove_callback(PrinterCallback)
 
+    def train_and_save(self) -> "StageTrainer":
+        """Train the stage, from `args.resume_from_checkpoint` if it is given, and save it."""
+        self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        self.save_model()
+        return self
+
     @property
     def broken_clips(self) -> int:
         """Number of clips that this rank could not open and replaced; see `ClipOpener`."""

@@ -5,20 +5,12 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pytest
 
 from dali_llava.processing.corpora import load_corpus
 
 
 HEADER = "audiocap_id,youtube_id,start_time,caption\n"
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import csv
 
-import datasets
 import pytest
 
 from dali_llava.processing.corpora import load_corpus
@@ -11,13 +10,6 @@ from dali_llava.processing.corpora import load_corpus
 LABELS = 'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/05zppz,"Male speech, man speaking"\n'
 COMMENTS = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=1, num_segs=1\n# YTID, start_seconds, ...\n"
 GOOD = 'abcdefghijk, 30.000, 40.000, "/m/05zppz,/m/09x0r"\n'
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture

@@ -26,13 +26,6 @@ from dali_llava.processing.corpora.avworld.classes import CLASSES, COLOURS, LOOK
 SIZES = {"test": 6, "captioner": 60}
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
 def test_splits_and_default_sizes():
     assert DEFAULT_SIZES == {
         "train": 4000, "train_captioned": 1000, "shots": 64, "balanced": 600, "val": 300, "test": 400,

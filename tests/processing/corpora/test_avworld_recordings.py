@@ -7,7 +7,6 @@ import pickle
 import shutil
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -27,13 +26,6 @@ from dali_llava.processing.corpora.avworld.recordings import (
 
 RATE = 16000
 SIZE = 40960
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def tone(frequency: float, seconds: float) -> np.ndarray:

@@ -2,20 +2,12 @@
 
 import csv
 
-import datasets
 import pytest
 
 from dali_llava.processing.corpora import load_corpus
 
 
 HEADER = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def test_the_published_captions(shared_data, tmp_path):

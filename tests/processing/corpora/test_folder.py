@@ -2,17 +2,9 @@
 
 import json
 
-import datasets
 import pytest
 
 from dali_llava.processing.corpora import load_corpus
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture

@@ -34,13 +34,6 @@ BUILDERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, dict]:
     """Three clips of each corpus. Returns its split and the options that load it."""
