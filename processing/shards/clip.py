@@ -166,7 +166,7 @@ def _why_no_sound(source: Mapping, start: float, min_seconds: float, error: Medi
         info = probe(source)
     except MediaError:
         return "broken"
-    if not info.has_audio or "holds no sound at all" in str(error):
+    if not info.has_audio or "contains no sound (zero length)" in str(error):
         return "no_sound"
     if "outside the sound" in str(error) and info.has_video and start < (info.duration or 0.0):
         return "no_sound"  # the picture goes on alone

@@ -165,8 +165,8 @@ def test_many_channels_at_another_rate_are_fine(caption, media_dir, tmp_path):
     [
         ("missing.wav", [], "no such file; check the path"),
         ("empty.wav", [], "is empty; download or export it again"),
-        ("text.wav", [], "no readable audio, image or video file"),
-        ("zero.wav", [], "holds no sound"),
+        ("text.wav", [], "not a readable audio, image or video file"),
+        ("zero.wav", [], "contains no sound"),
         ("nan.wav", [], "NaN"),
         ("short.wav", [], "0.050 s of sound is too short; give at least 0.1 s"),
         ("cut.mp4", [], "download or export it again"),

@@ -89,6 +89,22 @@ def test_frames_shrink_to_the_size_and_never_grow(made, tmp_path):
         assert {frame.size for frame in frames_of(clip)} == {expected}
 
 
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+@pytest.mark.parametrize("end", [None, 6.0])
+def test_tracks_of_unequal_length_are_kept(made, tmp_path, container, end):
+    still = made["write_clip"](tmp_path / "still", container, "libx264", "aac", 0.2, sound=made["noise"](6.0))
+    clip = prepare_clip(made["make_row"]("a", still, (still,), end=end), SETTINGS)
+    assert isinstance(clip, PreparedClip) and clip.seconds == pytest.approx(6.0, abs=0.07)
+    assert np.asarray(frames_of(clip)[0].convert("L"), float).mean() == pytest.approx(made["grey_of"](0), abs=4)
+    assert len(frames_of(clip)) == 1
+
+    silent_end = made["write_clip"](tmp_path / "end", container, "libx264", "aac", 6.0, sound=made["noise"](2.0))
+    clip = prepare_clip(made["make_row"]("a", silent_end, (silent_end,), end=end), SETTINGS)
+    assert isinstance(clip, PreparedClip) and clip.seconds == pytest.approx(2.0, abs=0.07)
+    greys = [np.asarray(frame.convert("L"), float).mean() for frame in frames_of(clip)]
+    np.testing.assert_allclose(greys, [made["grey_of"](second) for second in range(6)], atol=4)
+
+
 def test_listed_pictures_come_in_their_order(made, tmp_path):
     soundfile.write(tmp_path / "a.wav", made["noise"](3.0), 16_000)
     pictures = []
@@ -181,14 +197,14 @@ def bad_row(made, tmp_path):
     [
         ("missing", "missing", "no such file"),
         ("empty", "broken", "is empty"),
-        ("text", "broken", "is no readable audio"),
-        ("truncated", "broken", "is no readable audio"),
+        ("text", "broken", "is not a readable audio"),
+        ("truncated", "broken", "is not a readable audio"),
         ("cut_off", "broken", "is cut off at"),
         ("directory", "broken", "is a directory"),
         ("nan", "broken", "NaN"),
         ("no_sound_track", "no_sound", "without sound"),
-        ("zero_length", "no_sound", "holds no sound at all"),
-        ("no_video_track", "no_picture", "holds sound only"),
+        ("zero_length", "no_sound", "contains no sound (zero length)"),
+        ("no_video_track", "no_picture", "contains sound only"),
         ("silent", "silent", "its peak of 0.00"),
         ("frozen", "frozen", "3 frames"),
         ("short", "too_short", "s of sound, less than 1 s"),
