@@ -154,7 +154,7 @@ def test_audiocaps_clips_and_whole_videos(prepare, good_clip, tmp_path):
     shutil.copy(good_clip, tmp_path / "abcdefghijk.mp4")
     words = ("audiocaps", "--csv", tmp_path / "test.csv", "--data-dir", tmp_path, "--split", "test")
     code, printed, _ = prepare(*words, "--out", tmp_path / "out")
-    assert code == 0 and "  missing           1  a file is not there" in printed
+    assert code == 0 and "  missing           1  a file does not exist" in printed
     (row,) = load_corpus("shards", "train", streaming=True, data_dir=tmp_path / "out")
     assert (row["captions"], row["start"], row["end"]) == (["A dog barks", "Barking"], 0.0, None)
     # as a whole video the file ends long before the clip does
@@ -172,7 +172,7 @@ def test_sounds_alone_need_no_pictures(prepare, tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["require"] == ["audio"]
     Image.new("RGB", (32, 24)).save(tmp_path / "0.png")
     _, printed, _ = prepare("folder", "--data-dir", tmp_path, "--out", tmp_path / "both")
-    assert "  no_picture        2  no picture is listed, or its file has none" in printed.splitlines()
+    assert "  no_picture        2  no picture is listed, or the file has none" in printed.splitlines()
 
 
 def test_array_jobs_write_the_index_together(prepare, tmp_path):
@@ -190,11 +190,14 @@ def test_array_jobs_write_the_index_together(prepare, tmp_path):
     ("words", "message"),
     [
         (["--out", "{0}/out", "--job-id", "3"], "--job-id must be one of 0 to 0 (--num-jobs less 1), not 3"),
-        (["--out", "{0}/out", "--quality", "99"], "quality must lie between 1 and 95, not at 99"),
-        (["--out", "{0}/out", "--silence", "7"], "silence must lie between 0 and 1, not at 7.0"),
+        (["--out", "{0}/out", "--quality", "99"], "quality must be between 1 and 95, not 99"),
+        (["--out", "{0}/out", "--silence", "7"], "silence must be between 0 and 1, not 7.0"),
         (["--out", "{0}/0.wav"], "{0}/0.wav: is a file; give --out a folder"),
         (["--out", "{0}/out", "--metadata", "{0}/none.csv"], "{0}/none.csv: no such file or folder; check metadata="),
-        (["--out", "{0}/done", "--frame-size", "224"], "--frame-size was 336, is 224; repeat them, or give another"),
+        (
+            ["--out", "{0}/done", "--frame-size", "224"],
+            "--frame-size was 336, is 224; use the same settings, or give",
+        ),
     ],
 )
 def test_an_error_is_one_line_with_the_remedy(prepare, tmp_path, words, message):
