@@ -1,4 +1,4 @@
-"""File names as users have them, and folders, given to `dali-llava caption`."""
+"""`dali-llava caption` with unusual file names and with folders."""
 
 import json
 import os
