@@ -2,9 +2,9 @@
 
 By default, the caption uses all that a file contains: its sound, its picture, or for a video with sound both, with the
 frame in the middle of the captioned part. For a folder, all media files in it are captioned, recursively and in sorted
-order. The audio window of a model is limited (10.24 s at full size): of a longer file, only the beginning is captioned,
-or every window with --timestamps. A file that cannot be captioned is reported on stderr, the other files are still
-captioned, and the exit code is 1.
+order. The audio window of a model is limited (10.24 s at full size): of a longer file, only the beginning is
+captioned, or every window with --timestamps. A file that cannot be captioned is reported on stderr, the other files
+are still captioned, and the exit code is 1.
 
 examples:
   dali-llava caption runs/quickstart/model clip.mp4 bark.wav photo.jpg

@@ -1,8 +1,8 @@
 """Convert the media of a corpus to shards for training: tar archives of 16 kHz FLAC and JPEG frames.
 
-Each clip is decoded and cut once, on all cores. To resume an interrupted or killed run, run the same command again. Clips that
-are missing, broken, silent, frozen or too short are left out, counted at the end and listed in OUT/report.csv.
-OUT/index.json is written when all shards are complete.
+Each clip is decoded and cut once, on all cores. To resume an interrupted or killed run, run the same command again.
+Clips that are missing, broken, silent, frozen or too short are left out, counted at the end and listed in
+OUT/report.csv. OUT/index.json is written when all shards are complete.
 
 `dali-llava prepare CORPUS --help` shows the options of a corpus.
 
