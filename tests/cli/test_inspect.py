@@ -112,7 +112,7 @@ def test_what_cannot_be_inspected_is_told_in_one_line(tmp_path, capsys):
         (["avworld"], "corpus 'avworld' has several splits; choose --split from train, "),
         (["folder", "--data-dir", "nowhere"], "nowhere: no such file or folder; check data_dir="),
         (["folder", "--data-dir", "empty"], "folder train: contains no clips"),
-        (["./empty"], "no such file, so ./empty holds no shards; `dali-llava prepare` writes it"),
+        (["./empty"], "no such file, so ./empty contains no shards; `dali-llava prepare` writes it"),
         ([*TINY_AVWORLD, "--out", "file"], "file: cannot be written (Not a directory); give --out a folder"),
         ([*TINY_AVWORLD, "--out", "."], "contains other files, which would be lost; give --out a new folder"),
     ):
