@@ -1,9 +1,10 @@
-"""Caption sound, picture and video files: one line per file, `FILE<TAB>CAPTION`.
+"""Caption audio, image and video files: print one line per file, `FILE<TAB>CAPTION`.
 
-A sound is captioned from its audio, a picture from its pixels, a video with sound from both: its audio and the frame
-in the middle of it. A folder stands for the media files in it, at any depth and sorted. A model hears as much as its
-window holds (10.24 s at full size); of a longer file it hears the beginning, or with --timestamps every window in
-turn. A file that cannot be captioned is reported on stderr, the others go on, and the exit code is 1.
+By default, the caption uses all that a file contains: its sound, its picture, or for a video with sound both, with the
+frame in the middle of the captioned part. For a folder, all media files in it are captioned, recursively and in sorted
+order. The audio window of a model is limited (10.24 s at full size): of a longer file, only the beginning is
+captioned, or every window with --timestamps. A file that cannot be captioned is reported on stderr, the other files
+are still captioned, and the exit code is 1.
 
 examples:
   dali-llava caption runs/quickstart/model clip.mp4 bark.wav photo.jpg
@@ -34,7 +35,7 @@ MODALITIES = ("audio", "image", "audiovisual")
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a file, in seconds; `end` is None where the file's end is not known."""
+    """A part of a file, in seconds. `end` is None if the end of the file is unknown."""
 
     start: float
     end: float | None
@@ -61,22 +62,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modality",
         choices=("auto", *MODALITIES),
         default="auto",
-        help="what to caption from; auto, the default, takes what the file holds",
+        help="modality to caption from; auto, the default, uses all that the file contains",
     )
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="the question; default: what can be heard, or of a picture what can be seen"
+        "--prompt",
+        metavar="TEXT",
+        help="question for the model; default: what can be heard, or for images what can be seen",
     )
     parser.add_argument(
         "--prefix",
         action=argparse.BooleanOptionalAction,
-        help="put the learned prefix before the prompt, or leave it out; default: as the model was trained",
+        help="add the learned prefix before the prompt, or omit it; default: as the model was trained",
     )
-    parser.add_argument("--timestamps", action="store_true", help="caption window after window of each whole file")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument(
+        "--timestamps", action="store_true", help="caption every window of each file, with start and end in seconds"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Caption `args.inputs`; 1 if any failed, else 0."""
+    """Caption `args.inputs`. Return 1 if any file failed, otherwise 0."""
     check_model(args.model)  # before torch is imported, which takes seconds
 
     from rich.console import Console
@@ -102,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Session:
-    """One call of the command: turns its inputs into samples and prints what becomes of them."""
+    """One call of the command: converts the inputs to samples and prints the results."""
 
     def __init__(self, args: argparse.Namespace, window: float):
         self.args = args
@@ -113,7 +118,7 @@ class _Session:
         self.places: dict[str, tuple[str, Span]] = {}  # sample id -> file and span
 
     def samples(self) -> Iterator["Sample"]:
-        """A sample per file, or with --timestamps a sample per window; a file that has none is reported."""
+        """Yield one sample per file, or per window with --timestamps. Files that cannot be read are reported."""
         from dali_llava.processing.media import probe
 
         for file in self.files:
@@ -138,7 +143,7 @@ class _Session:
             if self.args.timestamps:
                 row |= {"start": round(span.start, 3), "end": round(span.end, 3)}
             row |= {"seconds": round(result.seconds, 3)}
-            # The escapes of a name that is not UTF-8 are valid JSON, its bytes are not.
+            # For a name that is not UTF-8, escapes are valid JSON but its bytes are not.
             _print(json.dumps(row, ensure_ascii=not _is_text(file)))
         elif self.args.timestamps:
             _print(f"{_on_one_line(file)}\t{span.start:.2f}-{span.end:.2f}\t{result.caption}")
@@ -146,7 +151,7 @@ class _Session:
             _print(f"{_on_one_line(file)}\t{result.caption}")
 
     def _files(self) -> list[str]:
-        """The inputs, with the media files of a folder in its place."""
+        """Return the inputs, with each folder replaced by its media files."""
         from dali_llava.processing.corpora.names import KINDS
         from dali_llava.processing.media import find_file, media_files
 
@@ -157,22 +162,27 @@ class _Session:
                 continue
             found = media_files(find_file(name), KINDS)
             if not found:
-                self._fail(name, f"{name}: is a directory; give a media file, or a folder that holds some")
+                self._fail(
+                    name, f"{name}: is a directory without media files; give a media file, or a folder of media files"
+                )
             files += found
         return files
 
     def _whole(self, file: str, info: "MediaInfo", modality: str) -> "Sample":
-        """A file's beginning, and the frame in the middle of what is heard; decoded when its batch comes up."""
+        """Return the sample of a whole file, with the frame in the middle of the sound that fits the window.
+
+        The media are decoded when the batch of the sample is processed.
+        """
         from dali_llava.eval.runner import SAMPLING_RATE
         from dali_llava.processing.media import load_audio, load_frames, load_image
 
         if modality == "image":
             span = Span(0.0, info.duration)
-        else:  # The frame of a long video is taken from the part that is heard.
+        else:  # The frame of a long video comes from the part that fits the window.
             span = Span(0.0, self.window if info.duration is None else min(self.window, info.duration))
         image = audio = None
         if modality != "image":
-            # The last frame of a window reaches 15 ms past it; the extractor cuts what is too much.
+            # The last spectrogram frame covers 15 ms after the window. The feature extractor cuts the rest.
             audio = partial(load_audio, file, sampling_rate=SAMPLING_RATE, start=0.0, duration=span.length + 0.05)
         if info.kind == "image":
             image = partial(load_image, file)
@@ -181,7 +191,7 @@ class _Session:
         return self._sample(file, span, modality, image, audio)
 
     def _windows(self, file: str, info: "MediaInfo", modality: str) -> Iterator["Sample"]:
-        """Window after window, from one decoder. One in which a video's sound has ended has the picture alone."""
+        """Yield the samples of all windows. After the end of the sound of a video, windows only have an image."""
         from dali_llava.eval.runner import SAMPLING_RATE
         from dali_llava.processing.media import load_windows
 
@@ -220,7 +230,7 @@ def _frame(load_frames, file: str, time: float):
 
 
 def _is_text(name: str) -> bool:
-    """Whether a file name is Unicode; bytes that are not come from the system as lone surrogates."""
+    """Whether a file name is valid Unicode. Python decodes invalid bytes to lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -229,15 +239,16 @@ def _is_text(name: str) -> bool:
 
 
 def _on_one_line(text: str) -> str:
-    """The text with control characters escaped, so that a tab or a line end in a file name splits no line."""
+    """Escape control characters, so that a tab or a newline in a file name does not split a line."""
     return "".join(repr(letter)[1:-1] if letter < " " else letter for letter in text)
 
 
 def _modality(file: str, info: "MediaInfo", wanted: str) -> str:
-    """The modality to caption a file from.
+    """
+    Return the modality to caption a file from.
 
     Raises:
-        ValueError: the file does not hold what is wanted.
+        ValueError: if the file does not contain the modality.
     """
     sound = info.kind == "audio" or info.has_audio
     picture = info.kind != "audio"
@@ -258,6 +269,6 @@ def _print(line: str, stream=None) -> None:
     stream = stream or sys.stdout
     if stream is sys.stdout and hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="file-names")  # see dali_llava.processing.media.names
-    # tqdm lifts its bar out of the line's way, and the flush lets a reader of the pipe see each caption at once.
+    # tqdm.write moves the progress bar out of the way. Flushing makes each caption available to a pipe immediately.
     tqdm.write(line, file=stream)
     stream.flush()

@@ -1,4 +1,4 @@
-"""What the commands that read a corpus share: the arguments of its options, and loading it."""
+"""Arguments and loading of a corpus, shared by the commands that read one."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-PREFIX = "corpus_"  # of the attributes that hold a corpus's options
+PREFIX = "corpus_"  # prefix of the attributes for options of a corpus
 
 
 def is_known(name: str | None) -> bool:
@@ -24,9 +24,10 @@ def add_corpus_options(
     Add an argument for each option of a corpus.
 
     Args:
-        name: of the corpus. Anything else, such as a folder of shards, has no options.
-        may_be_shards: whether a folder of shards comes before a corpus of the same name, as in `open_corpus`.
-        without: options that the command sets itself.
+        parser: parser of the command.
+        name: name of the corpus. Anything else, such as a folder of shards, has no options.
+        may_be_shards: whether a folder of shards takes precedence over a corpus of the same name, as in `open_corpus`.
+        without: options that the command sets.
     """
     from dali_llava.processing.corpora import configuration_of
     from dali_llava.processing.corpora.options import options_of
@@ -43,13 +44,13 @@ def add_corpus_options(
 
 
 def _flag(parser: argparse.ArgumentParser, corpus: str, option: str) -> str:
-    """--OPTION, or --CORPUS-OPTION where the command has an option of that name itself."""
+    """Return --OPTION, or --CORPUS-OPTION if the command already has an option of that name."""
     flag = f"--{option.replace('_', '-')}"
     return f"--{corpus}-{flag[2:]}" if flag in parser._option_string_actions else flag
 
 
 def first_positional(parser: argparse.ArgumentParser, words: Sequence[str]) -> str | None:
-    """The first word that is neither an option of `parser` nor the value of one; None where there is none."""
+    """Return the first word that is not an option of `parser` or the value of one; None if there is none."""
     options, words = parser._option_string_actions, iter(words)
     for word in words:
         if not word.startswith("-"):
@@ -60,7 +61,7 @@ def first_positional(parser: argparse.ArgumentParser, words: Sequence[str]) -> s
 
 
 def _argument(option) -> dict[str, Any]:
-    """The keyword arguments of `add_argument` for an option of a corpus."""
+    """Return the keyword arguments of `add_argument` for an option of a corpus."""
     settings = {"help": option.metadata["help"], "required": option.metadata["required"]}
     if option.type is bool:
         action = argparse.BooleanOptionalAction if option.default else "store_true"
@@ -80,12 +81,12 @@ def _json(text: str) -> Any:
 
 
 def corpus_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the corpus that the arguments hold, as `load_corpus` takes them."""
+    """Return the options of the corpus in `args`, as keyword arguments of `load_corpus`."""
     return {name: getattr(args, PREFIX + name) for name in args.corpus_options if hasattr(args, PREFIX + name)}
 
 
 def example_options(name: str, split: str | None = None) -> str:
-    """The options of a corpus in an example of the help: those that are required, or have an example of their own."""
+    """Return the options of a corpus for an example in the help: required options and those with an example value."""
     from dali_llava.processing.corpora import configuration_of
     from dali_llava.processing.corpora.options import options_of
 
@@ -102,33 +103,33 @@ def example_options(name: str, split: str | None = None) -> str:
 
 
 def is_shards(corpus: str) -> bool:
-    """Whether CORPUS is a folder of shards, or the URL of one, rather than a corpus's name."""
+    """Whether CORPUS is the folder or URL of shards instead of the name of a corpus."""
     return "/" in corpus or Path(corpus, "index.json").is_file()
 
 
 def open_corpus(corpus: str, split: str | None, args: argparse.Namespace, streaming: bool = False):
     """
-    The rows of a corpus, or of a folder of shards.
+    Load the rows of a corpus or of a folder of shards.
 
     Args:
-        corpus: a name of `load_corpus`, or a folder of shards, which has no options.
-        split: None for the only one.
-        args: with the arguments of `add_corpus_options`.
+        corpus: name for `load_corpus`, or a folder of shards, which has no options.
+        split: name of the split; None for the only one.
+        args: arguments, including those of `add_corpus_options`.
         streaming: as in `load_corpus`.
 
     Returns:
-        the rows, and the split's name.
+        The rows, and the name of the split.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_corpus`; no split is named for a corpus with several.
+        ValueError, FileNotFoundError: as in `load_corpus`, or if `split` is None and the corpus has several splits.
     """
     from dali_llava.processing.corpora import load_corpus
 
     if is_shards(corpus):
         index = Path(corpus, "index.json")
         if "://" not in corpus and not index.is_file():
-            remedy = "`dali-llava prepare` writes it; for a folder of clips use the corpus `folder` with --data-dir"
-            raise FileNotFoundError(f"{index}: no such file, so {corpus} holds no shards; {remedy}")
+            remedy = "`dali-llava prepare` writes it; for a folder of clips, use the corpus `folder` with --data-dir"
+            raise FileNotFoundError(f"{index}: no such file, so {corpus} contains no shards; {remedy}")
         from dali_llava.processing.corpora.shards import ShardsConfig
 
         split = split or ShardsConfig.find_splits(data_dir=corpus)[0]
@@ -137,11 +138,11 @@ def open_corpus(corpus: str, split: str | None, args: argparse.Namespace, stream
 
 
 def open_named_corpus(corpus: str, split: str | None, args: argparse.Namespace, streaming: bool = False, **fixed: Any):
-    """`open_corpus` of a name; `fixed` are options that the command sets itself."""
+    """Load a corpus by name, as in `open_corpus`. `fixed` are options that the command sets."""
     from dali_llava.processing.corpora import configuration_of, load_corpus
 
     splits = tuple(configuration_of(corpus).splits)
     if split is None and len(splits) > 1:
-        raise ValueError(f"corpus {corpus!r} has several splits: choose --split from {', '.join(splits)}")
+        raise ValueError(f"corpus {corpus!r} has several splits; choose --split from {', '.join(splits)}")
     split = split or splits[0]
     return load_corpus(corpus, split, streaming=streaming, **corpus_options(args), **fixed), split

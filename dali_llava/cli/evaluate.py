@@ -1,8 +1,10 @@
 """Caption a test split and score the captions.
 
-Writes the results file and, beside it, every caption (OUT.captions/), from which a stopped run continues.
+Writes the results file, and all captions to the folder OUT.captions next to it. An interrupted run resumes from these
+captions.
 
-`dali-llava evaluate --dataset CORPUS --help` shows the options of a corpus, which are those of `dali-llava prepare`.
+`dali-llava evaluate --dataset CORPUS --help` shows the options of a corpus, which are the same as for
+`dali-llava prepare`.
 
 examples:
   dali-llava evaluate runs/quickstart/model --dataset avworld --out results.json
@@ -24,26 +26,26 @@ MODALITIES = ("audio", "image", "audiovisual")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every corpus has."""
+    """Add the arguments that all corpora share."""
     from dali_llava.processing.corpora import known_corpora
 
     add_model_arguments(parser)
     parser.add_argument(
         "--dataset", required=True, metavar="CORPUS", help=f"{', '.join(known_corpora())}, or a folder of shards"
     )
-    parser.add_argument("--split", metavar="NAME", help="default: test, or the only split of the corpus")
+    parser.add_argument("--split", metavar="NAME", help="split of the corpus; default: test, or the only split")
     parser.add_argument(
         "--modality",
         nargs="+",
         choices=MODALITIES,
         default=["audio", "audiovisual"],
-        help="default: audio audiovisual",
+        help="modalities to caption from; default: audio audiovisual",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="results file to write")
 
 
 def complete_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Add the options of the corpus that `words` name, and an example."""
+    """Add the options of the corpus that is named in `words`, and an example."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--dataset", nargs="?")
     corpus = finder.parse_known_args(words)[0].dataset
@@ -54,7 +56,7 @@ def complete_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Caption, score, print and write; 1 when a clip could not be captioned."""
+    """Caption and score the split, print and write the results. Return 1 if a clip could not be captioned."""
     import json
     import sys
 
@@ -91,18 +93,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def default_split(corpus: str) -> str | None:
-    """`test` where the corpus has one, else None: its only split, or an error that lists its splits."""
+    """Return "test" if the corpus has that split, otherwise None, for which `open_corpus` takes the only split."""
     from dali_llava.processing.corpora import configuration_of
 
     return "test" if not is_shards(corpus) and "test" in configuration_of(corpus).splits else None
 
 
 def check_rows(rows, modalities: list[str], corpus: str) -> None:
-    """ValueError, before a model is loaded, where clips lack captions to score by, or what a modality shows."""
+    """
+    Check, before a model is loaded, that all clips have captions and the media of the modalities.
+
+    Raises:
+        ValueError: if clips lack captions or media.
+    """
     for column, what, wanted, remedy in (
-        ("captions", "captions to score by", True, "use a split that is captioned"),
-        ("frames", "pictures", {"image", "audiovisual"} & set(modalities), "--modality audio does without"),
-        ("audio", "sound", {"audio", "audiovisual"} & set(modalities), "--modality image does without"),
+        ("captions", "captions to score with", True, "use a split with captions"),
+        ("frames", "pictures", {"image", "audiovisual"} & set(modalities), "use --modality audio"),
+        ("audio", "sound", {"audio", "audiovisual"} & set(modalities), "use --modality image"),
     ):
         lacking = [row["id"] for row in rows.select_columns(["id", column]) if not row[column]] if wanted else []
         if lacking:

@@ -1,9 +1,9 @@
-"""Look into a corpus: its figures as a table, and a page with charts and random clips to hear and see.
+"""Summarise a corpus: print its statistics, and write a page with charts and random clips.
 
-CORPUS is a name or a folder of shards that `dali-llava prepare` wrote. The clips are read once; only the random ones
-are decoded. Writes OUT/index.html, OUT/summary.json and the samples' media, OUT/media.
+CORPUS is a name, or a folder of shards from `dali-llava prepare`. The corpus is read once, and only the random clips
+are decoded. Writes OUT/index.html, OUT/summary.json and the media of the random clips, OUT/media.
 
-`dali-llava inspect CORPUS --help` shows the options of a corpus, which are those of `dali-llava prepare`.
+`dali-llava inspect CORPUS --help` shows the options of a corpus, which are the same as for `dali-llava prepare`.
 
 examples:
   dali-llava inspect folder --data-dir clips
@@ -30,21 +30,38 @@ from .loading import positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every corpus has."""
+    """Add the arguments that all corpora share."""
     from dali_llava.processing.corpora import known_corpora
 
     parser.add_argument("corpus", metavar="CORPUS", help=f"{', '.join(known_corpora())}, or a folder of shards")
-    parser.add_argument("--split", metavar="NAME", help="split of the corpus; required where it has several")
-    parser.add_argument("--samples", type=positive_int, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument("--split", metavar="NAME", help="split of the corpus; required if there are several")
     parser.add_argument(
-        "--check", type=positive_int, default=0, metavar="N", help="random clips to decode; default: the samples"
+        "--samples",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="number of random clips on the page; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random choice; default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/inspect/CORPUS-SPLIT, or shards-FOLDER")
+    parser.add_argument(
+        "--check",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="number of random clips to decode; default: the samples",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the random choice; default: %(default)s"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write; default: runs/inspect/CORPUS-SPLIT or runs/inspect/shards-FOLDER",
+    )
 
 
 def complete_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Add the options of the corpus that `words` name, and an example."""
+    """Add the options of the corpus that is named in `words`, and an example."""
     corpus = first_positional(parser, words)
     add_corpus_options(parser, corpus)
     if is_known(corpus):
@@ -52,7 +69,7 @@ def complete_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Count, open, print and write; broken clips are a result, not an error."""
+    """Inspect the corpus, print the statistics and write the page. Broken clips are not an error."""
     from dali_llava.processing.inspect.page import PAGE, check_output, write_page
     from dali_llava.processing.inspect.summary import inspect_rows
 
@@ -62,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     index = Path(args.corpus, "index.json")
     total = json.loads(index.read_text(encoding="utf-8"))["clips"] if index.is_file() else None
     out = args.out or Path("runs/inspect", name)
-    check_output(out)  # before the pass, which may take hours
+    check_output(out)  # before reading the corpus, which may take hours
     summary, samples = inspect_rows(rows, args.samples, args.check, args.seed, total)
     options = corpus_options(args)
     data_dir = options.pop("data_dir", None)

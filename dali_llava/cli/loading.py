@@ -1,16 +1,16 @@
-"""What the commands that run a model share: its arguments, the checks of its folder, and loading it."""
+"""Arguments, checks and loading of a model, shared by the commands that run one."""
 
 import argparse
 from pathlib import Path
 
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-# Below this size weights load in the blink of an eye, and transformers' progress bar is noise.
+# Below this size, weights load too fast for the progress bar of transformers to be useful.
 QUIET_BYTES = 500_000_000
 
 
 def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
+    """Parse an integer of at least 1, as an argparse type."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
@@ -18,22 +18,34 @@ def positive_int(text: str) -> int:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which model captions, how, and where it runs."""
-    parser.add_argument("model", metavar="MODEL", help="a model folder, or the ORG/NAME of one on the Hub")
+    """Add the arguments for the model, its generation and its device."""
+    parser.add_argument("model", metavar="MODEL", help="model folder, or its ORG/NAME on the Hub")
     group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=positive_int, default=64, metavar="N", help="default: %(default)s")
-    group.add_argument("--num-beams", type=positive_int, default=1, metavar="N", help="1, the default, is greedy")
-    group.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="default: %(default)s")
-    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps, ...; default: a GPU where there is one")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, the one it was saved in")
+    group.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="maximum length of a caption; default: %(default)s",
+    )
+    group.add_argument(
+        "--num-beams", type=positive_int, default=1, metavar="N", help="number of beams; default: 1, greedy decoding"
+    )
+    group.add_argument(
+        "--batch-size", type=positive_int, default=8, metavar="N", help="samples per batch; default: %(default)s"
+    )
+    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps, ...; default: the GPU, if available")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the weights; default: auto, the saved dtype"
+    )
 
 
 def check_model(name: str) -> None:
     """
-    Check that `name` is a folder, or can be the id of a model on the Hub, before torch is imported.
+    Check that `name` is a folder or may be the id of a model on the Hub, without importing torch.
 
     Raises:
-        FileNotFoundError: no such folder, or a file.
+        FileNotFoundError: if the folder does not exist or is a file.
     """
     folder = Path(name)
     if not folder.is_dir() and not (_may_be_hub_id(name) and not folder.exists()):
@@ -43,18 +55,18 @@ def check_model(name: str) -> None:
 
 def load_captioner(name: str, device: str | None = None, dtype: str = "auto"):
     """
-    The model, in evaluation mode on its device, and its processor.
+    Load a model in evaluation mode on its device, and its processor.
 
     Args:
-        name: a model folder or Hub id.
-        device: as torch names it; None for a GPU where there is one.
+        name: model folder or Hub id.
+        device: torch device; None for the GPU, if available.
         dtype: one of `DTYPES`.
 
     Returns:
         (`LlavaAudioForConditionalGeneration`, `LlavaAudioProcessor`)
 
     Raises:
-        OSError, ValueError: as `dali_llava.eval.captioner.load_captioner`, and for a device that torch cannot use.
+        OSError, ValueError: as in `dali_llava.eval.captioner.load_captioner`, or if torch cannot use the device.
     """
     check_model(name)
 
@@ -82,6 +94,6 @@ def _device(name: str | None):
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except Exception as error:  # RuntimeError, AssertionError or NotImplementedError, by the backend
+    except Exception as error:  # RuntimeError, AssertionError or NotImplementedError, depending on the backend
         raise ValueError(f"--device {name}: torch cannot use it here; --device cpu always works") from error
     return device

@@ -1,8 +1,8 @@
-"""Merge a stage with the models below it into one whole checkpoint.
+"""Merge a stage with its base models into one complete checkpoint.
 
-A stage's folder holds only the weights that the stage trained, and the path of its base model. OUT holds everything:
-weights, processor, generation configuration and code, so it can be copied or uploaded alone. It is written completely
-or not at all.
+The folder of a stage only contains the weights that the stage trained, and the path of its base model. OUT contains
+all weights, the processor, the generation configuration and the code, so it can be copied or uploaded on its own. It
+is written completely or not at all.
 
 examples:
   dali-llava merge runs/mmd-distilled captioner
@@ -19,12 +19,12 @@ from .loading import check_model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
-    parser.add_argument("model", metavar="STAGE", help="a stage's folder, or the ORG/NAME of one on the Hub")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist, or be empty")
+    parser.add_argument("model", metavar="STAGE", help="folder of a stage, or its ORG/NAME on the Hub")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must be empty or not exist")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge, and print what was written."""
+    """Merge the stage and print the folder that was written."""
     check_model(args.model)
     check_out(args.out)
 
@@ -37,23 +37,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_out(out: Path) -> None:
-    """FileExistsError where `out` is a file, or a folder with something in it."""
+    """
+    Check that `out` does not exist or is an empty folder.
+
+    Raises:
+        FileExistsError: if `out` is a file, or a folder that is not empty.
+    """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out}: exists already; name another folder, or remove it first")
+        raise FileExistsError(f"{out}: already exists; choose another folder, or remove it first")
 
 
 def merge_checkpoint(name: str | os.PathLike, out: Path, replace: bool = False) -> None:
     """
-    Write the whole model that a stage's checkpoint assembles to, with its processor.
+    Write the complete model of a stage and its processor.
 
     Args:
-        name: folder or Hub id, of a stage or of a whole checkpoint.
-        out: folder to write. It appears when it is complete.
-        replace: replace an `out` that has something in it.
+        name: folder or Hub id of a stage or a complete checkpoint.
+        out: folder to write. It is created when the checkpoint is complete.
+        replace: whether to replace `out` if it is not empty.
 
     Raises:
-        FileExistsError: `out` has something in it.
-        OSError, ValueError: as `load_captioner`.
+        FileExistsError: if `out` is not empty and `replace` is not set.
+        OSError, ValueError: as in `load_captioner`.
     """
     from dali_llava.eval.captioner import load_captioner
 
@@ -63,7 +68,7 @@ def merge_checkpoint(name: str | os.PathLike, out: Path, replace: bool = False) 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         merged = Path(scratch) / "merged"
-        merged.mkdir()  # with the user's permissions; the scratch folder is private
+        merged.mkdir()  # default permissions, since the temporary folder is private
         model.save_pretrained(merged)
         processor.save_pretrained(merged)
         if out.exists():

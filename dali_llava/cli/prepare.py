@@ -1,7 +1,7 @@
-"""Turn the media of a corpus into shards that training streams: tar archives of 16 kHz FLAC and JPEG frames.
+"""Convert the media of a corpus to shards for training: tar archives of 16 kHz FLAC and JPEG frames.
 
-Each clip is decoded and cut once, on all cores. A stopped run, even a killed one, continues when the same command is
-given again. Clips that are missing, broken, silent, frozen or too short are left out, counted at the end and listed in
+Each clip is decoded and cut once, on all cores. To resume an interrupted or killed run, run the same command again.
+Clips that are missing, broken, silent, frozen or too short are left out, counted at the end and listed in
 OUT/report.csv. OUT/index.json is written when all shards are complete.
 
 `dali-llava prepare CORPUS --help` shows the options of a corpus.
@@ -23,67 +23,86 @@ from .corpora import add_corpus_options, corpus_options, example_options, first_
 from .loading import positive_int
 
 
-# What of the command line is a setting of a clip, under the same name.
+# Arguments that are fields of `ClipSettings` with the same name.
 CLIP_SETTINGS = ("frames", "frame_size", "quality", "min_seconds", "silence", "keep_silent", "keep_frozen")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every corpus has."""
+    """Add the arguments that all corpora share."""
     from dali_llava.processing.corpora import known_corpora
 
     known = list(known_corpora())
     parser.add_argument("corpus", metavar="CORPUS", choices=known, help=", ".join(known))
-    parser.add_argument("--split", metavar="NAME", help="split of the corpus; required where it has several")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards, made if missing")
+    parser.add_argument("--split", metavar="NAME", help="split of the corpus; required if there are several")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of the shards; created if it does not exist"
+    )
     clips = parser.add_argument_group("clips")
     clips.add_argument(
-        "--frames", type=positive_int, default=10, metavar="N", help="pictures per clip at most; default: %(default)s"
+        "--frames",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="maximum number of frames per clip; default: %(default)s",
     )
     clips.add_argument(
         "--frame-size",
         type=positive_int,
         default=336,
         metavar="PIXELS",
-        help="shorter side of a picture at most; default: %(default)s, what LLaVA-1.5 sees",
+        help="maximum shorter side of a frame; default: %(default)s, the input size of LLaVA-1.5",
     )
     clips.add_argument(
-        "--quality", type=positive_int, default=90, metavar="Q", help="of the JPEG files, to 95; default: %(default)s"
+        "--quality", type=positive_int, default=90, metavar="Q", help="JPEG quality, 1 to 95; default: %(default)s"
     )
     clips.add_argument(
         "--require",
         choices=("audio", "frames", "audio,frames"),
         metavar="WHAT",
-        help="of a clip: audio, frames or audio,frames; default: audio, and frames too where the corpus lists any",
+        help="what a clip must have: audio, frames or audio,frames; default: audio, and frames if the corpus has any",
     )
     clips.add_argument(
-        "--min-seconds", type=float, default=1.0, metavar="S", help="least length of a sound; default: %(default)s"
+        "--min-seconds", type=float, default=1.0, metavar="S", help="minimum length of the sound; default: %(default)s"
     )
     clips.add_argument(
         "--silence",
         type=float,
         default=0.001,
         metavar="PEAK",
-        help="a sound whose peak is below is silent, full scale being 1; default: %(default)s (-60 dB)",
+        help="peak below which a sound is silent; full scale is 1; default: %(default)s (-60 dB)",
     )
-    clips.add_argument("--keep-silent", action="store_true", help="do not leave out silent clips")
-    clips.add_argument("--keep-frozen", action="store_true", help="do not leave out clips whose frames are all alike")
+    clips.add_argument("--keep-silent", action="store_true", help="keep silent clips")
+    clips.add_argument("--keep-frozen", action="store_true", help="keep clips in which all frames are alike")
     shards = parser.add_argument_group("shards")
     shards.add_argument(
-        "--shard-size", type=positive_int, default=500, metavar="MB", help="of a shard, roughly; default: %(default)s"
+        "--shard-size",
+        type=positive_int,
+        default=500,
+        metavar="MB",
+        help="approximate size of a shard; default: %(default)s",
     )
     shards.add_argument(
-        "--clips-per-shard", type=positive_int, metavar="N", help="default: as many as make --shard-size, by a sample"
+        "--clips-per-shard",
+        type=positive_int,
+        metavar="N",
+        help="clips per shard; default: estimated from --shard-size",
     )
     work = parser.add_argument_group("work")
-    work.add_argument("--num-proc", type=positive_int, metavar="N", help="processes; default: one per core")
+    work.add_argument("--num-proc", type=positive_int, metavar="N", help="number of processes; default: one per core")
     work.add_argument(
-        "--num-jobs", type=positive_int, default=1, metavar="N", help="jobs of an array that share the shards"
+        "--num-jobs",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="number of array jobs that share the work; default: %(default)s",
     )
-    work.add_argument("--job-id", type=int, default=0, metavar="K", help="this job's number, from 0")
+    work.add_argument(
+        "--job-id", type=int, default=0, metavar="K", help="number of this job, from 0; default: %(default)s"
+    )
 
 
 def complete_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Add the options of the corpus that `words` name, and an example."""
+    """Add the options of the corpus that is named in `words`, and an example."""
     from dali_llava.processing.corpora import configuration_of, known_corpora
 
     corpus = first_positional(parser, words)
@@ -98,7 +117,7 @@ def complete_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) ->
 
 
 def fixed_options(corpus: str) -> dict[str, Any]:
-    """The options of a corpus that the command sets: clips without media stay, to be reported as left out."""
+    """Return the options of a corpus that the command sets. Clips without media are kept, to be reported."""
     from dali_llava.processing.corpora import configuration_of
     from dali_llava.processing.corpora.options import options_of
 
@@ -107,9 +126,9 @@ def fixed_options(corpus: str) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare `args.corpus` and print what became of its clips; 0, also when some were left out."""
+    """Prepare `args.corpus` and print a summary. Return 0, even if clips were left out."""
     if not 0 <= args.job_id < args.num_jobs:
-        raise ValueError(f"--job-id must be one of 0 to {args.num_jobs - 1} (--num-jobs less 1), not {args.job_id}")
+        raise ValueError(f"--job-id must be one of 0 to {args.num_jobs - 1} (--num-jobs minus 1), not {args.job_id}")
 
     from rich.console import Console
 
@@ -137,15 +156,16 @@ def run(args: argparse.Namespace) -> int:
     if not summary.is_complete:
         print("the other jobs have not finished; the last one writes the index", file=sys.stderr)
     elif summary.clips == 0:
-        raise ValueError(f"{args.out}: no clip is ready; {args.out}/report.csv has the reason of each")
+        raise ValueError(f"{args.out}: no clip is ready; see the reasons in {args.out}/report.csv")
     return 0
 
 
 def _load_rows(args: argparse.Namespace):
-    """The rows of the corpus, with those that have no media: these are reported like the others that are left out.
+    """
+    Load the rows of the corpus, including rows without media, which are reported as left out.
 
     Raises:
-        FileNotFoundError: no row has media, so the folder is probably the wrong one.
+        FileNotFoundError: if no row has media, so the folder is probably wrong.
     """
     from dali_llava.processing.shards.clip import is_given
 
@@ -153,5 +173,5 @@ def _load_rows(args: argparse.Namespace):
     media = rows.select_columns(["audio", "frames"])
     if not any(row["frames"] or is_given(row["audio"]) for row in media):
         where = corpus_options(args).get("data_dir", args.corpus)
-        raise FileNotFoundError(f"{where}: has none of the {len(rows)} clips' files; check --data-dir and their names")
+        raise FileNotFoundError(f"{where}: has no media of the {len(rows)} clips; check --data-dir and the file names")
     return rows

@@ -1,10 +1,9 @@
-"""Score captions against references: BLEU, METEOR, ROUGE-L, CIDEr-D, and SPICE where Stanford CoreNLP is there.
+"""Score captions against references: BLEU, METEOR, ROUGE-L, CIDEr-D, and SPICE if Stanford CoreNLP is installed.
 
-A file is CSV (`id,caption`; references also `id,caption_1,...,caption_n`) or JSON lines ({"id": ..., "caption": ...};
-references also {"id": ..., "captions": [...]}). References may be the published CSV of Clotho, whose ids are the file
-names with or without suffix, or of AudioCaps, whose ids are YOUTUBEID_START as in `dali-llava evaluate`; --id-column
-names another column. A metric that cannot run on this machine is null, with the reason beside it. Prints the scores as
-JSON.
+Both files are CSV (`id,caption`, or `id,caption_1,...,caption_n` for references) or JSON lines ({"id": ..., "caption":
+...}, or {"id": ..., "captions": [...]} for references). References may also be the published CSV of Clotho, with file
+names as ids (the suffix is optional), or of AudioCaps, with ids YOUTUBEID_START as in `dali-llava evaluate`. For other
+columns, use --id-column. A metric that cannot run on this machine is null, with the reason. Prints the scores as JSON.
 
 example:
   dali-llava score --candidates captions.csv --references audiocaps/test.csv --out scores.json
@@ -18,19 +17,21 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
-    parser.add_argument("--candidates", required=True, metavar="FILE", help="one caption per clip, CSV or JSON lines")
-    parser.add_argument("--references", required=True, metavar="FILE", help="the references, CSV or JSON lines")
+    parser.add_argument(
+        "--candidates", required=True, metavar="FILE", help="captions to score, one per clip, as CSV or JSON lines"
+    )
+    parser.add_argument("--references", required=True, metavar="FILE", help="reference captions, as CSV or JSON lines")
     parser.add_argument(
         "--id-column",
         metavar="NAME",
-        help="column of the references that holds the candidates' ids; default: id, file_name, or AudioCaps' "
-        "youtube_id with start_time",
+        help="column of the references with the ids of the candidates; default: id, file_name, or youtube_id with "
+        "start_time (AudioCaps)",
     )
-    parser.add_argument("--out", required=True, metavar="FILE.json", help="where to write the scores")
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="file to write the scores to")
     parser.add_argument(
         "--allow-missing",
         action="store_true",
-        help="score the clips that have a candidate, and print how many have none, as for clips that left YouTube",
+        help="score only clips with a candidate and print how many have none; for clips deleted from YouTube",
     )
     parser.add_argument(
         "--corenlp", metavar="DIR", help="folder of Stanford CoreNLP 3.6.0, for SPICE; default: $CORENLP_HOME"
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score `args.candidates` against `args.references`, write and print the scores; 0."""
+    """Score `args.candidates` against `args.references`. Write and print the scores, and return 0."""
     from rich.console import Console
 
     from dali_llava.atomic import write_text
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out)
     if out.is_dir():
-        raise IsADirectoryError(f"{out}: is a folder; give --out the name of a file")
+        raise IsADirectoryError(f"{out}: is a folder; give --out a file name")
     candidates = read_candidates(args.candidates)
     references = read_references(args.references, args.id_column)
     missing = [clip for clip in references if clip not in candidates]
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         hint = ", or pass --allow-missing" if 0 < len(missing) < len(references) else ""
         if len(missing) == len(references):
             example = f"such as {next(iter(candidates))!r} and {next(iter(references))!r}"
-            hint = f"; no id is in both, {example}: name the column of the references with the ids, --id-column"
+            hint = f"; no id is in both, {example}; pass the column of the references with the ids as --id-column"
         raise ValueError(f"{args.candidates} against {args.references}: {error}{hint}") from error
     with (
         CaptionScorer(corenlp=args.corenlp) as scorer,

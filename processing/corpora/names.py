@@ -8,7 +8,7 @@ import unicodedata
 KINDS = {
     **dict.fromkeys((".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac"), "sound"),
     **dict.fromkeys((".mp4", ".mkv", ".webm", ".mov", ".avi"), "video"),
-    **dict.fromkeys((".jpg", ".jpeg", ".png"), "image"),
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".heic", ".heif", ".avif"), "image"),
 }
 
 

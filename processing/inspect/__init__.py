@@ -1,1 +1,1 @@
-"""A look into a corpus: its figures, and a page of random clips."""
+"""Inspect a corpus: compute its statistics, and write a page of random clips."""

@@ -1,4 +1,4 @@
-"""A page of clips to hear and see: HTML that needs nothing but the media beside it, in a folder that comes whole."""
+"""Write an HTML page of clips with sound and frames. The folder contains all media and is written atomically."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -28,8 +28,14 @@ article img { height: 9rem; margin: 0 .25rem .25rem 0; }
 
 @dataclass(frozen=True)
 class ClipSample:
-    """An opened clip: its row, its media by extension (flac, 0.jpg, 1.jpg, ...), what of it cannot be opened, and
-    why."""
+    """
+    An opened clip.
+
+    Attributes:
+        row: row of the clip.
+        files: contents of its media by extension (flac, 0.jpg, 1.jpg, ...).
+        problems: media that cannot be opened, with reasons.
+    """
 
     row: Mapping[str, Any]
     files: dict[str, bytes]
@@ -38,14 +44,16 @@ class ClipSample:
 
 def open_clip(row: Mapping[str, Any], frames: int = 10) -> ClipSample:
     """
-    Sound and frames of a clip, decoded as `dali-llava prepare` does; each on its own, so that one may be broken.
+    Open the sound and frames of a clip, decoded as in `dali-llava prepare`.
+
+    The two are opened separately, so one of them may be broken.
 
     Args:
-        row: of a corpus.
-        frames: most frames, the first of each second; 1 to 1000.
+        row: row of a corpus.
+        frames: maximum number of frames, 1 to 1000; the first frame of each second is taken.
     """
     files, problems = {}, []
-    # an id may come from the name of a file, which need not be Unicode
+    # an id may be the name of a file, which may not be Unicode
     part = {**row, "id": row["id"].encode(errors="replace").decode(), "audio": None, "frames": []}
     given = {"audio": is_given(row["audio"]), "frames": bool(row["frames"])}
     for column in (column for column in REQUIREMENTS if given[column]):
@@ -60,15 +68,16 @@ def open_clip(row: Mapping[str, Any], frames: int = 10) -> ClipSample:
 
 def check_folder(out: Path, names: Set[str], option: str) -> None:
     """
-    Find out before the work whether a page can be written to the folder `out`.
+    Check that a page can be written to the folder `out`, before the work starts.
 
     Args:
-        names: of all that a folder of such a page holds.
-        option: by which the user named the folder; the messages ask for another.
+        out: folder of the page.
+        names: names of all files and folders of such a page.
+        option: option that sets the folder, for error messages.
 
     Raises:
-        ValueError: it holds something else than such a page, which would be replaced.
-        OSError: it cannot be written.
+        ValueError: if the folder contains something other than such a page, which would be replaced.
+        OSError: if the folder cannot be written.
     """
     out = out.resolve()
     with _blaming(out, option):
@@ -76,19 +85,19 @@ def check_folder(out: Path, names: Set[str], option: str) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent):
             held = {path.name for path in out.iterdir()} if out.exists() else set()
     if held and held != names:
-        raise ValueError(f"{out}: holds other files, which would be lost; give {option} a new folder")
+        raise ValueError(f"{out}: contains other files, which would be lost; give {option} a new folder")
 
 
 @contextmanager
 def new_folder(out: Path, names: Set[str], option: str) -> Iterator[Path]:
     """
-    An empty folder to fill, which takes the place of `out` when the block ends; an error within leaves `out` alone.
+    Yield an empty folder that replaces `out` when the block ends. After an error in the block, `out` is unchanged.
 
     Args:
-        names, option: as `check_folder` takes them.
+        out, names, option: as in `check_folder`.
 
     Raises:
-        OSError, ValueError: as `check_folder`.
+        OSError, ValueError: as in `check_folder`.
     """
     check_folder(out, names, option)
     out = out.resolve()
@@ -103,21 +112,21 @@ def new_folder(out: Path, names: Set[str], option: str) -> Iterator[Path]:
 
 @contextmanager
 def _blaming(out: Path, option: str) -> Iterator[None]:
-    """Errors of writing within become one line with the remedy."""
+    """Convert write errors in the block to one line with the remedy."""
     try:
         yield
     except OSError as error:
-        told = error.strerror or error
-        raise OSError(f"{out}: cannot be written ({told}); give {option} a folder that you may write to") from error
+        problem = error.strerror or error
+        raise OSError(f"{out}: cannot be written ({problem}); give {option} a folder that you may write to") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8; names of files may hold what is no Unicode, and get a question mark for it."""
+    """Write UTF-8. Parts of file names that are not Unicode become question marks."""
     path.write_bytes(text.encode(errors="replace"))
 
 
 def write_media(folder: Path, samples: Sequence[ClipSample]) -> None:
-    """Write the samples' media into `folder`/media, by the names that `article` gives them."""
+    """Write the media of the samples to `folder`/media, under the names that `article` uses."""
     (folder / MEDIA).mkdir()
     for number, sample in enumerate(samples):
         for extension, content in sample.files.items():
@@ -129,7 +138,7 @@ def _media_name(number: int, extension: str) -> str:
 
 
 def to_page(title: str, *sections: str) -> str:
-    """The whole page: a title in plain text over sections in HTML."""
+    """Return the page: a title in plain text and sections in HTML."""
     body = "\n".join(sections)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -148,23 +157,26 @@ def to_page(title: str, *sections: str) -> str:
 
 
 def to_table(lines: Sequence[tuple[str, str]]) -> str:
-    """A name and a value a line, in plain text."""
+    """Return an HTML table of names and values, which are plain text."""
     rows = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in lines)
     return "\n".join(["<table>", *rows, "</table>"])
 
 
 def article(number: int, sample: ClipSample, captions: Sequence[str], *facts: str) -> str:
     """
-    One clip: `facts`, where it is from, its labels, what of it cannot be opened, its media, and captions.
+    Return the HTML of one clip: facts, source, labels, media that cannot be opened, media, and captions.
 
     Args:
-        number: its place among the samples of `write_media`.
+        number: index of the sample among the samples of `write_media`.
+        sample: the clip.
+        captions: captions to list.
+        *facts: lines of text to show first.
     """
     row = sample.row
     start = row["start"] or 0.0
     time = f"from {start:g} s" if row["end"] is None else span(start, row["end"])
     file = next((source["path"] for source in (row["audio"], *row["frames"]) if source and source["path"]), None)
-    told = [*facts, row["source"], file, time, "labels: " + (", ".join(row["labels"]) or "none")]
+    lines = [*facts, row["source"], file, time, "labels: " + (", ".join(row["labels"]) or "none")]
     problems = [
         f'<p class="broken">cannot be opened, {escape(problem.reason)}: {escape(problem.detail)}</p>'
         for problem in sample.problems
@@ -173,7 +185,7 @@ def article(number: int, sample: ClipSample, captions: Sequence[str], *facts: st
     return "\n".join(
         [
             f'<article class="sample">\n<h3>{escape(row["id"])}</h3>',
-            f"<p>{'<br>'.join(escape(text) for text in told if text)}</p>",
+            f"<p>{'<br>'.join(escape(text) for text in lines if text)}</p>",
             *problems,
             *([] if is_given(row["audio"]) else ["<p>no sound</p>"]),
             *(_element(_media_name(number, extension)) for extension in sample.files),
@@ -190,5 +202,5 @@ def _element(name: str) -> str:
 
 
 def span(start: float, end: float) -> str:
-    """Seconds in words: "0.5 to 2 s", or "2 s" where both are the same."""
+    """Format a range of seconds: "0.5 to 2 s", or "2 s" if both ends are equal."""
     return f"{start:g} s" if start == end else f"{start:g} to {end:g} s"

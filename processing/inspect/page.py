@@ -1,4 +1,4 @@
-"""The page of an inspection: figures, charts and samples."""
+"""Write the page of an inspection: statistics, charts and samples."""
 
 import json
 from collections.abc import Sequence
@@ -23,14 +23,19 @@ from dali_llava.processing.inspect.summary import CorpusSummary
 
 
 FIGURES = "summary.json"
-FOLDER = {PAGE, FIGURES, MEDIA}, "--out"  # what it holds, and the option that names it
+FOLDER = {PAGE, FIGURES, MEDIA}, "--out"  # its files and folders, and the option that sets it
 SHOWN_LABELS = 30
-LINE_HEIGHT, TEXT_WIDTH, BAR_WIDTH, COUNT_WIDTH = 20, 240, 400, 80  # of a chart, in pixels
-TEXT_LENGTH = 34  # letters that fit into TEXT_WIDTH
+LINE_HEIGHT, TEXT_WIDTH, BAR_WIDTH, COUNT_WIDTH = 20, 240, 400, 80  # sizes of a chart in pixels
+TEXT_LENGTH = 34  # characters that fit into TEXT_WIDTH
 
 
 def check_output(out: Path) -> None:
-    """OSError or ValueError, as `check_folder` has them, where the page cannot be written to the folder `out`."""
+    """
+    Check that the page can be written to the folder `out`.
+
+    Raises:
+        OSError, ValueError: as in `check_folder`.
+    """
     check_folder(out, *FOLDER)
 
 
@@ -38,13 +43,17 @@ def write_page(
     out: Path, title: str, summary: CorpusSummary, samples: Sequence[ClipSample], about: dict[str, Any]
 ) -> None:
     """
-    Write index.html, summary.json and media/ into the folder `out`, whole or not at all; an older page is replaced.
+    Write index.html, summary.json and media/ to the folder `out` atomically. An existing page is replaced.
 
     Args:
-        about: fields that summary.json begins with.
+        out: folder to write.
+        title: title of the page, in plain text.
+        summary: statistics of the corpus.
+        samples: clips to show.
+        about: first fields of summary.json.
 
     Raises:
-        OSError, ValueError: as `check_output`.
+        OSError, ValueError: as in `check_output`.
     """
     figures = about | summary.to_dict()
     figures["samples"] = [
@@ -58,7 +67,7 @@ def write_page(
 
 
 def to_html(title: str, summary: CorpusSummary, samples: Sequence[ClipSample]) -> str:
-    """The page; its media are named as `write_media` names them."""
+    """Return the HTML of the page, with the media under the names of `write_media`."""
     durations = [(span(low, high), count) for low, high, count in summary.histogram()]
     return to_page(
         title,
@@ -76,7 +85,7 @@ def _section(title: str, bars: Sequence[tuple[str, int]]) -> str:
 
 
 def bar_chart(bars: Sequence[tuple[str, int]], title: str) -> str:
-    """SVG of horizontal bars, one a line: what it counts on the left, its count behind it."""
+    """Return an SVG of horizontal bars, one per line, with the name on the left and the count on the right."""
     most = max(count for _, count in bars) or 1
     lines = []
     for number, (text, count) in enumerate(bars):

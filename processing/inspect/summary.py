@@ -1,4 +1,4 @@
-"""What is in a corpus: figures over all its rows, in one pass, and some random clips, opened."""
+"""Statistics over all rows of a corpus in one pass, and random clips to show."""
 
 import heapq
 import random
@@ -18,17 +18,24 @@ from dali_llava.processing.media import probe
 from dali_llava.processing.shards.clip import is_given
 
 
-MAX_BINS = 20  # of the histogram
-SHOWN_LABELS = 5  # in the table
+MAX_BINS = 20  # maximum number of bins of the histogram
+SHOWN_LABELS = 5  # labels in the table
 
 
 @dataclass
 class CorpusSummary:
-    """The figures of a corpus.
+    """
+    Statistics of a corpus.
 
-    clips: all; with_sound, with_frames, with_captions, with_labels: those that list any; captions: of all clips;
-    labels: label -> clips; durations: of clips where they are known, in seconds; undated: reason -> clips where they
-    are not. checked: clips with media that were opened; broken: reason -> those whose sound or frames could not be.
+    Attributes:
+        clips: number of clips.
+        with_sound, with_frames, with_captions, with_labels: number of clips that list any.
+        captions: number of captions.
+        labels: number of clips by label.
+        durations: known durations of clips in seconds.
+        undated: number of clips of unknown duration, by reason.
+        checked: number of clips with media that were opened.
+        broken: number of clips with sound or frames that cannot be opened, by reason.
     """
 
     clips: int = 0
@@ -38,20 +45,20 @@ class CorpusSummary:
     with_labels: int = 0
     captions: int = 0
     labels: Counter[str] = field(default_factory=Counter)
-    durations: array = field(default_factory=lambda: array("d"))  # eight bytes are all that a clip leaves in memory
+    durations: array = field(default_factory=lambda: array("d"))  # eight bytes per clip
     undated: Counter[str] = field(default_factory=Counter)
     checked: int = 0
     broken: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Count a row; its media are decoded in no case, and probed only where the row has no `end`."""
+        """Count a row. Its media are never decoded, and only probed if the row has no `end`."""
         self.clips += 1
         self.with_sound += is_given(row["audio"])
         self.with_frames += bool(row["frames"])
         self.with_captions += bool(row["captions"])
         self.with_labels += bool(row["labels"])
         self.captions += len(row["captions"])
-        self.labels.update(dict.fromkeys(row["labels"], 1))  # a label that a row has twice is one clip's
+        self.labels.update(dict.fromkeys(row["labels"], 1))  # a repeated label counts once per clip
         duration, reason = clip_duration(row)
         if reason is None:
             self.durations.append(duration)
@@ -59,11 +66,15 @@ class CorpusSummary:
             self.undated[reason] += 1
 
     def frequent_labels(self, count: int | None = None) -> list[tuple[str, int]]:
-        """The most frequent labels with their clips, alphabetically among equals; all by default."""
+        """Return the most frequent labels (default: all) and their clip counts. Ties are in alphabetical order."""
         return sorted(self.labels.items(), key=lambda item: (-item[1], item[0]))[:count]
 
     def histogram(self) -> list[tuple[float, float, int]]:
-        """(from, to, clips) of durations, in up to `MAX_BINS` bins between round numbers; one where all are equal."""
+        """
+        Return (start, end, clips) for each bin of the durations.
+
+        There are up to `MAX_BINS` bins with round edges, or one bin if all durations are equal.
+        """
         if not self.durations:
             return []
         low, high = min(self.durations), max(self.durations)
@@ -77,7 +88,7 @@ class CorpusSummary:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of summary.json."""
+        """Return the statistics for summary.json."""
         known = np.asarray(self.durations)
         ends = [float(of(known)) if len(known) else None for of in (np.min, np.median, np.max)]
         counts = ("clips", "with_sound", "with_frames", "with_captions", "with_labels", "captions")
@@ -97,23 +108,23 @@ class CorpusSummary:
         }
 
     def table(self) -> list[tuple[str, str]]:
-        """The figures in words, as a name and a value a line."""
+        """Return the statistics as text: a name and a value per line."""
         figures = self.to_dict()
         times, lines = figures["durations"], [("clips", f"{self.clips:,}")]
         for what in ("sound", "frames", "captions", "labels"):
             count = figures[f"with_{what}"]
             lines.append((f"with {what}", f"{count:,} ({count / max(1, self.clips):.0%})"))
-        lines.append(("captions in all", f"{self.captions:,}"))
+        lines.append(("captions in total", f"{self.captions:,}"))
         if self.durations:
             hours = times["total_hours"]
             ends = f"{times['min']:.2f} to {times['max']:.2f} s, median {times['median']:.2f} s"
-            lines.append(("durations", f"{ends}; {f'{hours:,.2f}' if hours >= 1 else f'{hours:.3g}'} h in all"))
+            lines.append(("durations", f"{ends}; {f'{hours:,.2f}' if hours >= 1 else f'{hours:.3g}'} h in total"))
         if self.undated:
-            lines.append(("of unknown duration", _by_reason(self.undated)))
+            lines.append(("unknown duration", _by_reason(self.undated)))
         shown = "; ".join(f"{label} {count:,}" for label, count in self.frequent_labels(SHOWN_LABELS))
         more = "; ..." if len(self.labels) > SHOWN_LABELS else ""
         lines.append(("distinct labels", f"{len(self.labels):,}" + (f": {shown}{more}" if shown else "")))
-        lines.append(("cannot be opened", f"{_by_reason(self.broken)} of {self.checked:,} looked at"))
+        lines.append(("cannot be opened", f"{_by_reason(self.broken)} of {self.checked:,} checked"))
         return lines
 
 
@@ -125,30 +136,33 @@ def inspect_rows(
     total: int | None = None,
 ) -> tuple[CorpusSummary, list[ClipSample]]:
     """
-    Go through a corpus once, and open some of its clips.
+    Summarise a corpus in one pass, and open some of its clips.
 
     Args:
-        rows: of a corpus, best streamed: none is kept but the clips to open.
-        samples: random clips to give back, or all where there are fewer; fewer samples of a seed are the first of
-            more.
-        check: random clips to decode, the samples among them; no more than these by default.
-        seed: of the choice.
-        total: number of rows, for the progress bar, where `rows` cannot tell.
+        rows: rows of a corpus, preferably streamed. Only the clips to open are kept in memory.
+        samples: number of random clips to return, or all clips if there are fewer. With the same seed, a smaller
+            number gives the first samples of a larger one.
+        check: number of random clips to decode, including the samples; by default, only the samples.
+        seed: seed of the random choice.
+        total: number of rows for the progress bar, if `rows` has no length.
+
+    Returns:
+        The statistics and the samples.
 
     Raises:
-        ValueError: no rows, or a number outside its range.
+        ValueError: if there are no rows, or `samples` is less than 1.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     summary, draw = CorpusSummary(), random.Random(seed)
-    # The clips with the smallest of random numbers are a fair choice, though nobody knows how many will come.
+    # The clips with the smallest random numbers are a uniform choice, without knowing the number of clips in advance.
     chosen = heapq.nsmallest(max(samples, check), _counted(rows, summary, total), key=lambda row: draw.random())
     if not chosen:
         raise ValueError("the corpus has no clips; check its options and its split")
     opened = []
     for row in tqdm(chosen, desc="opening", unit=" clips", delay=2, leave=False):
         sample = open_clip(row)
-        summary.checked += bool(sample.files or sample.problems)  # a clip without media has nothing to open
+        summary.checked += bool(sample.files or sample.problems)  # a clip without media is not checked
         if sample.problems:
             summary.broken[sample.problems[0].reason] += 1
         if len(opened) < samples:
@@ -164,10 +178,11 @@ def _counted(rows: Iterable[Mapping], summary: CorpusSummary, total: int | None)
 
 def clip_duration(row: Mapping[str, Any]) -> tuple[float | None, str | None]:
     """
-    Seconds of a clip by its row, else by the header of its file, and None; or None and the reason why nothing tells.
+    Return the duration of a clip in seconds from its row or the header of its file, and the reason if it is unknown.
 
-    Reasons: "no media"; "missing", no such file; "broken", an unreadable one; "too_short", it ends before the clip
-    starts; "undeclared": a picture, or a file whose header does not tell.
+    One of the two is None. Reasons: "no media"; "missing", the file does not exist; "broken", the file is not
+    readable; "too_short", the file ends before the clip starts; "undeclared", the file is a picture or its header has
+    no duration.
     """
     start, end = row["start"] or 0.0, row["end"]
     if end is not None:
@@ -176,12 +191,12 @@ def clip_duration(row: Mapping[str, Any]) -> tuple[float | None, str | None]:
     if source is None:
         return None, "no media"
     if source["bytes"] is not None:
-        start = 0.0  # bytes hold the clip alone
+        start = 0.0  # bytes contain only the clip
     elif not Path(source["path"]).exists():
         return None, "missing"
     try:
         duration = probe(source).duration
-    except Exception:  # what media files do to decoders cannot be listed, and the other clips must go on
+    except Exception:  # decoders may raise anything on damaged files, and the run must continue
         return None, "broken"
     if duration is None:
         return None, "undeclared"

@@ -1,4 +1,4 @@
-"""From files to waveforms and pictures."""
+"""Load waveforms and images from media files."""
 
 from .load import MediaInfo, load_audio, load_frames, load_image, probe
 from .names import find_file, media_files

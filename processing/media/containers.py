@@ -1,4 +1,4 @@
-"""Containers (MP4, Matroska, MP3, ...) through PyAV, which brings FFmpeg's libraries: streams, positions, lengths."""
+"""Streams, positions and lengths of containers (MP4, Matroska, MP3, ...), read with PyAV, which includes FFmpeg."""
 
 import io
 import math
@@ -14,16 +14,16 @@ from av.stream import Disposition
 from .source import MediaError
 
 
-# A playlist or a text file that FFmpeg would follow or draw is not media: only real containers are opened.
+# Only real containers are opened: FFmpeg would follow the links of a playlist and render a text file.
 CONTAINERS = (
     "mov,matroska,ogg,mp3,wav,w64,flac,aac,aiff,au,caf,ac3,eac3,amr,wv,ape,avi,mpegts,mpeg,mpegvideo,flv,asf,rm,dv,ivf"
 )
-# Containers whose tables give exact durations and positions. Elsewhere (MP3, MPEG-TS) both are estimates: nothing is
-# concluded from a duration, and a position is reached by decoding from the start.
+# Containers with tables of exact durations and positions. Other containers (MP3, MPEG-TS) only give estimates: their
+# durations are not trusted, and a position is reached by decoding from the start.
 INDEXED_CONTAINERS = ("mov", "matroska")
-CUT_TOLERANCE = 0.25  # seconds missing at the end that are codec delay and rounding, not a cut
-LONGEST_PACKET = 60.0  # seconds; where a chained Ogg file goes on, FFmpeg gives a negative number, read as unsigned
-# Pictures beside the moving one, and parts of a picture.
+CUT_TOLERANCE = 0.25  # seconds; up to this much may be missing at the end because of codec delay and rounding
+LONGEST_PACKET = 60.0  # seconds; longer ones are negative lengths at the links of a chained Ogg file
+# Cover pictures, thumbnails, and streams that are parts of a picture.
 NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
 
 
@@ -35,31 +35,31 @@ def cut_error(name: str, reached: float, declared: float | None) -> MediaError:
 @contextmanager
 def open_container(name: str, handle: BinaryIO) -> Iterator[Container]:
     """
-    The container at the handle's beginning.
+    Open the container that starts at the beginning of the handle.
 
     Raises:
-        MediaError: nothing that FFmpeg reads, or neither sound nor picture in it.
+        MediaError: if FFmpeg cannot read it, or it has no sound and no picture.
     """
     handle.seek(0)
     try:
         container = av.open(handle, options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
     except av.error.FFmpegError as error:
         raise MediaError(
-            f"{name}: is no readable audio, image or video file (text, or cut off?); download or export it again"
+            f"{name}: is not a readable audio, image or video file (text, or cut off?); download or export it again"
         ) from error
     with container:
         if audio_stream(container) is None and video_stream(container) is None:
-            raise MediaError(f"{name}: holds neither sound nor picture; give an audio, image or video file")
+            raise MediaError(f"{name}: has no sound and no picture; give an audio, image or video file")
         yield container
 
 
 def audio_stream(container: Container) -> av.AudioStream | None:
-    """The default sound track, as players choose it, or the first."""
+    """Return the sound track that players choose: the default one, or the first if none is the default."""
     return _default(stream for stream in container.streams.audio if stream.codec_context is not None)
 
 
 def video_stream(container: Container) -> av.VideoStream | None:
-    """The default moving picture, or the first: covers and thumbnails are attached pictures."""
+    """Return the default video track, or the first if none is the default. Covers and thumbnails do not count."""
     streams = (stream for stream in container.streams.video if stream.codec_context is not None)
     return _default(stream for stream in streams if not stream.disposition & NO_VIDEO)
 
@@ -74,19 +74,19 @@ def is_indexed(container: Container) -> bool:
 
 
 def origin_of(container: Container) -> float:
-    """The time stamp of the file's beginning, common to its tracks."""
+    """Return the time stamp in seconds at which the file starts. It is the same for all tracks."""
     return (container.start_time or 0) / av.time_base
 
 
 def declared_end(container: Container, stream: av.stream.Stream) -> float | None:
-    """Seconds from the beginning at which the track's own table says it ends, None where that is not known exactly."""
+    """Return the end of a track in seconds, as declared by its own table; None if that is not known exactly."""
     if not is_indexed(container):
         return None
     if not container.format.name.startswith("matroska"):
         if stream.duration is None:
             return None
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin_of(container)
-    # Matroska gives a track's length in a tag alone: FFmpeg fills `stream.duration` in from the file's.
+    # In Matroska, only a tag gives the length of a track: FFmpeg sets `stream.duration` to the length of the file.
     tag = next((value for key, value in stream.metadata.items() if key.upper().startswith("DURATION")), "")
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", tag.strip())
     if match is None:
@@ -97,23 +97,25 @@ def declared_end(container: Container, stream: av.stream.Stream) -> float | None
 
 def file_length(container: Container, handle: BinaryIO, name: str) -> float | None:
     """
-    Seconds to the end of the longest track: declared, or, where containers only estimate it, measured by reading every
-    packet without decoding any. None where not even the packets tell.
+    Return the end of the longest track in seconds.
+
+    If the container only estimates it, every packet is read, without decoding. None if the packets have no times
+    either.
     """
     declared = None if container.duration is None else container.duration / av.time_base
     if declared is not None and is_indexed(container):
         return declared
     position = handle.tell()
-    with open_container(name, handle) as measured:  # its own demuxer: `container` keeps its place
+    with open_container(name, handle) as measured:  # a second demuxer, so that `container` keeps its position
         measured_length = _measure(measured)
     handle.seek(position)
     if declared is not None and measured_length is not None and abs(declared - measured_length) < CUT_TOLERANCE:
-        return declared  # it knows about padding, which packets count as sound
+        return declared  # more exact: packets count padding as sound
     return measured_length
 
 
 def _measure(container: Container) -> float | None:
-    """Seconds that the packets of the sound and the picture last."""
+    """Return the length in seconds of the packets of the sound and the picture."""
     origin, sound, last = origin_of(container), 0.0, 0.0
     streams = [stream for stream in (audio_stream(container), video_stream(container)) if stream is not None]
     packets = container.demux(streams)
@@ -128,14 +130,14 @@ def _measure(container: Container) -> float | None:
         if length > LONGEST_PACKET:
             length = 0.0
         if packet.stream.type == "audio":
-            sound += length  # in a chained Ogg file time stamps start again
+            sound += length  # in a chained Ogg file, time stamps restart at each link
         if packet.pts is not None:
             last = max(last, float(packet.pts * packet.time_base) + length - origin)
     return max(sound, last) or None
 
 
 def is_truncated(handle: BinaryIO) -> bool:
-    """Whether a Matroska or MP4 file is shorter than its outermost elements say: bytes are missing at its end."""
+    """Whether a Matroska or MP4 file is shorter than its outermost elements declare: its end is missing."""
     position = handle.tell()
     try:
         size = handle.seek(0, io.SEEK_END)
@@ -158,7 +160,7 @@ def is_truncated(handle: BinaryIO) -> bool:
 
 
 def _matroska_end(handle: BinaryIO) -> int:
-    """The byte at which the segment ends, 0 where a live stream leaves it open."""
+    """Return the byte at which the segment ends; 0 for a live stream, which leaves the size open."""
 
     def read_size() -> int | None:
         first = handle.read(1)
@@ -182,10 +184,11 @@ def decode(
     container: Container, stream: av.stream.Stream, is_wanted: Callable[[av.Packet], bool] | None = None
 ) -> Iterator[av.frame.Frame]:
     """
-    The frames from here on. A damaged packet is passed over: whoever counts on what it held sees it missing.
+    Yield the frames from the current position. Damaged packets are skipped, so their frames are missing.
 
     Args:
-        is_wanted: whether a packet must give its frame; any other may be left out if nothing refers to it.
+        is_wanted: returns whether the frame of a packet is needed. Other frames are skipped if no frame refers to
+            them.
     """
     packets = container.demux(stream)
     while True:

@@ -1,4 +1,4 @@
-"""Frames of a video at ascending times: forward only, seeking where that passes frames over."""
+"""Read the frames of a video at ascending times: forward only, with a seek if that skips frames."""
 
 import math
 from bisect import bisect_left
@@ -27,38 +27,38 @@ from .images import on_background, shrunken_size
 from .source import MediaError
 
 
-SEEK_GAP = 10.0  # seconds; where keyframes are unknown, a shorter way is decoded rather than sought
-REORDERED = 4  # frames by which an index, in the order of decoding, may be ahead of the order of showing
-FRAME_GAP = 0.2  # seconds; frames that lie farther apart are looked for once more, decoding every frame
+SEEK_GAP = 10.0  # seconds; if keyframes are unknown, shorter distances are decoded without a seek
+REORDERED = 4  # frames by which an index, in decoding order, may be ahead of the display order
+FRAME_GAP = 0.2  # seconds; if frames are farther apart, every frame is decoded
 TIME_ROUNDING = 1e-6  # seconds
-WIDEST_PIXEL = 16  # a sample aspect ratio beyond it, or beyond its inverse, is an error of the file
+WIDEST_PIXEL = 16  # a sample aspect ratio above it, or below its inverse, is treated as an error in the file
 
 
 def read_frames(
     name: str, handle: BinaryIO, times: Sequence[float], shorter_side: int | None = None
 ) -> Iterator[Image.Image]:
     """
-    The image shown at each of the ascending `times`, from one decoder.
+    Yield the image shown at each of the ascending `times`, from one decoder.
 
     Raises:
-        MediaError: no picture, a time outside the video, or a file that is cut off before it.
+        MediaError: if there is no picture, a time is outside the video, or the file is cut off before it.
     """
     with open_container(name, handle) as container:
         stream = video_stream(container)
         if stream is None:
-            raise MediaError(f"{name}: holds sound only, no picture; use it as audio, or pass a video")
+            raise MediaError(f"{name}: contains sound only, no picture; use it as audio, or pass a video")
         length = container.duration / av.time_base if container.duration and is_indexed(container) else None
         for time in times:
             if not 0 <= time <= (math.inf if length is None else length + TIME_ROUNDING):
                 raise outside_error(name, time, length)
         if not stream.codec_context.is_open:
-            stream.codec_context.thread_count = 1  # who has several cores has several clips to decode
+            stream.codec_context.thread_count = 1  # on several cores, several clips are decoded in parallel
         yield from _shown(name, container, handle, stream, times, shorter_side, sparing=is_indexed(container))
 
 
 def outside_error(name: str, time: float, length: float | None) -> MediaError:
     known = "" if length is None else f", which lasts {length:.3f} s"
-    return MediaError(f"{name}: time {time:g} s lies outside the video{known}; ask for one inside it")
+    return MediaError(f"{name}: time {time:g} s is outside the video{known}; pass a time inside it")
 
 
 def _shown(
@@ -71,11 +71,12 @@ def _shown(
     sparing: bool,
 ) -> Iterator[Image.Image]:
     """
-    See `read_frames`.
+    Yield the frames for `read_frames`.
 
     Args:
-        sparing: leave frames out that no other refers to and that lie more than FRAME_GAP before the next time. Where
-            the frame shown lies there too, a later one may have been left out, and the rest is done without.
+        sparing: skip frames that no other frame refers to and that are more than FRAME_GAP before the next time. If
+            the frame shown is that early too, a later one may have been skipped, so the remaining times are read again
+            without skipping.
     """
     origin = origin_of(container)
 
@@ -96,7 +97,7 @@ def _shown(
         if not ended and is_indexed(container) and _next_keyframe_pays(container, stream, position, sought):
             seek(container, stream, sought)
             frames, current, following = _restart(container, stream, is_wanted)
-            if following is None or following.time - origin > time + TIME_ROUNDING:  # landed behind the time
+            if following is None or following.time - origin > time + TIME_ROUNDING:  # the seek went past the time
                 container.seek(container.start_time or 0)
                 frames, current, following = _restart(container, stream, is_wanted)
         while following is not None and following.time - origin <= time + TIME_ROUNDING:
@@ -118,7 +119,12 @@ def _shown(
 def _check_end(
     name: str, container: Container, handle: BinaryIO, stream: av.VideoStream, frame: av.VideoFrame, time: float
 ) -> None:
-    """The last frame stays until the file's end, unless bytes of the file are missing or `time` lies beyond it."""
+    """
+    Check that the last frame may be shown until `time`.
+
+    The last frame stays until the end of the file. It is an error if bytes of the file are missing, or if `time` is
+    after the end.
+    """
     length = float((frame.duration or 0) * frame.time_base) if frame.time_base else 0.0
     reached = frame.time - origin_of(container) + length
     if time - reached <= CUT_TOLERANCE:
@@ -139,14 +145,14 @@ def _check_end(
 def _restart(
     container: Container, stream: av.VideoStream, is_wanted: Callable[[av.Packet], bool] | None
 ) -> tuple[Iterator, None, av.VideoFrame | None]:
-    """The frames from here on: their iterator, none shown yet, and the one that follows."""
+    """Return an iterator over the frames from the current position, None as the current frame, and the next frame."""
     frames = (frame for frame in decode(container, stream, is_wanted) if frame.time is not None)
     following = next(frames, None)
     return frames, None, following
 
 
 def _next_keyframe_pays(container: Container, stream: av.VideoStream, position: float, time: float) -> bool:
-    """Whether the keyframe before `time` lies ahead of `position`, so that a seek spares decoding."""
+    """Whether the keyframe before `time` is after `position`, so that a seek saves decoding."""
     if not len(stream.index_entries):
         return time - position > SEEK_GAP
     index = stream.index_entries.search_timestamp(math.floor((time + origin_of(container)) / stream.time_base))
@@ -156,7 +162,7 @@ def _next_keyframe_pays(container: Container, stream: av.VideoStream, position: 
 
 
 def _pixel_ratio(stream: av.VideoStream) -> float:
-    """Width of a pixel over its height, 1 where it is unknown or absurd."""
+    """Return the ratio of a pixel's width to its height; 1 if it is unknown or implausible."""
     ratio = float(stream.sample_aspect_ratio or 1)
     return ratio if 1 / WIDEST_PIXEL <= ratio <= WIDEST_PIXEL else 1.0
 
@@ -165,8 +171,9 @@ def _to_image(
     frame: av.VideoFrame, pixel_ratio: float, shorter_side: int | None, reformatter: VideoReformatter
 ) -> Image.Image:
     """
-    The frame in RGB: its pixels made square, shrunk, its transparency on the background of pictures, and turned as
-    its display matrix says (telephones record on their side).
+    Convert a frame to RGB with square pixels: shrunk, composited on the background, and rotated.
+
+    The display matrix gives the rotation, since phones record videos sideways.
     """
     shown = max(1, round(frame.width * pixel_ratio)), frame.height
     (width, height), rotation = shrunken_size(*shown, shorter_side), frame.rotation
@@ -176,7 +183,7 @@ def _to_image(
         image = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
     else:
         if (width, height) != (frame.width, frame.height):
-            # Scaled first where it has fewer values a pixel: that takes half the time.
+            # Scaling before the conversion to RGB halves the time for YUV, which has fewer values per pixel.
             kind = frame.format.name if frame.format.name.startswith("yuv") else "rgb24"
             frame = reformatter.reformat(frame, width, height, kind, interpolation="BICUBIC", threads=1)
         image = frame.to_image()

@@ -1,4 +1,4 @@
-"""Still images in RGB of 8 bits: upright, transparency on a background, scaled from any number of bits."""
+"""Read still images as 8-bit RGB: upright, composited on a background, and scaled from any bit depth."""
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -6,11 +6,11 @@ from PIL import Image, ImageOps
 from .source import IMAGE_FORMATS, MediaError, one_line
 
 
-BACKGROUND = (255, 255, 255)  # what lies behind transparent pixels
+BACKGROUND = (255, 255, 255)  # colour behind transparent pixels
 
 
 def read_image(name: str, handle, shorter_side: int | None = None) -> Image.Image:
-    """See `load_image`; `handle` holds an image."""
+    """Read the image of `handle`. See `load_image`."""
     try:
         with Image.open(handle, formats=IMAGE_FORMATS) as image:
             image = ImageOps.exif_transpose(image)
@@ -25,10 +25,10 @@ def read_image(name: str, handle, shorter_side: int | None = None) -> Image.Imag
 
 def to_8_bits(image: Image.Image) -> Image.Image:
     """
-    A grey picture of integers (modes I, I;16, ...) or floats (F) with white at 255.
+    Scale a grey image of integers (modes I, I;16, ...) or floats (F) so that white is 255.
 
-    White is 65535 for integers and 1 for floats. Where values go beyond that, it is the range that they reach: 255 for
-    floats up to 255, 65535 for floats up to 65535, else the largest value. Negative values and NaN are black.
+    White is 65535 for integers and 1 for floats. If values exceed that, white is 255 for floats up to 255, 65535 for
+    floats up to 65535, and otherwise the largest value. Negative values and NaN become black.
     """
     values = np.nan_to_num(np.asarray(image, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     largest = values.max(initial=0.0)
@@ -38,7 +38,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def on_background(image: Image.Image) -> Image.Image:
-    """The picture in RGB over BACKGROUND: what lies under full transparency does not show."""
+    """Composite the image on BACKGROUND, in RGB. The colour of fully transparent pixels is not visible."""
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
 

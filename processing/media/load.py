@@ -1,8 +1,9 @@
 """
-Sound, frames and images out of media files: soundfile for plain audio, PyAV (with its own FFmpeg) for the rest.
+Load sound, frames and images from media files: plain audio with soundfile, the rest with PyAV and its own FFmpeg.
 
-Every function takes a path, bytes, a binary file object, or a `{"path", "bytes"}` row of a `datasets` column, and goes
-by the content, never by the extension. Whatever is wrong with the input raises a [`MediaError`] of one line.
+Every function takes a path, bytes, a binary file object, or a `{"path", "bytes"}` row of a `datasets` column. The
+content decides how a file is read, never its extension. Invalid input raises a [`MediaError`] with a message of one
+line.
 """
 
 import math
@@ -30,13 +31,14 @@ RESAMPLING_MARGIN = 0.1  # seconds
 @dataclass(frozen=True)
 class MediaInfo:
     """
-    What a file holds: `kind` is "audio", "image" or "video".
+    The content of a media file.
 
     Attributes:
-        duration: seconds to the end of the longest track; None where not even the packets tell.
-        picture_duration: seconds to the end of a video's picture track, where its table says so: the picture may end
-            before the sound, and its last frame stays.
-        width, height: in stored pixels, which need not be square.
+        kind: "audio", "image" or "video".
+        duration: end of the longest track in seconds; None if the packets have no times either.
+        picture_duration: end of the picture track of a video in seconds, if its table declares it. If the picture ends
+            before the sound, its last frame stays.
+        width, height: size in stored pixels, which may not be square.
     """
 
     path: str
@@ -54,9 +56,9 @@ class MediaInfo:
 
 def probe(path: MediaSource) -> MediaInfo:
     """
-    What `path` holds, without decoding it. A cover picture in an audio file is not video.
+    Return the content of a file without decoding it. A cover picture in an audio file does not count as video.
 
-    Where a container only estimates its duration (MP3, ADTS, MPEG-TS, live streams), all its packets are read.
+    If the container only estimates its duration (MP3, ADTS, MPEG-TS, live streams), all packets are read.
     """
     with open_source(path) as (name, handle):
         kind = sniff(name, handle)
@@ -86,33 +88,35 @@ def load_audio(
     path: MediaSource, sampling_rate: int = 16000, start: float = 0.0, duration: float | None = None
 ) -> np.ndarray:
     """
-    The sound of an audio or video file as a mono waveform `(samples,)` float32: channels averaged, rate set by soxr.
+    Load the sound of a file as a mono waveform `(samples,)` float32, with averaged channels, resampled by soxr.
 
     Args:
         path: an audio file, or a video with a sound track.
-        sampling_rate: rate of the result in Hz.
-        start: seconds from the beginning of the file; in a video, from the beginning of its earlier track.
-        duration: seconds to take, all that follows where absent; less is returned where the sound ends earlier.
+        sampling_rate: sampling rate of the waveform in Hz.
+        start: start of the excerpt in seconds from the beginning of the file, which in a video is the start of the
+            track that starts first.
+        duration: length of the excerpt in seconds; by default, everything after `start`. The excerpt is shorter if the
+            sound ends earlier.
 
     Raises:
-        MediaError: no such file, nothing readable, no sound, a file cut off before the end of the excerpt, NaN
-            samples, `start` outside the sound, or less than 0.1 s of it.
+        MediaError: if the file does not exist, is not readable, has no sound, is cut off before the end of the
+            excerpt, or contains NaN samples; if `start` is outside the sound; or if the excerpt is shorter than 0.1 s.
     """
     if start < 0 or (duration is not None and duration <= 0):
         raise MediaError(f"{source_name(path)}: start={start}, duration={duration}; give a start >= 0, a duration > 0")
-    # Whole seconds fall on a sample at every rate, and the margin keeps the resampler's edges out of the excerpt, so
-    # that an excerpt equals the same stretch of the whole.
+    # A whole second is a whole number of samples at every rate, and the margin keeps the edge effects of the resampler
+    # out of the excerpt, so an excerpt equals the same part of the whole file.
     base = math.floor(max(0.0, start - RESAMPLING_MARGIN))
     end = math.inf if duration is None else start + duration + RESAMPLING_MARGIN
     with open_source(path) as (name, handle):
         chunks = read_sound(name, handle, sniff(name, handle), base, end)
-        # a file that changes its sampling rate midway is resampled part by part
+        # if the sampling rate changes midway, each part is resampled separately
         parts = groupby(chunks, key=lambda chunk: chunk[1])
         parts = [(np.concatenate([samples for samples, _ in part]), rate) for rate, part in parts]
     if not parts and base == 0:
-        raise MediaError(f"{name}: holds no sound at all (zero length); record or export it again")
+        raise MediaError(f"{name}: contains no sound (zero length); record or export it again")
     if round((start - base) * sampling_rate) >= round(sum(len(part) * sampling_rate / rate for part, rate in parts)):
-        raise MediaError(f"{name}: start={start:g} s lies outside the sound; give a start before its end")
+        raise MediaError(f"{name}: start={start:g} s is outside the sound; give a start before its end")
     for part, _ in parts:
         check_finite(name, part)
     waveform = np.concatenate(
@@ -128,7 +132,7 @@ def load_audio(
 
 def check_finite(name: str, samples: np.ndarray) -> None:
     if not np.isfinite(samples).all():
-        raise MediaError(f"{name}: holds NaN or infinite samples; export the sound again, or drop it")
+        raise MediaError(f"{name}: contains NaN or infinite samples; export the sound again, or remove the file")
 
 
 def short_error(name: str, seconds: float) -> MediaError:
@@ -139,14 +143,15 @@ def load_frames(
     path: MediaSource, times: float | Sequence[float], shorter_side: int | None = None
 ) -> list[Image.Image]:
     """
-    The video frames shown at `times` (seconds from the beginning of the file), as RGB images in the order of `times`.
+    Load the video frames shown at `times` (seconds from the beginning of the file) as RGB images, in the same order.
 
-    The frame shown at t is the last one whose time stamp is not after t, or the first frame where t lies before it.
-    The last frame stays until the file's end. Pixels are made square. Frames with a shorter side above `shorter_side`
-    pixels are shrunk to it.
+    The frame shown at t is the last frame with a time stamp of at most t, or the first frame if t is before it. The
+    last frame stays until the end of the file. Pixels are made square. Frames with a shorter side of more than
+    `shorter_side` pixels are shrunk to that size.
 
     Raises:
-        MediaError: no such file, nothing readable, no picture, a time outside the video, or a file cut off before it.
+        MediaError: if the file does not exist, is not readable, has no picture or is cut off before a time, or if a
+            time is outside the video.
     """
     times = [float(time) for time in np.atleast_1d(times)]
     ascending = sorted(set(times))
@@ -155,24 +160,24 @@ def load_frames(
         if kind == "image":
             raise MediaError(f"{name}: is a still image, not a video; load it as an image")
         if kind == "audio":
-            raise MediaError(f"{name}: holds sound only, no picture; use it as audio, or pass a video")
+            raise MediaError(f"{name}: contains sound only, no picture; use it as audio, or pass a video")
         shown = dict(zip(ascending, read_frames(name, handle, ascending, shorter_side), strict=True))
     return [shown[time] for time in times]
 
 
 def load_image(path: MediaSource, shorter_side: int | None = None) -> Image.Image:
     """
-    A still image in RGB, upright as its EXIF data says; shrunk where its shorter side has more than `shorter_side`
-    pixels.
+    Load a still image in RGB, rotated upright according to its EXIF data.
 
-    Transparent pixels lie on white. Pictures of 16 or more bits and of floats are scaled to 8 bits.
+    If its shorter side has more than `shorter_side` pixels, the image is shrunk to that size. Transparent images are
+    composited on white. Images of 16 or more bits and of floats are scaled to 8 bits.
 
     Raises:
-        MediaError: no such file, not an image, or one cut off in the middle.
+        MediaError: if the file does not exist, is not an image, or is cut off.
     """
     with open_source(path) as (name, handle):
         if sniff(name, handle) != "image":
             info = probe(path if not hasattr(path, "read") else handle)
-            remedy = "take a frame of it instead" if info.has_video else "use it as audio instead"
+            remedy = "load a frame of it instead" if info.has_video else "use it as audio instead"
             raise MediaError(f"{name}: is {info.kind}, not a still image; {remedy}")
         return read_image(name, handle, shorter_side)

@@ -1,4 +1,4 @@
-"""File names as users write them: Unicode normal forms, folders of media, names that are not UTF-8."""
+"""Find files by the names that users write: Unicode normal forms, folders of media, names that are not UTF-8."""
 
 import codecs
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 def find_file(name: str | os.PathLike) -> Path:
     """
-    The file called `name`, or the one that is there under another Unicode normal form of the same name.
+    Return the path of the file called `name`, also if its name is stored in another Unicode normal form.
 
-    macOS and some archives write "é" as two characters (NFD), keyboards write one (NFC). An exact match wins. The name
-    comes back as given where nothing matches.
+    macOS and some archives write "é" as two characters (NFD), keyboards as one (NFC). An exact match takes precedence.
+    If nothing matches, the name is returned unchanged.
     """
     path = Path(name)
     if path.exists() or str(path).isascii():
@@ -37,10 +37,12 @@ def find_file(name: str | os.PathLike) -> Path:
 
 def media_files(folder: str | os.PathLike, suffixes: Collection[str]) -> list[str]:
     """
-    The media files of a folder, at any depth and sorted.
+    Return the sorted paths of the media files of a folder, at any depth. Hidden files and folders are skipped.
 
     Args:
-        suffixes: of media files, in lower case: `a.WAV` counts for ".wav". Hidden files and folders are left out.
+        folder: folder to search.
+        suffixes: suffixes of media files, in lower case. The case of file names does not matter: ".wav" matches
+            `a.WAV`.
     """
     files = []
     for parent, folders, names in os.walk(folder):
@@ -55,8 +57,10 @@ def media_files(folder: str | os.PathLike, suffixes: Collection[str]) -> list[st
 
 def write_names_as_they_are(error: UnicodeError) -> tuple[str | bytes, int]:
     """
-    The error handler "file-names" of text streams: the bytes of a name that is not UTF-8 are written as they are (as
-    "surrogateescape" does), and characters that the stream's encoding lacks as backslash escapes.
+    Encoding error handler "file-names" for text streams.
+
+    It writes the bytes of a name that is not UTF-8 unchanged, as "surrogateescape" does, and characters that the
+    encoding of the stream does not support as backslash escapes.
     """
     if not isinstance(error, UnicodeEncodeError):
         raise error

@@ -1,4 +1,4 @@
-"""Chained Ogg files: streams one after the other, each a file of its own, of which libsndfile reads the first."""
+"""Chained Ogg files: several complete streams in a row, of which libsndfile reads only the first."""
 
 import io
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import soundfile
 
 
 def open_sounds(handle: BinaryIO) -> Iterator[soundfile.SoundFile]:
-    """The sounds that a plain audio file holds one after the other, opened: one, unless it is a chained Ogg file."""
+    """Open the sounds of a plain audio file in turn: one sound, or several in a chained Ogg file."""
     handle.seek(0)
     if handle.read(4) != b"OggS":
         handle.seek(0)
@@ -24,7 +24,7 @@ def open_sounds(handle: BinaryIO) -> Iterator[soundfile.SoundFile]:
 
 
 def _begins(handle: BinaryIO) -> list[int]:
-    """The bytes at which the streams of a chain begin."""
+    """Return the byte offsets at which the streams of a chain start."""
     begins, in_head, position = [0], True, 0
     while True:
         handle.seek(position)

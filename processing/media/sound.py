@@ -1,4 +1,4 @@
-"""Sound as a stream of mono chunks: one decoder per file, forward only, to the true end of the sound."""
+"""Read sound as a stream of mono chunks, with one decoder per file, forward only, to the true end of the sound."""
 
 import math
 from collections.abc import Generator, Iterator
@@ -30,21 +30,22 @@ from .source import MediaError, one_line
 # Mono samples (samples,) float32 and their rate in Hz.
 Chunk = tuple[np.ndarray, int]
 
-SEEK_GAP = 10.0  # seconds; a shorter way to an excerpt is decoded rather than sought
-FRAMES_MIXED = 64  # decoded frames that are mixed at a time
-BLOCK_SECONDS = 10  # of sound that soundfile reads at a time
+SEEK_GAP = 10.0  # seconds; shorter distances to an excerpt are decoded without a seek
+FRAMES_MIXED = 64  # decoded frames that are mixed at once
+BLOCK_SECONDS = 10  # seconds of sound that soundfile reads at once
 
 
 def read_sound(name: str, handle: BinaryIO, kind: str, start: int = 0, end: float = math.inf) -> Iterator[Chunk]:
     """
-    Mono chunks from `start` to `end` (seconds) or to the sound's end, each at the rate of its part of the file.
+    Read mono chunks from `start` to `end` (seconds) or to the end of the sound, each at the rate of its part of the
+    file.
 
     Args:
-        kind: "audio" or "container", as `sniff` says.
-        start: in whole seconds, which fall on a sample at every rate.
+        kind: result of `sniff`.
+        start: whole seconds, since a whole second is a whole number of samples at every rate.
 
     Raises:
-        MediaError: a picture, a video without sound, a damaged file, or one that is cut off before `end`.
+        MediaError: if the file is an image or a video without sound, is damaged, or is cut off before `end`.
     """
     if kind == "image":
         raise MediaError(f"{name}: is a still image, without sound; use it as an image, or pass audio or video")
@@ -54,7 +55,7 @@ def read_sound(name: str, handle: BinaryIO, kind: str, start: int = 0, end: floa
 
 
 def resample(chunks: Iterator[Chunk], sampling_rate: int) -> Iterator[np.ndarray]:
-    """The chunks at one sampling rate; where the rate of a file changes midway, each part is resampled by itself."""
+    """Resample chunks to one sampling rate. If the rate changes midway, each part is resampled separately."""
     for rate, part in groupby(chunks, key=lambda chunk: chunk[1]):
         if rate == sampling_rate:
             yield from (samples for samples, _ in part)
@@ -66,7 +67,7 @@ def resample(chunks: Iterator[Chunk], sampling_rate: int) -> Iterator[np.ndarray
 
 
 def _read_soundfile(name: str, handle: BinaryIO, start: int, end: float) -> Iterator[Chunk]:
-    offset = 0.0  # seconds at which a sound of a chain begins
+    offset = 0.0  # start of a sound within a chain, in seconds
     try:
         for sound in open_sounds(handle):
             rate, length = sound.samplerate, sound.frames
@@ -100,17 +101,21 @@ def _read_container(name: str, handle: BinaryIO, start: int, end: float) -> Iter
         if end <= start:
             return
         if start > SEEK_GAP and is_indexed(container):
-            seek(container, stream, start - 1.0)  # ahead of the excerpt, so that the decoder has settled
+            seek(container, stream, start - 1.0)  # before the excerpt, so that the decoder reaches a steady state
         reached = yield from _excerpt(_timed_chunks(container, stream), start, end)
         if declared is not None and end - reached > max(CUT_TOLERANCE, 0.02 * declared):
             raise cut_error(name, reached, declared)
-        # Without a length of its own, a track that ends early has only ended, unless bytes are missing.
+        # A track without a declared length may end early. It is cut off only if bytes of the file are missing.
         if declared is None and reached < end and is_indexed(container) and is_truncated(handle):
             raise cut_error(name, reached, container.duration and container.duration / av.time_base)
 
 
 def _timed_chunks(container: Container, stream: av.AudioStream) -> Iterator[tuple[float, np.ndarray, int]]:
-    """Mono chunks with the time of their first sample, counted from the time stamp of the first frame, and rates."""
+    """
+    Yield the time of the first sample, the mono samples and the rate of each chunk.
+
+    Times are counted from the time stamp of the first frame.
+    """
     time = None
     for frames in _alike(decode(container, stream)):
         rate = frames[0].sample_rate
@@ -122,10 +127,10 @@ def _timed_chunks(container: Container, stream: av.AudioStream) -> Iterator[tupl
 
 def _excerpt(chunks: Iterator[tuple[float, np.ndarray, int]], start: int, end: float) -> Generator[Chunk, None, float]:
     """
-    The chunks from `start` to `end`, behind silence where the sound begins after `start`.
+    Yield the chunks from `start` to `end`, with silence first if the sound starts after `start`.
 
     Returns:
-        The seconds at which it stopped reading: `end` or more, unless the sound ends before.
+        The time in seconds at which reading stopped: `end` or later, or the end of the sound if that is earlier.
     """
     position, previous, reached = 0, None, 0.0
     for time, samples, rate in chunks:
@@ -146,7 +151,7 @@ def _excerpt(chunks: Iterator[tuple[float, np.ndarray, int]], start: int, end: f
 
 
 def _alike(frames: Iterator[av.AudioFrame]) -> Iterator[list[av.AudioFrame]]:
-    """Lists of successive frames of one rate, format and number of channels: each of them may change midway."""
+    """Group successive frames with the same rate, format and number of channels, all of which may change midway."""
     for _, group in groupby(
         frames, key=lambda frame: (frame.sample_rate, frame.format.name, frame.layout.nb_channels)
     ):
@@ -155,7 +160,7 @@ def _alike(frames: Iterator[av.AudioFrame]) -> Iterator[list[av.AudioFrame]]:
 
 
 def _mix(frames: list[av.AudioFrame]) -> np.ndarray:
-    """The mean of the channels `(samples,)` float32; integer samples are scaled to [-1, 1]."""
+    """Average the channels to `(samples,)` float32. Integer samples are scaled to [-1, 1]."""
     samples = np.concatenate([_samples(frame) for frame in frames], axis=1)
     if np.issubdtype(samples.dtype, np.floating):
         return samples.mean(axis=0, dtype=np.float32)
@@ -165,6 +170,6 @@ def _mix(frames: list[av.AudioFrame]) -> np.ndarray:
 
 
 def _samples(frame: av.AudioFrame) -> np.ndarray:
-    """A frame's samples `(channels, samples)`."""
+    """Return the samples of a frame, `(channels, samples)`."""
     samples = frame.to_ndarray()
     return samples if frame.format.is_planar else samples.reshape(frame.samples, -1).T

@@ -1,4 +1,4 @@
-"""Media sources (paths, bytes, file objects, rows of a `datasets` column) as seekable files, and who reads them."""
+"""Open media sources (paths, bytes, file objects, rows of `datasets` columns) as seekable files; detect their type."""
 
 import io
 import os
@@ -17,7 +17,7 @@ MediaSource = str | os.PathLike | bytes | BinaryIO | Mapping
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 if features.check("avif"):
     IMAGE_FORMATS += ("AVIF",)
-try:  # optional: HEIC, as telephones write it
+try:  # optional: reads HEIC, the picture format of many phones
     from pillow_heif import register_heif_opener
 except ImportError:
     pass
@@ -25,15 +25,15 @@ else:
     register_heif_opener()
     IMAGE_FORMATS += ("HEIF",)
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif")
-UNKNOWN_FRAMES = 2**62  # libsndfile reports about 2**63 frames where the header of a FLAC file gives no length
+UNKNOWN_FRAMES = 2**62  # libsndfile reports about 2**63 frames if the header of a FLAC file has no length
 
 
 class MediaError(ValueError):
-    """A media file that cannot be read as requested; one line with the file, the trouble and the remedy."""
+    """Raised if a media file cannot be read as requested. The message names the file, the problem and the remedy."""
 
 
 def source_name(source: MediaSource) -> str:
-    """The name of a source in messages."""
+    """Return the name of a source for messages."""
     if isinstance(source, Mapping):
         return source.get("path") or "<bytes>"
     if isinstance(source, (str, os.PathLike)):
@@ -47,7 +47,7 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def open_source(source: MediaSource) -> Iterator[tuple[str, BinaryIO]]:
-    """The name of the source and a seekable handle at its beginning."""
+    """Open a source. Yields its name and a seekable handle at its beginning."""
     name = source_name(source)
     if isinstance(source, Mapping):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
@@ -77,18 +77,18 @@ def _open_file(name: str, source: str | os.PathLike) -> BinaryIO:
         raise
     except ValueError as error:  # a null byte, or a character that the file system cannot encode
         raise MediaError(f"{name!r}: is not a file name ({one_line(error)}); check the path") from error
-    raw.name = "media"  # FFmpeg would weigh the extension against the content
+    raw.name = "media"  # without an extension, since FFmpeg considers it along with the content
     return io.BufferedReader(raw)
 
 
 def sniff(name: str, handle: BinaryIO) -> str:
     """
-    Who reads it: "image" for Pillow, "audio" for soundfile, "container" for PyAV.
+    Detect the type of a file: "image" (read by Pillow), "audio" (soundfile) or "container" (PyAV).
 
-    soundfile reads plain audio of a known length that it can seek in. FFmpeg reads the rest.
+    soundfile reads seekable plain audio with a known length. FFmpeg reads all other sound.
 
     Raises:
-        MediaError: a HEIC picture, and pillow-heif is not installed.
+        MediaError: if the file is a HEIC or AVIF picture that the installed packages do not support.
     """
     try:
         with Image.open(handle, formats=IMAGE_FORMATS):
@@ -101,18 +101,18 @@ def sniff(name: str, handle: BinaryIO) -> str:
     handle.seek(0)
     if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
         raise MediaError(
-            f"{name}: is a HEIC or AVIF picture, which is not read here; pip install pillow-heif, or save it as JPEG"
+            f"{name}: is a HEIC or AVIF picture, which needs pillow-heif; pip install pillow-heif, or save it as JPEG"
         )
-    # MP3 is left to FFmpeg: libsndfile's decoder writes to stderr on any unusual tag
+    # FFmpeg reads MP3, since the decoder of libsndfile prints every unusual tag to stderr
     is_plain = head[:4] in (b"fLaC", b"OggS") or (head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE")
     is_plain = is_plain or (head[:4] == b"FORM" and head[8:11] == b"AIF")
     if is_plain:
         try:
             with soundfile.SoundFile(handle) as sound:
-                # libsndfile finds no frames in an Ogg file without its last page, where FFmpeg does
+                # libsndfile finds no frames in an Ogg file without its last page, but FFmpeg does
                 if 0 < sound.frames < UNKNOWN_FRAMES and sound.seekable():
                     return "audio"
-        except soundfile.SoundFileError:  # Theora in Ogg, a rare codec in WAV: FFmpeg may know it
+        except soundfile.SoundFileError:  # Theora in Ogg, or a rare codec in WAV, which FFmpeg may support
             pass
         finally:
             handle.seek(0)

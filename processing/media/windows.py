@@ -1,4 +1,4 @@
-"""The windows of a whole file, one after the other: one decoder per track, forward only, in flat memory."""
+"""Read a whole file window by window, with one decoder per track, forward only, in constant memory."""
 
 import math
 from collections.abc import Iterator
@@ -15,17 +15,18 @@ from .sound import read_sound, resample
 from .source import MediaError, MediaSource, open_source, sniff
 
 
-WINDOW_MARGIN = 0.05  # seconds of sound beyond a window's end: a spectrogram's last frame reaches past it
+WINDOW_MARGIN = 0.05  # seconds of sound after the end of a window, which the last frame of a spectrogram covers
 
 
 @dataclass(frozen=True)
 class Window:
     """
-    A stretch of a file, from `start` to `end` in seconds.
+    A part of a file, from `start` to `end` in seconds.
 
     Attributes:
-        audio: its sound and up to WINDOW_MARGIN more, mono (samples,) float32; None where the sound has ended.
-        image: the RGB frame shown in the middle; None where none is asked for.
+        audio: mono sound of the window and up to WINDOW_MARGIN more, (samples,) float32; None if the sound has ended
+            or is not requested.
+        image: RGB frame shown in the middle of the window; None if it is not requested.
     """
 
     start: float
@@ -38,17 +39,20 @@ def load_windows(
     path: MediaSource, seconds: float, sampling_rate: int = 16000, audio: bool = True, image: bool = False
 ) -> Iterator[Window]:
     """
-    The windows of `seconds` that cover a sound or video file, to its true end.
+    Yield consecutive windows that cover a sound or video file to its true end.
 
-    A last window that is shorter than 0.1 s is left out. Where the sound of a video ends early, the windows after it
-    have the picture alone; where the picture does, its last frame stays.
+    A last window shorter than 0.1 s is dropped. If the sound of a video ends before the picture, the windows after it
+    only have an image. If the picture ends first, its last frame stays.
 
     Args:
-        sampling_rate: of the sound, in Hz.
-        audio, image: which of them to read.
+        path: a sound or video file.
+        seconds: length of a window.
+        sampling_rate: sampling rate of the sound in Hz.
+        audio: whether to read the sound.
+        image: whether to read a frame per window.
 
     Raises:
-        MediaError: at the window where it shows: see `load_audio` and `load_frames`.
+        MediaError: as in `load_audio` and `load_frames`, when the window with the error is reached.
 
     Example:
         >>> import tempfile
@@ -62,7 +66,7 @@ def load_windows(
     if info.kind == "image":
         raise MediaError(f"{info.path}: is a still image, which has no windows; load it as an image")
     if image and not info.has_video:
-        raise MediaError(f"{info.path}: holds sound only, no picture; use it as audio, or pass a video")
+        raise MediaError(f"{info.path}: contains sound only, no picture; use it as audio, or pass a video")
     if image and info.duration is None:
         raise MediaError(f"{info.path}: its duration is unknown; remux it, or use its sound alone")
     if not image:
@@ -81,17 +85,17 @@ def load_windows(
 def _sound_windows(path: MediaSource, seconds: float, sampling_rate: int) -> Iterator[Window]:
     with open_source(path) as (name, handle):
         chunks = resample(read_sound(name, handle, sniff(name, handle)), sampling_rate)
-        held, first, number = [], 0, 0  # samples from `first` on
+        held, first, number = [], 0, 0  # chunks that start at sample `first`
         for chunk in chunks:
             held.append(chunk)
-            # joined a window at a time, so that small chunks are not copied over and over
+            # joined once per window, so that small chunks are not copied repeatedly
             while first + sum(map(len, held)) >= round(((number + 1) * seconds + WINDOW_MARGIN) * sampling_rate):
                 held = [np.concatenate(held)]
                 number, first, window = _cut(name, held, first, number, seconds, sampling_rate)
                 yield window
         rest = np.concatenate(held) if held else np.zeros(0, np.float32)
         if number == 0 and first + len(rest) == 0:
-            raise MediaError(f"{name}: holds no sound at all (zero length); record or export it again")
+            raise MediaError(f"{name}: contains no sound (zero length); record or export it again")
         held = [rest]
         while True:
             left = len(held[0]) / sampling_rate
@@ -106,7 +110,7 @@ def _sound_windows(path: MediaSource, seconds: float, sampling_rate: int) -> Ite
 def _cut(
     name: str, held: list[np.ndarray], first: int, number: int, seconds: float, sampling_rate: int
 ) -> tuple[int, int, Window]:
-    """Takes window `number` off what is held: the next number, the place of the first sample held, and the window."""
+    """Remove a window from `held`. Return the next number, the position of the first sample held, the window."""
     (samples,) = held
     start, following = number * seconds, round((number + 1) * seconds * sampling_rate)
     audio = samples[: round((seconds + WINDOW_MARGIN) * sampling_rate)].copy()

@@ -1,4 +1,4 @@
-"""Shards: the media of a corpus, decoded and cut once, in tar archives that training streams."""
+"""Shards: tar archives with the decoded and cut media of a corpus, for streaming in training."""
 
 from .clip import REASONS, ClipSettings
 from .prepare import ShardSummary, prepare_shards

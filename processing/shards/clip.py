@@ -1,4 +1,4 @@
-"""One clip of a corpus: its row to the files that a shard holds of it, or the reason why it is left out."""
+"""Prepare one clip of a corpus: convert its row to the files of a shard, or return the reason for leaving it out."""
 
 import hashlib
 import io
@@ -19,35 +19,41 @@ from ..media import MediaError, probe
 
 SAMPLING_RATE = 16000
 REQUIREMENTS = ("audio", "frames")
-# Reason -> what it says of a clip.
+# Reason -> description.
 REASONS = {
-    "missing": "a file is not there",
-    "broken": "a file cannot be read, or not as far as the clip goes",
-    "no_sound": "its file has no sound track, or an empty one",
-    "no_picture": "no picture is listed, or its file has none",
-    "too_short": "there is less sound than --min-seconds",
+    "missing": "a file does not exist",
+    "broken": "a file cannot be read, or not to the end of the clip",
+    "no_sound": "the file has no sound track, or an empty one",
+    "no_picture": "no picture is listed, or the file has none",
+    "too_short": "the sound is shorter than --min-seconds",
     "silent": "the sound's peak is below --silence",
-    "frozen": "several frames, all alike",
+    "frozen": "all of several frames are alike",
     "duplicate": "an earlier clip has the same id",
-    "crashed": "the process that read it died, twice",
+    "crashed": "the process that decoded it died twice",
 }
-FROZEN_SIZE = 32  # frames are compared as grey pictures of this many pixels a side,
-FROZEN_LEVELS = 3  # and are alike where no pixel differs by more than this, of 255
+FROZEN_SIZE = 32  # side in pixels of the grey pictures that frames are compared as
+FROZEN_LEVELS = 3  # frames are alike if no pixel differs by more than this, of 255
 KEY_LENGTH = 60
 METADATA = ("id", "captions", "labels", "start", "end", "source")
 
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """How a clip is cut, and what it must have.
+    """
+    Settings for preparing clips.
 
-    frames: pictures a clip at most, the first of each second. frame_size: their shorter side in pixels at most; they
-    are never enlarged. quality: of the JPEG files, 1 to 95. min_seconds: of sound. silence: the least peak of a sound,
-    1 being full scale. keep_silent, keep_frozen: whether silent clips and frozen pictures stay. require: of "audio"
-    and "frames", what a clip must have; it must have one of them in any case.
+    Args:
+        frames: maximum number of pictures per clip; the first frame of each second is taken.
+        frame_size: maximum shorter side of a picture in pixels. Pictures are never enlarged.
+        quality: quality of the JPEG files, 1 to 95.
+        min_seconds: minimum length of the sound.
+        silence: peak below which a sound is silent; full scale is 1.
+        keep_silent: whether to keep silent clips.
+        keep_frozen: whether to keep clips in which all frames are alike.
+        require: what a clip must have, any of "audio" and "frames". Every clip must have at least one of the two.
 
     Raises:
-        ValueError: on a value outside its range.
+        ValueError: if a value is outside its range.
     """
 
     frames: int = 10
@@ -63,7 +69,7 @@ class ClipSettings:
         ranges = {"frames": (1, 1000), "frame_size": (8, 8192), "quality": (1, 95), "silence": (0, 1)}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must lie between {low} and {high}, not at {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be between {low} and {high}, not {getattr(self, name)!r}")
         if self.min_seconds < 0.1:
             raise ValueError(f"min_seconds must be at least 0.1, not {self.min_seconds!r}")
         for name in self.require:
@@ -73,7 +79,14 @@ class ClipSettings:
 
 @dataclass(frozen=True)
 class PreparedClip:
-    """A clip that is ready: its key in a shard, its files by extension (flac, 0.jpg ... 9.jpg, json), its length."""
+    """
+    A prepared clip.
+
+    Attributes:
+        key: key of the clip in a shard.
+        files: contents of its files by extension (flac, 0.jpg ... 9.jpg, json).
+        seconds: length of its sound; 0 if it has none.
+    """
 
     key: str
     files: dict[str, bytes]
@@ -82,7 +95,7 @@ class PreparedClip:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A clip that is left out, with a reason of `REASONS` and a line that says more."""
+    """A clip that is left out, with a reason of `REASONS` and one line of detail."""
 
     id: str
     reason: str
@@ -90,22 +103,23 @@ class Dropped:
 
 
 class _Drop(Exception):
-    """Ends the work on a clip; its arguments are the reason and the detail."""
+    """Raised to leave out a clip. Its arguments are the reason and the detail."""
 
 
 def prepare_clip(row: Mapping, settings: ClipSettings) -> PreparedClip | Dropped:
     """
-    Decode, cut and encode one clip: 16 kHz mono FLAC of 16 bits, and a JPEG for the first frame of each second.
+    Decode, cut and encode one clip: 16-bit mono FLAC at 16 kHz, and a JPEG for the first frame of each second.
 
     Args:
-        row: a row of a corpus; see `dali_llava.processing.corpora`.
+        row: row of a corpus; see `dali_llava.processing.corpora`.
+        settings: how to cut the clip and what it must have.
 
     Returns:
-        The clip, or why it is left out. Nothing that its files hold raises an error.
+        The clip, or the reason why it is left out. Damaged files never raise an error.
     """
     try:
         if not is_given(row["audio"]) and not row["frames"]:
-            raise _Drop("missing", "no file of it was found")
+            raise _Drop("missing", "no media file was found")
         waveform = _sound(row, settings)
         pictures = _pictures(row, settings)
         if waveform is None and not pictures:
@@ -114,7 +128,7 @@ def prepare_clip(row: Mapping, settings: ClipSettings) -> PreparedClip | Dropped
         files |= {f"{number}.jpg": _jpeg(picture, settings.quality) for number, picture in enumerate(pictures)}
     except _Drop as drop:
         return Dropped(row["id"], *drop.args)
-    except Exception as error:  # what media files do to decoders cannot be listed, and the other clips must go on
+    except Exception as error:  # decoders may raise anything on damaged files, and the run must continue
         return Dropped(row["id"], "broken", f"{type(error).__name__}: {' '.join(str(error).split())}")
     files["json"] = json.dumps({name: row[name] for name in METADATA}).encode()
     return PreparedClip(clip_key(row["id"]), files, 0.0 if waveform is None else len(waveform) / SAMPLING_RATE)
@@ -122,10 +136,10 @@ def prepare_clip(row: Mapping, settings: ClipSettings) -> PreparedClip | Dropped
 
 def clip_key(name: str) -> str:
     """
-    The id as a WebDataset key, which a dot would end and a slash would put into a folder.
+    Convert an id to a WebDataset key, in which a dot would end the key and a slash would name a folder.
 
-    An id of up to 60 letters, digits, hyphens and underscores is its own key; any other gets a digest behind a "=",
-    which no id keeps, so that no two ids share a key.
+    An id of up to 60 letters, digits, hyphens and underscores is its own key. Any other id is cut, its other
+    characters are replaced, and a "=" and a digest are appended. No plain id contains a "=", so keys are unique.
 
     >>> clip_key("-0049e_2")
     '-0049e_2'
@@ -139,10 +153,10 @@ def clip_key(name: str) -> str:
 
 
 def _sound(row: Mapping, settings: ClipSettings) -> np.ndarray | None:
-    """The clip's waveform `(samples,)`, None where it has no sound and needs none."""
+    """Load the waveform `(samples,)` of a clip; None if it has no sound and sound is not required."""
     source = row["audio"]
     if not is_given(source):
-        return _absent("missing", "no file with its sound was found", "audio", settings)
+        return _absent("missing", "no file with sound was found", "audio", settings)
     _check_there(source)
     try:
         waveform = open_audio(row, SAMPLING_RATE)
@@ -161,20 +175,20 @@ def _sound(row: Mapping, settings: ClipSettings) -> np.ndarray | None:
 
 
 def _why_no_sound(source: Mapping, start: float, min_seconds: float, error: MediaError) -> str:
-    """The reason that goes with an error of decoding."""
+    """Return the reason for an error in decoding the sound."""
     try:
         info = probe(source)
     except MediaError:
         return "broken"
-    if not info.has_audio or "holds no sound at all" in str(error):
+    if not info.has_audio or "contains no sound (zero length)" in str(error):
         return "no_sound"
     if "outside the sound" in str(error) and info.has_video and start < (info.duration or 0.0):
-        return "no_sound"  # the picture goes on alone
+        return "no_sound"  # the sound has ended, but the picture continues
     return "too_short" if info.duration is not None and info.duration - start < min_seconds else "broken"
 
 
 def _pictures(row: Mapping, settings: ClipSettings) -> list[Image.Image]:
-    """The clip's frames, sized; none where it has none and needs none."""
+    """Load the resized frames of a clip; an empty list if it has none and frames are not required."""
     sources = row["frames"] or []
     if not sources:
         return _absent("no_picture", "no picture is listed", "frames", settings) or []
@@ -205,7 +219,7 @@ def _absent(reason: str, detail: str, what: str, settings: ClipSettings) -> None
 
 
 def is_given(source: Mapping | None) -> bool:
-    """Whether a `{path, bytes}` of a row names anything."""
+    """Whether a `{path, bytes}` entry of a row names a file or holds its bytes."""
     return source is not None and (source["bytes"] is not None or source["path"] is not None)
 
 
@@ -215,7 +229,7 @@ def _check_there(source: Mapping) -> None:
 
 
 def _told(row: Mapping, error: MediaError) -> str:
-    """The error without the clip's name, which stands beside it in the report."""
+    """Return the error without the name of the clip, which has its own column in the report."""
     return str(error).removeprefix(f"clip {row['id']!r}: ")
 
 
@@ -226,7 +240,7 @@ def _are_alike(pictures: list[Image.Image]) -> bool:
 
 
 def _flac(waveform: np.ndarray) -> bytes:
-    # rounded here, so that 16-bit samples come back as they were
+    # rounded, so that 16-bit samples stay exactly the same
     samples = np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")

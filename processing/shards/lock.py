@@ -1,4 +1,4 @@
-"""One run at a time on one output folder, or one of each job of an array."""
+"""Lock an output folder for one run, or for the jobs of one array."""
 
 import fcntl
 import os
@@ -13,13 +13,13 @@ from .writer import write_error
 @contextmanager
 def output_lock(folder: Path, job_id: int, num_jobs: int) -> Iterator[None]:
     """
-    Hold `folder` for job `job_id` of `num_jobs`; jobs of one array may hold it together, others may not.
+    Lock `folder` for job `job_id` of `num_jobs`. Only jobs of the same array can hold the lock at the same time.
 
-    The lock is the system's (flock) and ends with the process, however that ends; its file stays.
+    The operating system holds the lock (flock) and releases it when the process ends in any way. The lock file stays.
 
     Raises:
-        ValueError: another run is at work, named by the id of its process.
-        OSError: the file system has no locks, or the folder cannot be written to.
+        ValueError: if another run holds the lock. The message names its process id.
+        OSError: if the file system does not support locks, or the folder is not writable.
     """
     own = folder / f".lock-{job_id}-of-{num_jobs}"
     try:
@@ -30,7 +30,7 @@ def output_lock(folder: Path, job_id: int, num_jobs: int) -> Iterator[None]:
         _take(handle, fcntl.LOCK_EX, folder)
         handle.truncate(0)
         print(os.getpid(), file=handle, flush=True)
-        # Each looks at the others only when it holds its own: of two that start together, one at least sees the other.
+        # Each run takes its own lock before it checks the others: if two start together, at least one sees the other.
         for path in folder.glob(".lock-*-of-*"):
             if not path.name.endswith(f"-of-{num_jobs}"):
                 with open(path, encoding="utf-8") as other:
@@ -44,10 +44,10 @@ def _take(handle: TextIO, kind: int, folder: Path) -> None:
     except BlockingIOError as error:
         handle.seek(0)
         raise ValueError(
-            f"{folder}: another run (process {handle.read().strip() or 'unknown'}) is at work on it; "
-            "wait for its end, or give another --out"
+            f"{folder}: another run (process {handle.read().strip() or 'unknown'}) is writing to it; "
+            "wait until it ends, or give another --out"
         ) from error
     except OSError as error:
         raise OSError(
-            f"{folder}: its file system has no locks ({error.strerror}); give --out a folder on another"
+            f"{folder}: its file system does not support locks ({error.strerror}); give --out a folder on another one"
         ) from error

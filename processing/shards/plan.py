@@ -1,4 +1,4 @@
-"""What a run on an output folder is to do: settings that are written down once and hold for every later run."""
+"""The plan of a run: settings that the first run saves in the output folder and later runs must match."""
 
 import hashlib
 import json
@@ -21,10 +21,13 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class Plan:
-    """Shard n holds what is left of rows n * clips_per_shard to (n + 1) * clips_per_shard.
+    """
+    Assigns rows to shards: shard n contains the good clips of rows n * clips_per_shard to (n + 1) * clips_per_shard.
 
-    settings: the content of settings.json; row_digests: of what each row says; duplicates: rows whose id an earlier
-    row has.
+    Attributes:
+        settings: content of settings.json.
+        row_digests: digest of each row.
+        duplicates: numbers of the rows with the id of an earlier row.
     """
 
     settings: dict[str, Any]
@@ -37,7 +40,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """What shards of the same settings share."""
+        """Digest of the settings, which shards with the same settings share."""
         return hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()[:16]
 
     def rows_of(self, shard: int) -> range:
@@ -45,13 +48,13 @@ class Plan:
         return range(first, min(first + self.settings["clips_per_shard"], self.settings["rows"]))
 
     def rows_digest(self, shard: int) -> str:
-        """Of the shard's rows: it changes with captions, times, and media that turn up, but not with their paths."""
+        """Digest of the rows of a shard. Captions, times and new media change it, but paths do not."""
         rows = self.rows_of(shard)
         return hashlib.sha256(b"".join(self.row_digests[rows.start : rows.stop])).hexdigest()[:16]
 
 
 def default_requirements(rows: datasets.Dataset) -> tuple[str, ...]:
-    """Sound; and pictures, where the corpus lists any."""
+    """Return what a clip must have by default: sound, and pictures if the corpus lists any."""
     for batch in rows.select_columns("frames").iter(_BATCH):
         if any(batch["frames"]):
             return REQUIREMENTS
@@ -69,13 +72,13 @@ def make_plan(
     tag: str = "",
 ) -> Plan:
     """
-    The plan for `rows` in the folder `out`, written down there by the first run, and met by every later one.
+    Make the plan for `rows`. The first run saves its settings in the folder `out`; later runs must match them.
 
     Args:
-        estimate: gives `clips_per_shard` where neither the caller nor an earlier run has set it.
+        estimate: returns `clips_per_shard` if neither the caller nor an earlier run has set it.
 
     Raises:
-        ValueError: the folder was begun with other settings or clips; it names what differs.
+        ValueError: if the folder was started with other settings or clips. The message names the differences.
     """
     ids_digest, row_digests, duplicates = _scan(rows)
     settings = {"format": FORMAT, "corpus": corpus, "rows": len(rows), "ids_sha256": ids_digest}
@@ -87,7 +90,9 @@ def make_plan(
         if clips_per_shard is None:
             settings["clips_per_shard"] = begun.get("clips_per_shard")
         if differences := _differences(begun, settings):
-            raise ValueError(f"{path}: begun with other settings: {differences}; repeat them, or give another --out")
+            raise ValueError(
+                f"{path}: was started with other settings: {differences}; use the same settings, or give another --out"
+            )
     else:
         settings["clips_per_shard"] = clips_per_shard or estimate()
         with write_whole(path, tag) as file:
@@ -96,7 +101,7 @@ def make_plan(
 
 
 def _scan(rows: datasets.Dataset) -> tuple[str, list[bytes], frozenset[int]]:
-    """A digest of all ids, one of each row, and the numbers of the rows whose id is taken."""
+    """Return a digest of all ids, a digest of each row, and the numbers of the rows with the id of an earlier row."""
     ids_digest, row_digests, duplicates, seen = hashlib.sha256(), [], [], set()
     columns = (*METADATA, "audio", "frames")
     with tqdm(total=len(rows), desc="reading the list", unit=" clips", leave=False) as bar:
@@ -118,7 +123,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         settings["format"]
         return settings
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is no settings file of `dali-llava prepare`; give another --out") from error
+        raise ValueError(f"{path}: is not a settings file of `dali-llava prepare`; give another --out") from error
 
 
 def _differences(begun: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -129,7 +134,7 @@ def _differences(begun: dict[str, Any], wanted: dict[str, Any]) -> str:
             continue
         if name == "ids_sha256":
             if begun.get("rows") == wanted["rows"]:
-                found.append("the clips, or their order, are not the same")
+                found.append("the clips or their order differ")
         elif name in ("format", "corpus", "rows"):
             found.append(f"{name} was {old}, is {new}")
         else:

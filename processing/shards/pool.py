@@ -1,4 +1,4 @@
-"""Worker processes of which any may die: its task is named, and the rest goes on."""
+"""Worker processes that may die: the task of a dead worker is reported, and the others continue."""
 
 import multiprocessing
 import signal
@@ -13,33 +13,33 @@ from types import ModuleType
 from typing import Any
 
 
-ATTEMPTS = 2  # a process that the system killed for its neighbours' memory says nothing about its task
-LOOK_AHEAD = 4  # tasks a worker that may be done before their turn; their results wait in memory
+ATTEMPTS = 2  # the system may have killed the process because others used too much memory
+LOOK_AHEAD = 4  # tasks per worker that may finish early and keep their results in memory
 
 
 @dataclass(frozen=True)
 class Died:
-    """The result of a task whose processes died; `exit_code` is the last one's, negative for a signal."""
+    """The result of a task that killed its processes. `exit_code` is that of the last one, negative for a signal."""
 
     exit_code: int | None
 
 
 class WorkerPool:
     """
-    Calls one function in processes of their own: `with WorkerPool(function, 2) as pool: ... pool.map(tasks)`.
+    Call one function in separate processes: `with WorkerPool(function, 2) as pool: ... pool.map(tasks)`.
 
-    Unlike the executors of the standard library, it outlives a worker that a damaged file takes down, and no worker
-    outlives it: each ends when its pipe does, also when this process is killed.
+    Unlike the executors of the standard library, the pool survives a worker that crashes on a damaged file. Workers
+    end when their pipe closes, even if this process is killed.
 
     Args:
-        function: called with one task; it, the tasks and the results must survive pickling, and be of modules that a
-            worker can import: it does not run the caller's script again.
-        num_proc: processes, at least 1. Results do not depend on their number.
+        function: called with one task. The function, tasks and results must be picklable, and defined in modules that
+            workers can import, since workers do not run the script of the caller.
+        num_proc: number of processes, at least 1. Results do not depend on it.
     """
 
     def __init__(self, function: Callable[[Any], Any], num_proc: int):
-        # A fork of this process would copy its threads' locks. The fork server has imported all that a task needs, so
-        # that a process is quickly replaced; where there is none, each imports for itself.
+        # A fork of this process would copy the locks of its threads. The fork server has already imported what a task
+        # needs, so a process is replaced quickly. Without a fork server, each process imports it again.
         has_server = "forkserver" in multiprocessing.get_all_start_methods()
         self._context = multiprocessing.get_context("forkserver" if has_server else "spawn")
         if has_server:
@@ -57,10 +57,11 @@ class WorkerPool:
             worker.stop()
 
     def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """The results in the order of the tasks, or `Died` for a task that took two processes down.
+        """
+        Yield the results in the order of the tasks, or `Died` for a task that killed two processes.
 
         Raises:
-            RuntimeError: a process ends before it is given a task.
+            RuntimeError: if a process ends before it receives a task.
         """
         tasks, places = iter(tasks), count()
         again: deque[_Job] = deque()
@@ -120,7 +121,7 @@ class _Worker:
         self._process = context.Process(target=_work, args=(function, theirs), daemon=True)
         with _hidden_main():
             self._process.start()
-        theirs.close()  # theirs alone must be open, or their death would not show here
+        theirs.close()  # only the worker may hold its end, so that this end closes when the worker dies
 
     def await_ready(self) -> None:
         try:
@@ -135,7 +136,7 @@ class _Worker:
         try:
             self.connection.send(job.task)
         except OSError:
-            pass  # it has died; its end of the pipe tells so too
+            pass  # the worker has died, which `map` detects at the pipe
 
     def stop(self) -> int | None:
         self.connection.close()
@@ -148,9 +149,10 @@ class _Worker:
 
 @contextmanager
 def _hidden_main() -> Iterator[None]:
-    """Keep a process that starts within from running the caller's script once more.
+    """
+    Prevent processes started in the block from running the script of the caller again.
 
-    A worker needs nothing of the script, and one without `if __name__ == "__main__":` would start workers in turn.
+    Workers do not need the script, and a script without `if __name__ == "__main__":` would start more workers.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -161,7 +163,7 @@ def _hidden_main() -> Iterator[None]:
 
 
 def _work(function: Callable[[Any], Any], connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process ends the workers
     try:
         connection.send("ready")
         while True:

@@ -1,4 +1,4 @@
-"""The run: the rows of a corpus, through worker processes, into shards; it can be killed and goes on."""
+"""Convert the rows of a corpus to shards with worker processes. A run that was killed resumes when called again."""
 
 import os
 import signal
@@ -18,8 +18,8 @@ from .report import ShardSummary, read_record, shard_name, summarise, write_inde
 from .writer import TarShard, tar_size, write_error, write_whole
 
 
-SAMPLED_CLIPS = 32  # from which the size of a clip is estimated
-ASSUMED_SIZE = 500_000  # bytes of a clip, where none of them could be read
+SAMPLED_CLIPS = 32  # clips that the size of a clip is estimated from
+ASSUMED_SIZE = 500_000  # bytes per clip if none of the sampled clips can be read
 
 
 def prepare_shards(
@@ -35,30 +35,31 @@ def prepare_shards(
     job_id: int = 0,
 ) -> ShardSummary:
     """
-    Put the clips of a corpus into shards: tar files in the layout of WebDataset, 16 kHz FLAC and JPEG.
+    Write the clips of a corpus to shards: tar files in the WebDataset layout, with 16 kHz FLAC and JPEG.
 
-    A shard holds a fixed range of rows, and its bytes depend on the rows, their media and the settings alone: not on
-    the number of processes or jobs, nor on how often the run was killed and called again. Finished shards are skipped
-    unless their rows have changed.
+    A shard contains a fixed range of rows. Its bytes only depend on the rows, their media and the settings. They do
+    not depend on the number of processes or jobs, or on whether a run was killed and resumed. Finished shards are
+    skipped unless their rows have changed.
 
     Args:
-        rows: of a corpus; see `dali_llava.processing.corpora`.
-        out: folder of the shards, made if missing.
-        settings: of the clips; default `ClipSettings()`.
-        corpus: a name to write down with the settings.
-        shard_size: of a shard in MB (10**6 bytes), roughly: it is turned into a number of rows with the sizes of 32
-            clips of the corpus.
-        clips_per_shard: that number itself.
-        num_proc: worker processes; default, one a core.
-        num_jobs, job_id: job k of n makes the shards k, k + n, k + 2n, ...; the last one to finish writes the index.
+        rows: rows of a corpus; see `dali_llava.processing.corpora`.
+        out: folder of the shards; created if it does not exist.
+        settings: settings of the clips; default `ClipSettings()`.
+        corpus: name of the corpus, saved with the settings.
+        shard_size: approximate size of a shard in MB (10**6 bytes). It is converted to a number of rows by the sizes
+            of 32 clips of the corpus.
+        clips_per_shard: number of rows per shard, instead of `shard_size`.
+        num_proc: number of worker processes; default: one per core.
+        num_jobs: number of jobs that share the work. The last job to finish writes the index.
+        job_id: number of this job. Job k of n writes the shards k, k + n, k + 2n, ...
 
     Returns:
-        What the folder holds now, other jobs' shards included.
+        Totals of the folder, including the shards of other jobs.
 
     Raises:
-        ValueError: a number outside its range, no rows, another run at work on `out`, or `out` begun with other
-            settings or other clips.
-        OSError: `out` cannot be written to; nothing half-written is left.
+        ValueError: if a number is outside its range, there are no rows, another run is writing to `out`, or `out` was
+            started with other settings or clips.
+        OSError: if `out` is not writable. No partial file is left.
     """
     settings, out, num_proc = settings or ClipSettings(), Path(out), num_proc or _cores()
     for name, value in {"shard_size": shard_size, "clips_per_shard": clips_per_shard, "num_proc": num_proc}.items():
@@ -81,7 +82,7 @@ def prepare_shards(
         own = range(job_id, plan.num_shards, num_jobs)
         pending = [number for number in own if read_record(out, number, plan) is None]
         if pending:
-            (out / INDEX_FILE).unlink(missing_ok=True)  # it would tell of shards that are about to change
+            (out / INDEX_FILE).unlink(missing_ok=True)  # its shards are about to change
             finished = sum(len(plan.rows_of(number)) for number in set(own) - set(pending))
             total = sum(len(plan.rows_of(number)) for number in own)
             with (
@@ -102,7 +103,7 @@ def _cores() -> int:
 
 
 def _clips_for(shard_size: int, rows: datasets.Dataset, settings: ClipSettings, num_proc: int) -> int:
-    """How many rows make a shard of `shard_size` MB, by clips taken from all over the corpus."""
+    """Estimate the number of rows per shard of `shard_size` MB from clips spread over the corpus."""
     step = -(-len(rows) // SAMPLED_CLIPS)
     sampled = (rows[number] for number in range(0, len(rows), step))
     with WorkerPool(partial(prepare_clip, settings=settings), num_proc) as pool:
@@ -114,7 +115,7 @@ def _clips_for(shard_size: int, rows: datasets.Dataset, settings: ClipSettings, 
 def _outcomes(
     rows: datasets.Dataset, plan: Plan, shards: list[int], pool: WorkerPool
 ) -> Iterator[PreparedClip | Dropped]:
-    """What becomes of the rows of the shards, in their order; the clips of the next shard are begun in good time."""
+    """Yield the outcomes of the rows of the shards, in order. Workers start on the next shard early."""
     numbers = [number for shard in shards for number in plan.rows_of(shard)]
     results = pool.map(rows[number] for number in numbers if number not in plan.duplicates)
     for number in numbers:
@@ -134,7 +135,7 @@ def _ending(exit_code: int | None) -> str:
 
 
 def _make_shard(out: Path, number: int, plan: Plan, outcomes: Iterator[PreparedClip | Dropped], bar: tqdm) -> None:
-    """Write a shard, and when it is whole its record."""
+    """Write a shard, and its record when the shard is complete."""
     dropped = []
     path = out / shard_name(number)
     with write_whole(path) as file:
@@ -148,5 +149,5 @@ def _make_shard(out: Path, number: int, plan: Plan, outcomes: Iterator[PreparedC
             bar.update()
         shard.finish()
     if not shard.clips:
-        path.unlink()  # an archive without files is an error to many a reader
+        path.unlink()  # many readers reject an archive without files
     write_record(out, number, plan, shard, dropped)

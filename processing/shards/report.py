@@ -1,4 +1,4 @@
-"""What became of the clips: a small JSON file beside each shard, and from all of them report.csv and index.json."""
+"""Records of the clips: a JSON file per shard, and report.csv and index.json for all shards."""
 
 import csv
 import io
@@ -20,9 +20,17 @@ REPORT_FILE = "report.csv"
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What an output folder holds: totals over its finished shards.
+    """
+    Totals of the finished shards of an output folder.
 
-    dropped: clips left out, by reason; seconds: of sound; shards: finished ones, of num_shards.
+    Attributes:
+        rows: number of rows.
+        clips: number of clips in the shards.
+        bytes: size of the shards.
+        seconds: total length of the sound.
+        dropped: number of clips left out, by reason.
+        shards: number of finished shards.
+        num_shards: number of all shards.
     """
 
     rows: int
@@ -56,7 +64,7 @@ def _record_path(out: Path, number: int) -> Path:
 
 
 def write_record(out: Path, number: int, plan: Plan, shard: TarShard, dropped: Sequence[Dropped]) -> None:
-    """Write down that a shard is finished, and what it left out."""
+    """Write the record of a finished shard, including the clips left out."""
     record = {
         "shard": shard_name(number) if shard.clips else None,
         "settings": plan.digest,
@@ -73,10 +81,11 @@ def write_record(out: Path, number: int, plan: Plan, shard: TarShard, dropped: S
 
 
 def read_record(out: Path, number: int, plan: Plan) -> dict[str, Any] | None:
-    """The record of a shard that is finished; None where it is not, is damaged, or has rows that have changed.
+    """
+    Read the record of a shard; None if the shard is not finished, is damaged, or its rows have changed.
 
     Raises:
-        ValueError: it was made with other settings.
+        ValueError: if the shard was written with other settings, or the file is not a record.
     """
     path = _record_path(out, number)
     try:
@@ -85,9 +94,9 @@ def read_record(out: Path, number: int, plan: Plan) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is no record of a shard; delete it, and the shard is made again") from error
+        raise ValueError(f"{path}: is not a record of a shard; delete it to write the shard again") from error
     if not is_ours:
-        raise ValueError(f"{path}: its shard was made with other settings; empty the folder, or give another --out")
+        raise ValueError(f"{path}: its shard was written with other settings; empty the folder, or give another --out")
     if record["shard"] is not None:
         shard = out / record["shard"]
         is_current = is_current and shard.is_file() and shard.stat().st_size == record["bytes"]
@@ -95,7 +104,7 @@ def read_record(out: Path, number: int, plan: Plan) -> dict[str, Any] | None:
 
 
 def summarise(records: Sequence[dict[str, Any]], num_shards: int) -> ShardSummary:
-    """The totals of the records of finished shards."""
+    """Compute the totals of the records of finished shards."""
     counts = Counter(reason for record in records for _, reason, _ in record["dropped"])
     totals = {name: sum(record[name] for record in records) for name in ("rows", "clips", "bytes")}
     seconds = round(sum(record["seconds"] for record in records), 4)
@@ -104,7 +113,7 @@ def summarise(records: Sequence[dict[str, Any]], num_shards: int) -> ShardSummar
 
 
 def write_index(out: Path, plan: Plan, records: Sequence[dict[str, Any]], tag: str = "") -> None:
-    """Write report.csv (id, reason, detail of each clip left out) and, last of all, index.json."""
+    """Write report.csv (id, reason and detail of each clip left out), then index.json."""
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("id", "reason", "detail"))

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and tar shards whose bytes depend on their content alone."""
+"""Write files atomically, and tar shards with bytes that only depend on their content."""
 
 import errno
 import hashlib
@@ -14,27 +14,27 @@ from .clip import PreparedClip
 
 
 _REMEDIES = {
-    errno.ENOSPC: "free some space and run the same command again, which goes on from here",
-    errno.EDQUOT: "free some of your quota and run the same command again, which goes on from here",
-    errno.EROFS: "give --out a folder on a file system that can be written to",
+    errno.ENOSPC: "free some space and run the same command again to resume",
+    errno.EDQUOT: "free some of your quota and run the same command again to resume",
+    errno.EROFS: "give --out a folder on a writable file system",
     errno.EACCES: "give --out a folder that you may write to",
     errno.EPERM: "give --out a folder that you may write to",
 }
 
 
 def write_error(path: Path, error: OSError) -> OSError:
-    """The error of writing `path`, in one line with the remedy."""
-    remedy = _REMEDIES.get(error.errno, "give --out another folder, or look into the disk")
+    """Return the error of writing `path`, in one line with the remedy."""
+    remedy = _REMEDIES.get(error.errno, "give --out another folder, or check the disk")
     return OSError(f"{path}: cannot be written ({error.strerror or error}); {remedy}")
 
 
 @contextmanager
 def write_whole(path: Path, tag: str = "") -> Iterator[BinaryIO]:
     """
-    A binary file that is written whole or not at all; see `atomic_path`.
+    Open a binary file that is written completely or not at all; see `atomic_path`.
 
     Raises:
-        OSError: the file cannot be written; the message is one line with the remedy.
+        OSError: if the file cannot be written. The message is one line with the remedy.
     """
     try:
         with atomic_path(path, tag) as temporary, open(temporary, "wb") as file:
@@ -47,10 +47,10 @@ def write_whole(path: Path, tag: str = "") -> Iterator[BinaryIO]:
 
 class TarShard:
     """
-    A tar archive in the layout of WebDataset: the files of a clip one after another, named KEY.EXTENSION.
+    A tar archive in the WebDataset layout: the files of a clip are consecutive and named KEY.EXTENSION.
 
-    Headers hold no time and no owner, so that the same clips give the same bytes. `size` and `digest()` tell of what
-    is written so far.
+    Headers contain no time and no owner, so the same clips give the same bytes. `size` and `digest()` describe the
+    bytes written so far.
     """
 
     def __init__(self, file: BinaryIO):
@@ -70,7 +70,7 @@ class TarShard:
         self.seconds += clip.seconds
 
     def finish(self) -> None:
-        """Append the end of the archive: two empty blocks, filled up to a whole record."""
+        """Append the end of the archive: two empty blocks, padded to a whole record."""
         end = self.size + 2 * tarfile.BLOCKSIZE
         self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
 
@@ -84,5 +84,5 @@ class TarShard:
 
 
 def tar_size(clip: PreparedClip) -> int:
-    """Bytes that a clip takes in a shard."""
+    """Return the size of a clip in a shard, in bytes."""
     return sum(tarfile.BLOCKSIZE + len(content) + -len(content) % tarfile.BLOCKSIZE for content in clip.files.values())

@@ -1,4 +1,4 @@
-"""`dali-llava caption`: what it prints for good files, and the one line for each kind of bad input."""
+"""`dali-llava caption`: its output for good files, and the one-line error for each kind of bad input."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from dali_llava.cli import main
 
 @pytest.fixture
 def caption(tiny_model_dir, capsys):
-    """Runs `caption` on the tiny model: (exit code, lines of stdout, lines of stderr)."""
+    """Run `caption` on the tiny model; return (exit code, lines of stdout, lines of stderr)."""
 
     def run(*arguments: str | Path, model: str | Path = tiny_model_dir):
         argv = ["caption", str(model), *map(str, arguments), "--max-new-tokens", "6", "--device", "cpu"]
@@ -29,7 +29,7 @@ def caption(tiny_model_dir, capsys):
 
 @pytest.fixture
 def bad_file(tmp_path, media_dir):
-    """Makes a bad input by name."""
+    """Write a bad input by name."""
 
     def write(name: str) -> Path:
         path = tmp_path / name
@@ -102,11 +102,11 @@ def test_modality_prompt_and_prefix_reach_the_model(caption, media_dir):
         ["--prompt", "What sound ?"],
     ]
     captions = [tuple(caption(clip, *option)[1]) for option in options]
-    assert len(set(captions)) >= 5  # random weights may agree once, by chance
+    assert len(set(captions)) >= 5  # random weights may give one equal pair by chance
 
 
 def test_prefix_is_the_checkpoints_by_default(caption, media_dir, tiny_model_dir, tmp_path):
-    """A distilled checkpoint hears sound alone without it; what the option says still wins."""
+    """A distilled checkpoint uses no prefix for sound alone. The option takes precedence."""
     distilled = shutil.copytree(tiny_model_dir, tmp_path / "distilled")
     config = json.loads((distilled / "config.json").read_text())
     (distilled / "config.json").write_text(json.dumps(config | {"prefix_modalities": ["audiovisual"]}))
@@ -129,7 +129,7 @@ def test_timestamps_cover_the_whole_file(caption, media_dir):
     code, out, err = caption(media_dir / "long.flac", "--timestamps", "--json")
     rows = [json.loads(line) for line in out]
     assert (code, err) == (0, [])
-    # The tiny model's window is 256 frames of 10 ms.
+    # The window of the tiny model is 256 frames of 10 ms.
     assert [(row["start"], row["end"]) for row in rows] == [(0.0, 2.56), (2.56, 5.12), (5.12, 6.0)]
     _, plain, _ = caption(media_dir / "long.flac", "--timestamps")
     spans = ("0.00-2.56", "2.56-5.12", "5.12-6.00")
@@ -165,13 +165,13 @@ def test_many_channels_at_another_rate_are_fine(caption, media_dir, tmp_path):
     [
         ("missing.wav", [], "no such file; check the path"),
         ("empty.wav", [], "is empty; download or export it again"),
-        ("text.wav", [], "no readable audio, image or video file"),
-        ("zero.wav", [], "holds no sound"),
+        ("text.wav", [], "not a readable audio, image or video file"),
+        ("zero.wav", [], "contains no sound"),
         ("nan.wav", [], "NaN"),
         ("short.wav", [], "0.050 s of sound is too short; give at least 0.1 s"),
         ("cut.mp4", [], "download or export it again"),
         ("cut.jpg", [], "damaged"),
-        ("folder", [], "is a directory; give a media file"),
+        ("folder", [], "is a directory without media files; give a media file"),
     ],
 )
 def test_a_bad_file_gets_one_line_and_the_others_go_on(caption, media_dir, bad_file, name, options, message):

@@ -1,4 +1,4 @@
-"""File names as users have them, and folders, given to `dali-llava caption`."""
+"""`dali-llava caption` with unusual file names and with folders."""
 
 import json
 import os
@@ -8,7 +8,11 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import pytest
+from PIL import Image, features
+
 from dali_llava.cli import main
+from dali_llava.processing.media import source
 
 
 def test_names_of_every_kind(tiny_model_dir, media_dir, tmp_path, monkeypatch, capsys):
@@ -43,3 +47,29 @@ def test_a_folder_stands_for_its_media_files(tiny_model_dir, media_dir, tmp_path
     assert main(["caption", str(tiny_model_dir), str(tmp_path), "--max-new-tokens", "3", "--device", "cpu"]) == 0
     files = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
     assert files == [str(tmp_path / name) for name in ("a.wav", "b.WAV", "deep/c.wav")]
+
+
+@pytest.mark.parametrize(("suffix", "name"), [(".heic", "HEIF"), (".HEIF", "HEIF"), (".avif", "AVIF")])
+def test_a_folder_includes_heic_and_avif_pictures(
+    tiny_model_dir, media_dir, tmp_path, capsys, monkeypatch, suffix, name
+):
+    if name == "HEIF":
+        pytest.importorskip("pillow_heif")
+    elif not features.check("avif"):
+        pytest.skip("this Pillow does not support AVIF")
+    picture = tmp_path / f"a{suffix}"
+    Image.new("RGB", (64, 48), (200, 30, 30)).save(picture, format=name)
+    shutil.copy(media_dir / "photo.jpg", tmp_path / "b.jpg")
+    words = ["caption", str(tiny_model_dir), str(tmp_path), "--max-new-tokens", "3", "--device", "cpu", "--json"]
+    assert main(words) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(Path(row["file"]).name, row["modality"]) for row in rows] == [(picture.name, "image"), ("b.jpg", "image")]
+
+    # without the optional decoder
+    formats = tuple(supported for supported in source.IMAGE_FORMATS if supported not in ("HEIF", "AVIF"))
+    monkeypatch.setattr(source, "IMAGE_FORMATS", formats)
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert [Path(json.loads(line)["file"]).name for line in captured.out.splitlines()] == ["b.jpg"]
+    assert captured.err.startswith(f"dali-llava: error: {picture}: is a HEIC or AVIF picture, which needs pillow-heif")
+    assert captured.err.count("\n") == 1

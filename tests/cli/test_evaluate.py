@@ -1,4 +1,4 @@
-"""`dali-llava evaluate` over corpora on disk: the captions are scored, and what cannot be scored is told at once."""
+"""`dali-llava evaluate` on corpora on disk: scores, and early errors for clips that cannot be scored."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def _cache(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Four clips of AVWorld as files, with a table of their captions."""
+    """Four clips of AVWorld as files, with a table of captions."""
     media = tmp_path / "clips"
     media.mkdir()
     lines = []
@@ -37,7 +37,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def evaluate(tiny_model_dir, tmp_path, capsys):
-    """`evaluate(*words)`: exit code, the rows of the results by modality, and stderr."""
+    """Run `evaluate(*words)`; return the exit code, the rows of the results by modality, and stderr."""
 
     def run(*words: str | Path) -> tuple[int, dict, str]:
         out = tmp_path / "out" / "results.json"
@@ -86,12 +86,12 @@ def test_a_broken_clip_is_told_and_the_others_are_scored(evaluate, folder):
         (
             lambda folder: (folder / "metadata.jsonl").unlink(),
             [],
-            "4 of 4 clips have no captions to score by, the first 'test-000000'; use a split that is captioned",
+            "4 of 4 clips have no captions to score with, the first 'test-000000'; use a split with captions",
         ),
         (
             lambda folder: (folder / "test-000001.png").unlink(),
             [],
-            "folder: 1 of 4 clips have no pictures, the first 'test-000001'; --modality audio does without",
+            "folder: 1 of 4 clips have no pictures, the first 'test-000001'; use --modality audio",
         ),
         (lambda folder: None, ["--split", "dev"], "corpus 'folder' has no split 'dev'"),
     ],
@@ -105,4 +105,6 @@ def test_what_cannot_be_scored_is_told_before_a_model_is_loaded(evaluate, folder
 
 def test_a_folder_without_shards(evaluate, tmp_path):
     code, _, error = evaluate(f"{tmp_path}/nowhere")
-    assert code == 1 and f"{tmp_path}/nowhere/index.json: no such file, so {tmp_path}/nowhere holds no shards" in error
+    assert (
+        code == 1 and f"{tmp_path}/nowhere/index.json: no such file, so {tmp_path}/nowhere contains no shards" in error
+    )

@@ -1,4 +1,4 @@
-"""`dali-llava figures`: what it refuses, what it draws, and the table of several runs."""
+"""`dali-llava figures`: its errors, its figures, and the table of several runs."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from dali_llava.eval.results import Results, Row, write_results
 
 @pytest.fixture
 def make_run(tmp_path):
-    """`make_run(seed, method, split)`: the folder of a finished run with one row and its checkpoints' folders."""
+    """`make_run(seed, method, split)` writes the folder of a finished run with one row and its checkpoint folders."""
 
     def make_run(seed: int, method: str = "ot_att", split: str = "test"):
         folder = tmp_path / f"run{seed}"
@@ -24,7 +24,7 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch) -> list:
-    """What was drawn, in place of drawing it."""
+    """Record the figures instead of drawing them."""
     calls = []
     monkeypatch.setattr(figures, "draw_mean_tokens", lambda folder, methods: calls.append((folder, methods)))
     monkeypatch.setattr(figures, "draw_attention", lambda folder: calls.append((folder, "attention")))

@@ -1,4 +1,4 @@
-"""`dali-llava inspect`: corpora by name, shards, and what it refuses."""
+"""`dali-llava inspect`: corpora by name, shards, and errors."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def _own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clips(media_dir, tmp_path):
-    """A folder of two clips and one whose sound is broken, with a table."""
+    """A folder of two good clips, one clip with broken sound, and a table."""
     folder = tmp_path / "clips"
     folder.mkdir()
     for name in ("bark.wav", "clip.mp4"):
@@ -45,9 +45,9 @@ def figures(folder) -> dict:
 def test_avworld(tmp_path, capsys):
     assert main(["inspect", *TINY_AVWORLD, "--samples", "4", "--check", "5"]) == 0
     shown = table(capsys)
-    assert (shown["clips"], shown["with frames"], shown["captions in all"]) == ("6", "6 (100%)", "30")
-    assert shown["durations"] == "2.56 to 2.56 s, median 2.56 s; 0.00427 h in all"
-    assert shown["cannot be opened"] == "0 of 5 looked at"
+    assert (shown["clips"], shown["with frames"], shown["captions in total"]) == ("6", "6 (100%)", "30")
+    assert shown["durations"] == "2.56 to 2.56 s, median 2.56 s; 0.00427 h in total"
+    assert shown["cannot be opened"] == "0 of 5 checked"
     out = tmp_path / "runs" / "inspect" / "avworld-test"
     page = (out / "index.html").read_text()
     assert page.count("<article") == page.count("<audio") == 4 and page.count("<img") == 4 * 4
@@ -74,8 +74,8 @@ def test_the_same_seed_makes_the_same_page(tmp_path):
 def test_a_folder_of_clips(clips, tmp_path, capsys):
     assert main(["inspect", "folder", "--data-dir", str(clips)]) == 0
     shown = table(capsys)
-    assert (shown["clips"], shown["of unknown duration"]) == ("3", "1 (broken 1)")
-    assert shown["cannot be opened"] == "1 (broken 1) of 3 looked at"
+    assert (shown["clips"], shown["unknown duration"]) == ("3", "1 (broken 1)")
+    assert shown["cannot be opened"] == "1 (broken 1) of 3 checked"
     page = (tmp_path / "runs" / "inspect" / "folder-train" / "index.html").read_text()
     assert "A dog &lt;barks&gt;." in page and "<barks>" not in page and "cannot be opened, broken: " in page
 
@@ -88,7 +88,7 @@ def test_options_are_those_of_prepare(clips, tmp_path):
 
 def test_shards(tmp_path, capsys):
     (tmp_path / "shards").mkdir()
-    with open(tmp_path / "shards" / "shard-000000.tar", "wb") as file:  # as prepare does it, without its processes
+    with open(tmp_path / "shards" / "shard-000000.tar", "wb") as file:  # like `prepare`, but in this process
         shard = TarShard(file)
         for row in load_corpus("avworld", "test", streaming=True, sizes={"test": 5}):
             shard.add(prepare_clip(row, ClipSettings(keep_silent=True, keep_frozen=True)))
@@ -97,7 +97,7 @@ def test_shards(tmp_path, capsys):
     (tmp_path / "shards" / "index.json").write_text(json.dumps(index))
     assert main(["inspect", "shards"]) == 0
     shown = table(capsys)
-    assert (shown["clips"], shown["captions in all"], shown["with sound"]) == ("5", "25", "5 (100%)")
+    assert (shown["clips"], shown["captions in total"], shown["with sound"]) == ("5", "25", "5 (100%)")
     assert (tmp_path / "runs" / "inspect" / "shards-shards" / "index.html").is_file()
     assert main(["inspect", "./shards", "--split", "test"]) == 1
     assert "corpus 'shards' has no split 'test'; known: train" in capsys.readouterr().err
@@ -109,12 +109,12 @@ def test_what_cannot_be_inspected_is_told_in_one_line(tmp_path, capsys):
     for words, message in (
         (["nothing"], "unknown corpus 'nothing'; known: avworld, "),
         (["avworld", "--split", "dev"], "corpus 'avworld' has no split 'dev'"),
-        (["avworld"], "corpus 'avworld' has several splits: choose --split from train, "),
+        (["avworld"], "corpus 'avworld' has several splits; choose --split from train, "),
         (["folder", "--data-dir", "nowhere"], "nowhere: no such file or folder; check data_dir="),
         (["folder", "--data-dir", "empty"], "folder train: contains no clips"),
-        (["./empty"], "no such file, so ./empty holds no shards; `dali-llava prepare` writes it"),
+        (["./empty"], "no such file, so ./empty contains no shards; `dali-llava prepare` writes it"),
         ([*TINY_AVWORLD, "--out", "file"], "file: cannot be written (Not a directory); give --out a folder"),
-        ([*TINY_AVWORLD, "--out", "."], "holds other files, which would be lost; give --out a new folder"),
+        ([*TINY_AVWORLD, "--out", "."], "contains other files, which would be lost; give --out a new folder"),
     ):
         assert main(["inspect", *words]) == 1
         captured = capsys.readouterr()

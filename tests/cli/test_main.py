@@ -12,7 +12,7 @@ from dali_llava.cli import COMMANDS, build_parser, describe_error, main
 
 @pytest.fixture
 def command(monkeypatch):
-    """Registers a command `fake` whose `run` is the function given."""
+    """Register a command `fake` that runs the given function."""
 
     def register(run):
         module = types.ModuleType("dali_llava.cli.fake", "Do nothing.\n\nexample:\n  dali-llava fake")

@@ -1,4 +1,4 @@
-"""`dali-llava merge`: one whole checkpoint out of a stage, written completely or not at all."""
+"""`dali-llava merge`: a stage becomes one complete checkpoint, written completely or not at all."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from dali_llava.modeling import LlavaAudioForConditionalGeneration
 
 @pytest.fixture(scope="module")
 def stage(tiny_model_dir, tiny_processor, tmp_path_factory):
-    """A distilled stage on the tiny model: its audio projector, and sound alone without prefix."""
+    """A distilled stage on the tiny model, with its audio projector and no prefix for sound alone."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(tiny_model_dir, folder / "base")
     model = LlavaAudioForConditionalGeneration.from_pretrained(folder / "base")
@@ -43,7 +43,7 @@ def test_the_merged_checkpoint_stands_alone_and_gives_the_same_captions(stage, m
     assert capsys.readouterr().out == f"written: {tmp_path / 'merged'}\n"
     shutil.rmtree(moved)
     assert captions(tmp_path / "merged", media_dir, capsys) == staged
-    # sound alone is asked without the prefix, as the stage was trained
+    # no prefix for sound alone, as the stage was trained
     assert captions(tmp_path / "merged", media_dir, capsys, "--no-prefix")[0] == staged[0]
     assert captions(tmp_path / "merged", media_dir, capsys, "--prefix")[0] != staged[0]
 
@@ -75,7 +75,7 @@ def test_an_existing_folder_is_not_touched(stage, tmp_path, capsys):
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert main(["merge", str(stage), str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
-        f"dali-llava: error: {tmp_path / 'out'}: exists already; name another folder, or remove it first\n"
+        f"dali-llava: error: {tmp_path / 'out'}: already exists; choose another folder, or remove it first\n"
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
     assert main(["merge", str(stage), str(stage)]) == 1

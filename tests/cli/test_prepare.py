@@ -1,4 +1,4 @@
-"""`dali-llava prepare`: what it prints, its exit codes, and a folder with every kind of bad file."""
+"""`dali-llava prepare`: its output, its exit codes, and a folder with every kind of bad file."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def prepare(capsys):
-    """Runs the command with two processes: (exit code, stdout, the last line of stderr)."""
+    """Run the command with two processes; return (exit code, stdout, last line of stderr)."""
 
     def run(*words: str | Path) -> tuple[int, str, str]:
         code = main(["prepare", *map(str, words), "--num-proc", "2"])
@@ -49,7 +49,7 @@ def sound(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def write_clip(path: Path, seconds: float = 2.0, samples: np.ndarray | None = None, still: bool = False, track=True):
-    """A video of 32 x 24 pixels, 5 frames a second, that changes its colour each second, and noise or `samples`."""
+    """Write a 32 x 24 video at 5 frames per second, with a new colour each second, and noise or `samples`."""
     import av
 
     with av.open(str(path), "w", format="mp4") as output:
@@ -114,7 +114,9 @@ def test_a_folder_in_which_five_per_cent_are_bad(prepare, good_clip, tmp_path):
     good = [f"sub.folder/clip {number:03d}" for number in range(170)]
     for name in good:
         os.link(good_clip, media / f"{name}.mp4")
-    (media / "sub.folder" / "clip 007.mp4").rename(media / "sub.folder" / "clip 007.webm")  # it decodes all the same
+    (media / "sub.folder" / "clip 007.mp4").rename(
+        media / "sub.folder" / "clip 007.webm"
+    )  # a wrong suffix does not matter
     for name in BAD:
         write_bad(media, name, good_clip)
     with open(media / "metadata.csv", "w", newline="") as file:
@@ -154,14 +156,12 @@ def test_audiocaps_clips_and_whole_videos(prepare, good_clip, tmp_path):
     shutil.copy(good_clip, tmp_path / "abcdefghijk.mp4")
     words = ("audiocaps", "--csv", tmp_path / "test.csv", "--data-dir", tmp_path, "--split", "test")
     code, printed, _ = prepare(*words, "--out", tmp_path / "out")
-    assert code == 0 and "  missing           1  a file is not there" in printed
+    assert code == 0 and "  missing           1  a file does not exist" in printed
     (row,) = load_corpus("shards", "train", streaming=True, data_dir=tmp_path / "out")
     assert (row["captions"], row["start"], row["end"]) == (["A dog barks", "Barking"], 0.0, None)
-    # as a whole video the file ends long before the clip does
+    # as a whole video, the file ends long before the clip
     code, _, error = prepare(*words, "--whole-videos", "--out", tmp_path / "whole")
-    assert code == 1 and error.endswith(
-        "whole: no clip is ready; " + f"{tmp_path}/whole/report.csv has the reason of each"
-    )
+    assert code == 1 and error.endswith(f"whole: no clip is ready; see the reasons in {tmp_path}/whole/report.csv")
 
 
 def test_sounds_alone_need_no_pictures(prepare, tmp_path):
@@ -172,7 +172,7 @@ def test_sounds_alone_need_no_pictures(prepare, tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["require"] == ["audio"]
     Image.new("RGB", (32, 24)).save(tmp_path / "0.png")
     _, printed, _ = prepare("folder", "--data-dir", tmp_path, "--out", tmp_path / "both")
-    assert "  no_picture        2  no picture is listed, or its file has none" in printed.splitlines()
+    assert "  no_picture        2  no picture is listed, or the file has none" in printed.splitlines()
 
 
 def test_array_jobs_write_the_index_together(prepare, tmp_path):
@@ -189,12 +189,15 @@ def test_array_jobs_write_the_index_together(prepare, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", "{0}/out", "--job-id", "3"], "--job-id must be one of 0 to 0 (--num-jobs less 1), not 3"),
-        (["--out", "{0}/out", "--quality", "99"], "quality must lie between 1 and 95, not at 99"),
-        (["--out", "{0}/out", "--silence", "7"], "silence must lie between 0 and 1, not at 7.0"),
+        (["--out", "{0}/out", "--job-id", "3"], "--job-id must be one of 0 to 0 (--num-jobs minus 1), not 3"),
+        (["--out", "{0}/out", "--quality", "99"], "quality must be between 1 and 95, not 99"),
+        (["--out", "{0}/out", "--silence", "7"], "silence must be between 0 and 1, not 7.0"),
         (["--out", "{0}/0.wav"], "{0}/0.wav: is a file; give --out a folder"),
         (["--out", "{0}/out", "--metadata", "{0}/none.csv"], "{0}/none.csv: no such file or folder; check metadata="),
-        (["--out", "{0}/done", "--frame-size", "224"], "--frame-size was 336, is 224; repeat them, or give another"),
+        (
+            ["--out", "{0}/done", "--frame-size", "224"],
+            "--frame-size was 336, is 224; use the same settings, or give",
+        ),
     ],
 )
 def test_an_error_is_one_line_with_the_remedy(prepare, tmp_path, words, message):
@@ -213,7 +216,7 @@ def test_a_folder_without_the_clips_is_refused_before_anything_is_written(prepar
     words = ("audiocaps", "--csv", tmp_path / "test.csv", "--data-dir", tmp_path, "--split", "test")
     code, _, error = prepare(*words, "--out", tmp_path / "out")
     assert code == 1 and not (tmp_path / "out").exists()
-    assert error.endswith(f"{tmp_path}: has none of the 1 clips' files; check --data-dir and their names")
+    assert error.endswith(f"{tmp_path}: has no media of the 1 clips; check --data-dir and the file names")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The quickstart: what it refuses before anything trains, its table of examples, and (slow) the whole run."""
+"""The quickstart: errors before training, its table of examples, and (slow) the whole run."""
 
 import json
 
@@ -14,7 +14,7 @@ from dali_llava.train.avworld import captioner_cache, pretrain_tower
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """Fails when a captioner is asked for: by then the arguments should have been refused."""
+    """Fail if a captioner is loaded: invalid arguments must be rejected before."""
 
     def fail(*args):
         raise AssertionError("training has begun")
@@ -40,7 +40,7 @@ def test_bad_arguments_are_named_before_anything_trains(words, message, untraine
 
 
 def test_all_methods_are_the_papers(monkeypatch, tmp_path):
-    """An objective that is added, or registered, is not one of them."""
+    """Objectives that are added or registered are not included."""
 
     class Begun(Exception):
         pass
@@ -68,7 +68,7 @@ def test_missing_classes_of_esc10_are_all_named(untrained, tmp_path, capsys):
 
 @pytest.mark.parametrize("recordings", [None, "ESC-10"])
 def test_recordings_alone_are_heard_before_the_alignment(recordings, tmp_path, monkeypatch):
-    """The stages in their order, each with the one that it starts from."""
+    """The stages in order, each with its base."""
     ran = []
 
     def stage_of(name):
@@ -110,7 +110,7 @@ def test_examples_are_a_section_a_clip_and_a_line_a_method(capsys):
 
 @pytest.mark.slow
 def test_the_whole_run(tmp_path, capsys):
-    """Four minutes on two cores; what it must reach is in its claims."""
+    """Takes four minutes on two cores. The claims state the expected figures."""
     assert main(["quickstart", "--out", str(tmp_path), "--methods", "mmd"]) == 0
     results = load_results(tmp_path)
     assert {claim.verdict for claim in results.claims if "unchanged" in claim.claim} == {"holds"}

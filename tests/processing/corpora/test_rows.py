@@ -65,9 +65,9 @@ def test_a_sound_may_stop_a_little_before_the_end_of_its_clip(media_dir):
 @pytest.mark.parametrize(
     ("name", "start", "end", "message"),
     [
-        ("long.flac", 8.0, 10.0, r"start=8 s lies outside the sound.* \(the file lasts 6.00 s\)$"),
-        ("long.flac", 8.0, None, r"start=8 s lies outside the sound.* \(the file lasts 6.00 s\)$"),
-        ("clip.mp4", 30.0, 40.0, r"start=30 s lies outside the sound.* \(the file lasts 3\.\d\d s\)$"),
+        ("long.flac", 8.0, 10.0, r"start=8 s is outside the sound.* \(the file lasts 6.00 s\)$"),
+        ("long.flac", 8.0, None, r"start=8 s is outside the sound.* \(the file lasts 6.00 s\)$"),
+        ("clip.mp4", 30.0, 40.0, r"start=30 s is outside the sound.* \(the file lasts 3\.\d\d s\)$"),
         ("long.flac", 0.0, 10.0, "the clip ends at 10 s, its sound at 6.00 s; correct `end`$"),
         ("long.flac", 4.0, 8.0, "the clip ends at 8 s, its sound at 6.00 s; correct `end`$"),
         ("silent.mp4", 0.0, None, "is a video without sound"),
@@ -146,7 +146,7 @@ def test_a_row_that_names_nothing_is_told():
         (["clip.mp4"], {}, [3], "has no second 3; it has 3, counted from 0$"),
         (["clip.mp4"], {}, [-1], "has no second -1; it has 3, counted from 0$"),
         (["photo.jpg"], {}, [1], "has no second 1; it has 1, counted from 0$"),
-        (["bark.wav"], {}, None, "holds sound only, no picture"),
+        (["bark.wav"], {}, None, "contains sound only, no picture"),
         (["photo.jpg", "clip.mp4"], {}, None, "is video, not a still image"),
         (["absent.mp4"], {}, None, "no such file"),
     ],

@@ -1,4 +1,4 @@
-"""The page of an inspection: what it shows, what it points to, and that it comes whole."""
+"""The page of an inspection: its content, its links, and its atomic writing."""
 
 import errno
 import io
@@ -19,7 +19,7 @@ NASTY = '<script>alert("1 & 2")</script>'
 
 
 def make_rows(media_dir: Path) -> list[dict]:
-    """A clip of a video from 1 to 2.5 s, a sound with a text that must be escaped, and one whose file is gone."""
+    """A clip of a video from 1 to 2.5 s, a sound with text that must be escaped, and a clip without its file."""
 
     def row(name, audio, frames=(), start=0.0, end=None, captions=(), labels=()):
         files = [{"path": str(path), "bytes": None} for path in (audio, *frames)]
@@ -40,7 +40,7 @@ def found(media_dir):
 
 
 def lengths(page, out: Path) -> list[float]:
-    """Seconds of the sounds that a page plays; its pictures are opened too."""
+    """Return the lengths in seconds of the sounds of a page. Its pictures are opened too."""
     for name in page.sources():
         if name.endswith(".jpg"):
             Image.open(out / name).load()
@@ -127,7 +127,7 @@ def test_an_older_page_outlives_a_failure(found, tmp_path, monkeypatch):
 def test_other_files_are_never_replaced(found, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "media").mkdir()
-    with pytest.raises(ValueError, match="mine: holds other files, which would be lost; give --out a new folder"):
+    with pytest.raises(ValueError, match="mine: contains other files, which would be lost; give --out a new folder"):
         write_page(tmp_path / "mine", "made", *found, {})
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["media"]
     (tmp_path / "empty").mkdir()
@@ -143,7 +143,7 @@ def test_a_place_that_cannot_be_written_to_is_named(found, tmp_path, monkeypatch
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)  # the superuser may write anywhere
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)  # root can write anywhere
     with pytest.raises(OSError, match=r"out: cannot be written \(Permission denied\)"):
         write_page(tmp_path / "out", "made", *found, {})
 

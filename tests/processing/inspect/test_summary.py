@@ -1,4 +1,4 @@
-"""Figures of a corpus, and the choice and opening of its samples."""
+"""Statistics of a corpus, and the choice and opening of its samples."""
 
 import io
 import random
@@ -48,7 +48,7 @@ def test_rows_are_counted(media_dir):
         make_row("a", media_dir / "long.flac", media_dir / "clip.mp4", captions=["one", "two"], labels=["dog", "dog"]),
         make_row("b", media_dir / "bark.wav", captions=["three"], labels=["dog", "cat"]),
         make_row("c", None, media_dir / "photo.jpg", labels=["bee"], end=4.0),
-        make_row("d", audio=source(None), end=10.0),  # as Arrow gives a null back
+        make_row("d", audio=source(None), end=10.0),  # as Arrow returns a null
     )
     counts = summary.clips, summary.with_sound, summary.with_frames, summary.with_captions, summary.with_labels
     assert (*counts, summary.captions) == (4, 2, 2, 2, 3, 3)
@@ -61,10 +61,10 @@ def test_rows_are_counted(media_dir):
         "with frames": "2 (50%)",
         "with captions": "2 (50%)",
         "with labels": "3 (75%)",
-        "captions in all": "3",
-        "durations": "1.50 to 10.00 s, median 5.00 s; 0.00597 h in all",
+        "captions in total": "3",
+        "durations": "1.50 to 10.00 s, median 5.00 s; 0.00597 h in total",
         "distinct labels": "3: dog 2; bee 1; cat 1",
-        "cannot be opened": "0 of 0 looked at",
+        "cannot be opened": "0 of 0 checked",
     }
 
 
@@ -91,7 +91,7 @@ def test_an_unknown_duration_has_a_reason(media_dir, broken):
     ):
         assert clip_duration(row) == (None, reason)
     summary = summary_of(make_row(audio=broken), make_row(audio=broken), make_row(), make_row(end=2.0))
-    assert dict(summary.table())["of unknown duration"] == "3 (broken 2, no media 1)"
+    assert dict(summary.table())["unknown duration"] == "3 (broken 2, no media 1)"
     assert summary.to_dict()["durations"]["unknown"] == {"broken": 2, "no media": 1}
 
 
@@ -100,7 +100,7 @@ def test_figures_of_durations():
     assert [figures[name] for name in ("known", "min", "median", "max", "total_hours")] == [4, 1800, 4500, 7200, 5.0]
     figures = timed().to_dict()["durations"]
     assert [figures[name] for name in ("known", "min", "median", "max", "total_hours")] == [0, None, None, None, 0.0]
-    assert dict(timed(7200.0).table())["durations"] == "7200.00 to 7200.00 s, median 7200.00 s; 2.00 h in all"
+    assert dict(timed(7200.0).table())["durations"] == "7200.00 to 7200.00 s, median 7200.00 s; 2.00 h in total"
 
 
 def test_histogram_has_round_edges_and_holds_every_clip():
@@ -146,7 +146,7 @@ def test_rows_are_let_go():
             row = alive[number] = Row(make_row(str(number)))
             yield row
             del row
-            assert len(alive) <= 5 + 2  # the samples, the row at hand, and the one that it replaces
+            assert len(alive) <= 5 + 2  # the samples, the current row, and the row that it replaces
 
     summary, samples = inspect_rows(rows(), 5)
     assert (summary.clips, len(samples)) == (300, 5)
@@ -190,7 +190,7 @@ def test_more_clips_may_be_checked_than_shown(media_dir, broken, tmp_path):
     rows += [make_row("gone", tmp_path / "gone.wav"), make_row("without media")]
     summary, samples = inspect_rows(rows, samples=2, check=100)
     assert (summary.checked, summary.broken, len(samples)) == (12, {"broken": 3, "missing": 1}, 2)
-    assert dict(summary.table())["cannot be opened"] == "4 (broken 3, missing 1) of 12 looked at"
+    assert dict(summary.table())["cannot be opened"] == "4 (broken 3, missing 1) of 12 checked"
     assert inspect_rows(rows[:12])[0].checked == 10
 
 

@@ -1,4 +1,4 @@
-"""Still images: every mode comes as RGB, upright and of the size asked for; a damaged one is told."""
+"""Still images: every mode is loaded as upright RGB in the requested size; a damaged image is reported."""
 
 import os
 
@@ -19,7 +19,7 @@ def test_images(tmp_path):
     Image.new("RGB", (32, 16), (200, 30, 30)).save(tmp_path / "a.jpg", quality=95)
     assert np.abs(np.asarray(load_image(tmp_path / "a.jpg"), int) - (200, 30, 30)).max() <= 3
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # rotate a quarter turn clockwise
     image.save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "turned.png")), np.rot90(pixels, -1))
     for mode in ("L", "RGBA", "P", "1", "CMYK"):

@@ -1,4 +1,4 @@
-"""Files whose containers only estimate their length, or give none: they are read to the true end, and no further."""
+"""Files with an estimated length, or none, are read to their true end and no further."""
 
 import io
 from fractions import Fraction
@@ -19,7 +19,7 @@ def sound(seconds: float, rate: int = RATE, level: float = 0.3) -> np.ndarray:
 
 
 class Pipe(io.RawIOBase):
-    """A file that cannot be sought, as a pipe: muxers cannot come back to write a length into its header."""
+    """A file without seek, like a pipe: muxers cannot go back to write a length into its header."""
 
     def __init__(self, path):
         self.file = open(path, "wb")  # noqa: SIM115
@@ -38,7 +38,7 @@ class Pipe(io.RawIOBase):
 def encode(
     path, container, codec, waveform, rate=RATE, piped=False, layout="mono", options=None, picture_seconds=None
 ):
-    """`waveform` (samples,) or (channels, samples) through the named encoder, and grey frames where asked for."""
+    """Encode `waveform`, (samples,) or (channels, samples), and grey frames if `picture_seconds` is given."""
     target = Pipe(path) if piped else str(path)
     with av.open(target, "w", format=container, options=options or {}) as output:
         track = output.add_stream(codec, rate=rate, layout=layout)
@@ -62,7 +62,7 @@ def encode(
 
 
 def variable_rate_mp3(path):
-    """4 s of noise at 320 kbit/s, then 12 s of a tone at 32: from the first frames, FFmpeg estimates too little."""
+    """4 s of noise at 320 kbit/s, then 12 s of a tone at 32: FFmpeg estimates from the first frames, so too short."""
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 4 * RATE).astype(np.float32)
     content = b""
     for waveform, rate in ((noise, 160_000), (sound(12.0), 32_000)):
@@ -115,7 +115,7 @@ def test_a_file_is_read_to_its_true_end(tmp_path, name):
     windows = list(load_windows(path, 2.5))
     assert [window.start for window in windows] == [2.5 * number for number in range(int(np.ceil(seconds / 2.5)))]
     assert windows[-1].end == pytest.approx(seconds, abs=0.2)
-    with pytest.raises(MediaError, match="lies outside the sound"):
+    with pytest.raises(MediaError, match="is outside the sound"):
         load_audio(path, start=seconds + 1.0)
 
 
@@ -124,13 +124,13 @@ def test_frames_without_a_declared_length(tmp_path, name):
     path, _ = MADE[name](tmp_path / name)
     greys = [np.asarray(image, float).mean() for image in load_frames(path, [0.0, 2.0, 5.9])]
     assert greys == pytest.approx([0, 100, 255], abs=8)
-    with pytest.raises(MediaError, match="time 9 s lies outside the video, which lasts 6"):
+    with pytest.raises(MediaError, match="time 9 s is outside the video, which lasts 6"):
         load_frames(path, 9.0)
 
 
 @pytest.mark.parametrize("rates", [(44_100, 44_100), (16_000, 44_100), (48_000, 22_050)])
 def test_streams_one_after_the_other(tmp_path, rates):
-    """Chained Ogg, of one sampling rate or two."""
+    """A chained Ogg file with one or two sampling rates."""
     content = b""
     for seconds, rate in zip((1.5, 4.0), rates, strict=True):
         buffer = io.BytesIO()
@@ -139,7 +139,7 @@ def test_streams_one_after_the_other(tmp_path, rates):
     (tmp_path / "chained.ogg").write_bytes(content)
     waveform = load_audio(tmp_path / "chained.ogg")
     assert len(waveform) / RATE == pytest.approx(5.5, abs=0.06)
-    # 440 Hz throughout: a part taken at the other's rate would sound higher or lower
+    # 440 Hz throughout: a part read at the rate of the other one would have another pitch
     for start in (0.2, 2.0, 4.2):
         part = waveform[round(start * RATE) : round((start + 1.0) * RATE)]
         spectrum = np.abs(np.fft.rfft(part * np.hanning(len(part))))
@@ -199,7 +199,7 @@ def test_reported_sounds(shared_data, name, seconds, tolerance):
 
 
 def test_windows_are_excerpts(tmp_path):
-    """What one decoder gives forward equals what an excerpt each gives."""
+    """Windows from one decoder equal excerpts that are loaded separately."""
     noise = 0.1 * np.random.default_rng(0).standard_normal(44_100 * 8)
     for name, subtype in (("a.wav", "FLOAT"), ("a.flac", "PCM_24"), ("a.mp3", None)):
         soundfile.write(tmp_path / name, noise, 44_100, subtype=subtype)
@@ -212,7 +212,7 @@ def test_windows_are_excerpts(tmp_path):
 
 
 def test_windows_read_forward_only(tmp_path, monkeypatch):
-    """Each packet is decoded once, whatever the number of windows."""
+    """Each packet is decoded once, independent of the number of windows."""
     from dali_llava.processing.media import sound as module
 
     soundfile.write(tmp_path / "a.mp3", sound(20.0), RATE)
@@ -227,6 +227,6 @@ def test_windows_read_forward_only(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "decode", counting)
     windows = load_windows(tmp_path / "a.mp3", 1.0)
     next(windows)
-    assert sum(counts) < 8 * RATE  # the first window does not wait for the file's end
+    assert sum(counts) < 8 * RATE  # the first window does not wait for the end of the file
     assert len(list(windows)) >= 19
     assert sum(counts) == pytest.approx(20 * RATE, rel=0.02)

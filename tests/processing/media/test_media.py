@@ -1,4 +1,4 @@
-"""Decoding of made media with known samples and frames, in the containers and codecs that PyAV's wheels write."""
+"""Decode synthetic media with known samples and frames, in the containers and codecs that PyAV wheels can write."""
 
 import io
 import os
@@ -19,7 +19,7 @@ HERTZ, AMPLITUDE = 440.0, 0.5
 
 
 def tone(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
-    """`(samples, channels)`: channel c holds the tone times 2 (c + 1) / (channels + 1), so their mean is the tone."""
+    """`(samples, channels)`: channel c is the tone times 2 (c + 1) / (channels + 1), so the mean is the tone."""
     wave = AMPLITUDE * np.sin(2 * np.pi * HERTZ * np.arange(round(seconds * rate)) / rate)
     gains = 2 * np.arange(1, channels + 1) / (channels + 1)
     return (wave[:, None] * gains).astype(np.float32)
@@ -27,10 +27,10 @@ def tone(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
 
 def tone_error(waveform: np.ndarray, start: float = 0.0) -> float:
     """
-    How far the tone that a 16 kHz waveform holds is off in amplitude and phase, as a share of its amplitude.
+    Return the error of the tone in a 16 kHz waveform, in amplitude and phase, as a share of its amplitude.
 
-    Measured at the tone's own frequency, over whole periods and 50 ms off both ends: noise of a lossy codec does not
-    count, a wrong gain or a shift in time does (1 ms: 2.0, one sample: 0.17).
+    It is measured at the frequency of the tone, over whole periods and without 50 ms at both ends. Noise of a lossy
+    codec does not count, but a wrong gain or a shift in time does (1 ms: 2.0, one sample: 0.17).
     """
     inner = waveform[800 : 800 + (len(waveform) - 1600) // 400 * 400]  # 400 samples are 11 periods
     time = start + (800 + np.arange(len(inner))) / 16000
@@ -39,13 +39,13 @@ def tone_error(waveform: np.ndarray, start: float = 0.0) -> float:
 
 
 def picture(index: int) -> np.ndarray:
-    """Frame `index` of a made video: its number as 8 black or white columns, lowest bit first."""
+    """Frame `index` of a synthetic video, which shows its index as 8 black or white columns, lowest bit first."""
     row = np.repeat(np.array([255 * (index >> bit & 1) for bit in range(8)], np.uint8), SIZE[0] // 8)
     return np.ascontiguousarray(np.broadcast_to(row[None, :, None], (SIZE[1], SIZE[0], 3)))
 
 
 def number(image: Image.Image) -> int:
-    """The number that `picture` drew."""
+    """Decode the index that `picture` drew."""
     columns = np.asarray(image.convert("L"), np.float64).reshape(SIZE[1], 8, -1).mean(axis=(0, 2))
     return sum(1 << bit for bit, value in enumerate(columns) if value > 127)
 
@@ -62,7 +62,7 @@ def write_media(
     movflags=None,
     delay=0.0,
 ):
-    """Two channels of `tone` and numbered frames, 25 a second, through the named encoders."""
+    """Encode two channels of `tone` and numbered frames at 25 per second."""
     options = {"movflags": movflags} if movflags else {}
     with av.open(str(path), "w", format=container, options=options) as output:
         if video:
@@ -89,7 +89,7 @@ def write_media(
 
 
 def message(call) -> str:
-    """The one line that a refused call gives."""
+    """Return the one-line message of the error that a call raises."""
     with pytest.raises(MediaError) as error:
         call()
     assert "\n" not in str(error.value)
@@ -181,7 +181,7 @@ def test_excerpt_is_a_slice_of_the_whole(tmp_path):
         expected = whole[first : first + round(duration * 16000)]
         assert excerpt.shape == expected.shape
         np.testing.assert_allclose(excerpt, expected, rtol=0, atol=1e-6)
-    # a file at the target rate is passed on as it is
+    # a file at the target rate is not resampled
     soundfile.write(tmp_path / "b.wav", noise[:32000], 16000, subtype="FLOAT")
     np.testing.assert_allclose(load_audio(tmp_path / "b.wav"), noise[:32000].mean(axis=1), rtol=0, atol=1e-7)
 
@@ -207,9 +207,9 @@ def test_content_counts_and_not_the_extension(tmp_path):
     assert probe(sound).kind == "audio" and load_audio(sound).shape == (16000,)
     Image.new("RGB", (8, 6)).save(tmp_path / "image.mp4", format="PNG")
     assert probe(tmp_path / "image.mp4").kind == "image"
-    # a playlist would make FFmpeg open the files it names
+    # FFmpeg would open the files that a playlist names
     (tmp_path / "list.wav").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nvideo.wav\n#EXT-X-ENDLIST\n")
-    assert "is no readable audio" in message(lambda: load_audio(tmp_path / "list.wav"))
+    assert "is not a readable audio" in message(lambda: load_audio(tmp_path / "list.wav"))
 
 
 def test_bytes_file_objects_and_dataset_rows(tmp_path):
@@ -243,7 +243,7 @@ def test_cover_art_is_no_video(tmp_path):
     info = probe(tmp_path / "a.mp3")
     assert (info.kind, info.has_audio, info.has_video) == ("audio", True, False)
     assert tone_error(load_audio(tmp_path / "a.mp3")) < 0.07
-    assert "holds sound only" in message(lambda: load_frames(tmp_path / "a.mp3", 0.0))
+    assert "contains sound only" in message(lambda: load_frames(tmp_path / "a.mp3", 0.0))
 
 
 @pytest.mark.parametrize("gop", [1, 5, 250])
@@ -266,7 +266,7 @@ def test_last_frame_stays_until_the_end(tmp_path):
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[float]:
-    """The times of the frames that are decoded from here on."""
+    """Record the times of the frames that are decoded."""
     times = []
     original = frames.decode
 
@@ -280,14 +280,14 @@ def decoded(monkeypatch) -> list[float]:
 
 
 def test_sparse_frames_are_sought(tmp_path, decoded):
-    """Two frames of a video of eight groups: the rest of its groups are not decoded."""
+    """Two frames of a video with eight groups of pictures: the other groups are not decoded."""
     path = write_media(tmp_path / "a.mp4", "mp4", "libx264", seconds=8.0, gop=25)
     assert [number(image) for image in load_frames(path, [1.0, 6.5])] == [25, 162]
     assert len(decoded) < 60
 
 
 def test_a_keyframe_shown_just_after_the_time_is_not_sought(tmp_path, decoded):
-    """The index has keyframes where they are decoded, some frames before they are shown."""
+    """The index lists keyframes in decoding order, some frames before they are shown."""
     path = write_media(tmp_path / "a.mp4", "mp4", "libx264", seconds=4.0, gop=50)
     with av.open(str(path)) as container:
         entries = container.streams.video[0].index_entries
@@ -308,7 +308,7 @@ def test_frames_that_no_other_refers_to_are_passed_over(tmp_path, decoded):
 
 @pytest.mark.parametrize("container", ["mp4", "matroska"])
 def test_frames_far_apart_are_not_passed_over(tmp_path, decoded, container):
-    """A frame each 0.6 s, most of them without a reference: each is shown until the next."""
+    """One frame every 0.6 s, most of them unreferenced: each is shown until the next."""
     with av.open(str(tmp_path / "a"), "w", format=container) as output:
         stream = output.add_stream("libx264", rate=FRAME_RATE)
         (stream.width, stream.height), stream.pix_fmt, stream.gop_size = SIZE, "yuv420p", 1000
@@ -331,7 +331,7 @@ def test_frames_are_shrunk_and_never_enlarged(tmp_path, rotation):
         whole = load_frames(path, 1.0)[0]
         assert whole.size == turned
         expected = np.asarray(whole.resize(image.size, Image.Resampling.BOX), float)
-        # chroma is scaled with the half resolution that it is stored in
+        # chroma is scaled from its stored half resolution
         assert np.abs(np.asarray(image, float) - expected).mean() < (4 if side == 24 else 1e-9)
 
 
@@ -356,10 +356,10 @@ def test_bad_files(tmp_path):
         "missing.wav": "no such file",
         "": "is a directory",
         "empty.wav": "is empty",
-        "text.wav": "is no readable audio",
-        "text.mp4": "is no readable audio",
-        "zero.wav": "holds no sound at all",
-        "nan.wav": "holds NaN or infinite samples",
+        "text.wav": "is not a readable audio",
+        "text.mp4": "is not a readable audio",
+        "zero.wav": "contains no sound (zero length)",
+        "nan.wav": "contains NaN or infinite samples",
         "short.wav": "0.050 s of sound is too short; give at least 0.1 s",
         "image.png": "is a still image, without sound",
         "mute.mp4": "is a video without sound",
@@ -368,18 +368,18 @@ def test_bad_files(tmp_path):
         line = message(lambda path=path: load_audio(path))
         assert line.startswith(f"{path}: {part}") and ";" in line, line
     for call, part in (
-        (lambda: load_frames(tmp_path / "good.wav", 0.0), "holds sound only"),
+        (lambda: load_frames(tmp_path / "good.wav", 0.0), "contains sound only"),
         (lambda: load_frames(tmp_path / "image.png", 0.0), "is a still image, not a video"),
-        (lambda: load_frames(tmp_path / "mute.mp4", 3.5), "time 3.5 s lies outside the video, which lasts 3.000 s"),
-        (lambda: load_frames(tmp_path / "mute.mp4", [0.0, -0.1]), "time -0.1 s lies outside the video"),
+        (lambda: load_frames(tmp_path / "mute.mp4", 3.5), "time 3.5 s is outside the video, which lasts 3.000 s"),
+        (lambda: load_frames(tmp_path / "mute.mp4", [0.0, -0.1]), "time -0.1 s is outside the video"),
         (lambda: load_image(tmp_path / "good.wav"), "is audio, not a still image"),
         (lambda: load_image(tmp_path / "mute.mp4"), "is video, not a still image"),
-        (lambda: load_image(tmp_path / "text.wav"), "is no readable audio"),
-        (lambda: load_audio(tmp_path / "good.wav", start=2.0), "start=2 s lies outside the sound"),
+        (lambda: load_image(tmp_path / "text.wav"), "is not a readable audio"),
+        (lambda: load_audio(tmp_path / "good.wav", start=2.0), "start=2 s is outside the sound"),
         (lambda: load_audio(tmp_path / "good.wav", start=0.95), "0.050 s of sound is too short"),
         (lambda: load_audio(tmp_path / "good.wav", start=-1.0), "start=-1.0"),
         (lambda: load_audio(tmp_path / "good.wav", duration=0.0), "start=0.0, duration=0.0"),
-        (lambda: probe(tmp_path / "text.wav"), "is no readable audio"),
+        (lambda: probe(tmp_path / "text.wav"), "is not a readable audio"),
     ):
         assert f": {part}" in message(call)
 
@@ -387,11 +387,11 @@ def test_bad_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "container", "video", "audio", "movflags", "audible", "visible"),
     [
-        ("a.mp4", "mp4", "libx264", "aac", None, "is no readable audio", "is no readable audio"),
+        ("a.mp4", "mp4", "libx264", "aac", None, "is not a readable audio", "is not a readable audio"),
         ("b.mp4", "mp4", "libx264", "aac", "faststart", "is cut off at", "is cut off at"),
         ("c.mkv", "matroska", "libx264", "aac", None, "is cut off at", "is cut off at"),
         ("d.webm", "webm", "libvpx", "libopus", None, "is cut off at", "is cut off at"),
-        ("e.flac", "flac", None, "flac", None, "is damaged", "holds sound only"),
+        ("e.flac", "flac", None, "flac", None, "is damaged", "contains sound only"),
     ],
 )
 def test_files_cut_in_the_middle(tmp_path, capfd, name, container, video, audio, movflags, audible, visible):
@@ -400,10 +400,10 @@ def test_files_cut_in_the_middle(tmp_path, capfd, name, container, video, audio,
     capfd.readouterr()
     assert f"{name}: {audible}" in message(lambda: load_audio(path))
     assert f"{name}: {visible}" in message(lambda: load_frames(path, 2.5))
-    if audible == "is cut off at":  # what is there can be had
+    if audible == "is cut off at":  # the part before the cut can be read
         assert tone_error(load_audio(path, start=0.5, duration=0.5), start=0.5) < 0.02
         assert number(load_frames(path, 0.5)[0]) == 12
-    # libav and libsndfile say nothing of their own
+    # libav and libsndfile print nothing
     assert capfd.readouterr() == ("", "")
 
 

@@ -1,4 +1,4 @@
-"""Which track is taken, tracks of unequal length, pixels that are not square, and transparency in videos."""
+"""Selection of tracks, tracks of unequal length, pixels that are not square, and transparent videos."""
 
 import os
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Made media of which every sample and every frame tells where it stands, rows that name them, and runs to compare."""
+"""Synthetic media with samples and frames that identify their position, rows that name them, and runs to compare."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -20,7 +20,7 @@ FRAME_RATE = 5
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
-    """Noise below 4 kHz, `(samples,)` float32 at 16 kHz, which resembles no shifted copy of itself."""
+    """Noise below 4 kHz, `(samples,)` float32 at 16 kHz, which is not correlated with shifted copies of itself."""
     spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(round(seconds * RATE)))
     spectrum[len(spectrum) // 2 :] = 0
     wave = np.fft.irfft(spectrum, round(seconds * RATE))
@@ -28,7 +28,7 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def grey_of(second: int) -> int:
-    """The grey level of a made video's frames in that second."""
+    """Return the grey level of the frames of a synthetic video in that second."""
     return 20 + 16 * second
 
 
@@ -42,7 +42,7 @@ def write_clip(
     sound: np.ndarray | None = None,
     size: tuple[int, int] = (64, 48),
 ) -> Path:
-    """`noise` at 16 kHz (48 kHz for Opus) through the named encoder, and frames whose grey level is their second's."""
+    """Encode `noise` at 16 kHz (48 kHz for Opus), and frames with the grey level of their second."""
     with av.open(str(path), "w", format=container) as output:
         if video:
             pictures = output.add_stream(video, rate=FRAME_RATE)
@@ -66,7 +66,7 @@ def write_clip(
 
 
 def make_row(name: str, audio: Path | None = None, frames: tuple[Path, ...] = (), **fields) -> dict:
-    """A row of a corpus; of an mp4, sound and pictures are the file's."""
+    """Make a row of a corpus. An mp4 file can be both `audio` and a frame."""
     row = {"id": name, "captions": [f"the sound of {name}"], "labels": ["noise"], "source": "made"}
     row |= {"start": 0.0, "end": None}
     row["audio"] = None if audio is None else {"path": str(audio), "bytes": None}
@@ -79,7 +79,7 @@ def as_corpus(rows: list[dict]) -> datasets.Dataset:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder but the locks, by name."""
+    """Return the contents of the files of a folder by name, without the locks."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -89,7 +89,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def made() -> dict[str, Callable]:
-    """The functions of this file, for tests that are no packages."""
+    """The functions of this file. Test folders are not packages, so they cannot be imported."""
     functions = (noise, grey_of, write_clip, make_row, as_corpus, contents)
     return {function.__name__: function for function in functions}
 
@@ -113,7 +113,7 @@ def corpus(tmp_path_factory) -> datasets.Dataset:
 
 @pytest.fixture(scope="session")
 def unbroken(corpus, tmp_path_factory) -> Path:
-    """The shards of `corpus`, three clips each, made by one process without a break. Read it, do not change it."""
+    """The shards of `corpus`, three clips each, of an uninterrupted run in one process. Tests must not change it."""
     folder = tmp_path_factory.mktemp("unbroken")
     prepare_shards(corpus, folder, clips_per_shard=3, num_proc=1)
     return folder

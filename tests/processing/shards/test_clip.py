@@ -1,4 +1,4 @@
-"""One clip: its samples, its frames, and every reason to leave it out."""
+"""Preparation of a clip: its samples, its frames, and every reason for leaving it out."""
 
 import io
 import json
@@ -30,7 +30,7 @@ MADE = [
 
 
 def samples_of(clip: PreparedClip) -> np.ndarray:
-    """The 16-bit samples of a clip's FLAC file."""
+    """Return the 16-bit samples of the FLAC file of a clip."""
     samples, rate = soundfile.read(io.BytesIO(clip.files["flac"]), dtype="int16")
     assert rate == 16_000 and samples.ndim == 1
     return samples
@@ -44,7 +44,7 @@ def frames_of(clip: PreparedClip) -> list[Image.Image]:
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, None), (0.0, 1.0), (0.5, 2.25), (2.0, 5.0), (3.0001, 4.9999)])
 def test_a_cut_is_exact_to_the_sample(made, tmp_path, start, end):
-    ramp = np.arange(-40_000, 40_000).astype(np.int16)  # 5 s; a sample's value is its place, modulo 65536
+    ramp = np.arange(-40_000, 40_000).astype(np.int16)  # 5 s; the value of a sample is its index, modulo 65536
     soundfile.write(tmp_path / "ramp.wav", ramp, 16_000, subtype="PCM_16")
     clip = prepare_clip(made["make_row"]("ramp", tmp_path / "ramp.wav", start=start, end=end), SOUND_ONLY)
     first, last = (
@@ -89,6 +89,22 @@ def test_frames_shrink_to_the_size_and_never_grow(made, tmp_path):
         assert {frame.size for frame in frames_of(clip)} == {expected}
 
 
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+@pytest.mark.parametrize("end", [None, 6.0])
+def test_tracks_of_unequal_length_are_kept(made, tmp_path, container, end):
+    still = made["write_clip"](tmp_path / "still", container, "libx264", "aac", 0.2, sound=made["noise"](6.0))
+    clip = prepare_clip(made["make_row"]("a", still, (still,), end=end), SETTINGS)
+    assert isinstance(clip, PreparedClip) and clip.seconds == pytest.approx(6.0, abs=0.07)
+    assert np.asarray(frames_of(clip)[0].convert("L"), float).mean() == pytest.approx(made["grey_of"](0), abs=4)
+    assert len(frames_of(clip)) == 1
+
+    silent_end = made["write_clip"](tmp_path / "end", container, "libx264", "aac", 6.0, sound=made["noise"](2.0))
+    clip = prepare_clip(made["make_row"]("a", silent_end, (silent_end,), end=end), SETTINGS)
+    assert isinstance(clip, PreparedClip) and clip.seconds == pytest.approx(2.0, abs=0.07)
+    greys = [np.asarray(frame.convert("L"), float).mean() for frame in frames_of(clip)]
+    np.testing.assert_allclose(greys, [made["grey_of"](second) for second in range(6)], atol=4)
+
+
 def test_listed_pictures_come_in_their_order(made, tmp_path):
     soundfile.write(tmp_path / "a.wav", made["noise"](3.0), 16_000)
     pictures = []
@@ -118,7 +134,7 @@ def test_the_json_has_the_true_id_and_the_place_in_the_source(made, tmp_path):
 
 
 def test_an_id_that_is_no_unicode_keeps_its_bytes(made, tmp_path):
-    """As the name of a file in Latin-1 comes out of a folder."""
+    """File names in Latin-1 are read from a folder with surrogate escapes."""
     soundfile.write(tmp_path / "a.wav", made["noise"](3.0), 16_000)
     name = b"h\xf6ren".decode(errors="surrogateescape")
     clip = prepare_clip(made["make_row"](name, tmp_path / "a.wav"), SOUND_ONLY)
@@ -136,7 +152,7 @@ def test_keys_are_safe_and_differ():
 
 @pytest.fixture
 def bad_row(made, tmp_path):
-    """The row of a clip with the fault that its name tells."""
+    """Make the row of a clip with the named fault."""
 
     def write(fault: str) -> dict:
         path = tmp_path / f"{fault}.mp4"
@@ -181,14 +197,14 @@ def bad_row(made, tmp_path):
     [
         ("missing", "missing", "no such file"),
         ("empty", "broken", "is empty"),
-        ("text", "broken", "is no readable audio"),
-        ("truncated", "broken", "is no readable audio"),
+        ("text", "broken", "is not a readable audio"),
+        ("truncated", "broken", "is not a readable audio"),
         ("cut_off", "broken", "is cut off at"),
         ("directory", "broken", "is a directory"),
         ("nan", "broken", "NaN"),
         ("no_sound_track", "no_sound", "without sound"),
-        ("zero_length", "no_sound", "holds no sound at all"),
-        ("no_video_track", "no_picture", "holds sound only"),
+        ("zero_length", "no_sound", "contains no sound (zero length)"),
+        ("no_video_track", "no_picture", "contains sound only"),
         ("silent", "silent", "its peak of 0.00"),
         ("frozen", "frozen", "3 frames"),
         ("short", "too_short", "s of sound, less than 1 s"),
@@ -264,10 +280,10 @@ def test_what_no_one_foresaw_leaves_out_one_clip(made, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"frames": 0}, "frames must lie between 1 and 1000, not at 0"),
-        ({"quality": 100}, "quality must lie between 1 and 95"),
-        ({"frame_size": 0}, "frame_size must lie between"),
-        ({"silence": -1.0}, "silence must lie between 0 and 1"),
+        ({"frames": 0}, "frames must be between 1 and 1000, not 0"),
+        ({"quality": 100}, "quality must be between 1 and 95"),
+        ({"frame_size": 0}, "frame_size must be between"),
+        ({"silence": -1.0}, "silence must be between 0 and 1"),
         ({"min_seconds": 0.0}, "min_seconds must be at least 0.1"),
         ({"require": ("video",)}, "require: unknown 'video'; choose from audio, frames"),
     ],
@@ -287,6 +303,6 @@ def test_real_clips(made, shared_data, name):
     assert {min(frame.size) for frame in frames} == {side}
     cut = prepare_clip(made["make_row"](name, path, (path,), start=3.0, end=6.0), SETTINGS)
     np.testing.assert_allclose(samples_of(cut), samples_of(clip)[48_000:96_000], atol=1)
-    # JPEG's loss alone keeps them apart: the same second of the same video
+    # the same second of the same video gives the same JPEG
     for one, other in zip(frames_of(cut), frames[3:6], strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))

@@ -1,4 +1,4 @@
-"""Whole runs: what lies in the shards, in which order, and what else a folder says of them."""
+"""Whole runs: the content of the shards, their order, and the other files of the folder."""
 
 import csv
 import hashlib
@@ -58,7 +58,7 @@ def test_the_index_tells_what_is_there(unbroken):
 
 
 def test_datasets_own_builder_reads_a_shard(unbroken, corpus, tmp_path):
-    # Its own guess at the columns makes FLAC an `Audio`, for which torchcodec would have to be there.
+    # Inferred columns would turn FLAC into an `Audio` feature, which needs torchcodec.
     texts = datasets.List(datasets.Value("string"))
     about = {"id": datasets.Value("string"), "captions": texts, "labels": texts, "source": datasets.Value("string")}
     about |= {"start": datasets.Value("float64"), "end": datasets.Value("float64")}
@@ -100,7 +100,7 @@ def test_an_array_of_jobs_gives_the_same_folder(made, corpus, unbroken, tmp_path
 
 def test_any_number_of_jobs_may_finish_what_others_began(made, corpus, unbroken, tmp_path):
     prepare_shards(corpus, tmp_path, clips_per_shard=3, num_proc=1, num_jobs=4, job_id=2)
-    assert prepare_shards(corpus, tmp_path, num_proc=1).is_complete  # clips_per_shard is taken from the settings
+    assert prepare_shards(corpus, tmp_path, num_proc=1).is_complete  # clips_per_shard comes from the settings
     assert made["contents"](tmp_path) == made["contents"](unbroken)
 
 
@@ -123,7 +123,7 @@ def test_a_shard_that_was_lost_or_cut_is_made_again(made, corpus, unbroken, tmp_
 
 def test_the_size_of_a_shard_is_met_from_a_sample(made, tmp_path):
     rows = []
-    for number in range(80):  # 1.28 MB each: noise hardly shrinks
+    for number in range(80):  # 1.28 MB each: noise hardly compresses
         samples = np.random.default_rng(number).uniform(-1, 1, 640_000)
         soundfile.write(tmp_path / f"{number % 8}.wav", samples, 16_000) if number < 8 else None
         rows.append(made["make_row"](f"c{number}", tmp_path / f"{number % 8}.wav"))
@@ -154,7 +154,7 @@ def test_reasons_are_counted_and_listed(made, corpus, tmp_path):
         report = list(csv.DictReader(file))
     reasons = {"gone": "missing", "silent, too": "silent", "text": "broken", "clip-004": "duplicate", "a.b": "missing"}
     assert {row["id"]: row["reason"] for row in report} == reasons and all(row["detail"] for row in report)
-    # the second shard lost all of its clips: it has a record and no archive
+    # all clips of the second shard are left out: it has a record and no archive
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [shard["name"] for shard in index["shards"]] == ["shard-000000.tar", "shard-000002.tar"]
     assert not (tmp_path / "out" / "shard-000001.tar").exists()
@@ -170,7 +170,7 @@ def test_media_may_move_between_two_runs(made, corpus, tmp_path):
 
 def test_a_file_that_turns_up_and_a_caption_that_changes_renew_their_shards_alone(made, corpus, tmp_path):
     rows = [*corpus]
-    rows[4] |= {"audio": None, "frames": [], "start": 30.0}  # as a corpus has a clip that it does not find
+    rows[4] |= {"audio": None, "frames": [], "start": 30.0}  # the row of a clip without media
     summary = prepare_shards(made["as_corpus"](rows), tmp_path / "out", clips_per_shard=3, num_proc=1)
     assert summary.dropped == {"missing": 1}
     before = made["contents"](tmp_path / "out")
@@ -200,14 +200,14 @@ def test_a_file_that_turns_up_and_a_caption_that_changes_renew_their_shards_alon
         ({"shard_size": 100}, "--shard-size was 500, is 100;"),
         ({"corpus": "other"}, "corpus was None, is other;"),
         ({"keep": range(19)}, "rows was 20, is 19;"),
-        ({"keep": range(19, -1, -1)}, "the clips, or their order, are not the same;"),
+        ({"keep": range(19, -1, -1)}, "the clips or their order differ;"),
     ],
 )
 def test_other_settings_are_named(made, corpus, tmp_path, changes, message):
     prepare_shards(corpus, tmp_path, clips_per_shard=8, num_proc=1, num_jobs=3, job_id=0)
     before = made["contents"](tmp_path)
     rows = corpus.select(changes.pop("keep", range(20)))
-    with pytest.raises(ValueError, match="begun with other settings: ") as error:
+    with pytest.raises(ValueError, match="was started with other settings: ") as error:
         prepare_shards(rows, tmp_path, num_proc=1, **changes)
     assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert made["contents"](tmp_path) == before
@@ -216,7 +216,7 @@ def test_other_settings_are_named(made, corpus, tmp_path, changes, message):
 def test_shards_of_other_settings_are_not_mixed_in(corpus, tmp_path):
     prepare_shards(corpus, tmp_path, clips_per_shard=8, num_proc=1)
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"shard-000000.json: its shard was made with other settings"):
+    with pytest.raises(ValueError, match=r"shard-000000.json: its shard was written with other settings"):
         prepare_shards(corpus, tmp_path, ClipSettings(quality=50), clips_per_shard=8, num_proc=1)
 
 
@@ -224,7 +224,7 @@ def test_shards_of_other_settings_are_not_mixed_in(corpus, tmp_path):
 def test_files_that_are_not_ours(corpus, tmp_path, name):
     prepare_shards(corpus, tmp_path, clips_per_shard=8, num_proc=1)
     (tmp_path / name).write_text("{")
-    with pytest.raises(ValueError, match=f"{name}: is no "):
+    with pytest.raises(ValueError, match=f"{name}: is not a (settings file|record)"):
         prepare_shards(corpus, tmp_path, num_proc=1)
 
 
@@ -265,7 +265,7 @@ def test_two_runs_on_one_folder(corpus, tmp_path):
         return process, ours
 
     def refused(job_id, num_jobs, process):
-        message = f"another run (process {process.pid}) is at work on it; wait for its end, or give another --out"
+        message = f"another run (process {process.pid}) is writing to it; wait until it ends, or give another --out"
         with pytest.raises(ValueError) as error:
             prepare_shards(corpus, tmp_path, num_proc=1, job_id=job_id, num_jobs=num_jobs)
         assert message in str(error.value)
@@ -274,13 +274,13 @@ def test_two_runs_on_one_folder(corpus, tmp_path):
     single, _ = start(0, 1)
     refused(0, 1, single)
     refused(1, 2, single)
-    single.kill()  # the lock goes with its owner
+    single.kill()  # the lock ends with its process
     single.join()
     job, pipe = start(1, 2)
     refused(1, 2, job)
     refused(0, 1, job)
     refused(1, 3, job)
-    with output_lock(tmp_path, 0, 2):  # another job of the same array may
+    with output_lock(tmp_path, 0, 2):  # another job of the same array is allowed
         pass
     pipe.send("end")
     job.join()
@@ -290,7 +290,7 @@ def test_two_runs_on_one_folder(corpus, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a file system of 1 MB, and a function that remounts it."""
+    """A folder on a 1 MB file system, and a function that remounts it."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -362,7 +362,7 @@ def treat(task):
 
 @pytest.fixture
 def treat(tmp_path, monkeypatch):
-    """A function that workers can import: "die" ends their process, "once FLAG" does so at the first call."""
+    """A function that workers can import: "die" ends the process, "once FLAG" ends it at the first call."""
     (tmp_path / "treatment.py").write_text(TREAT)
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module("treatment").treat
@@ -408,7 +408,7 @@ def test_a_clip_whose_process_dies_is_reported(corpus, tmp_path, monkeypatch):
 
 
 def test_a_script_without_a_main_guard(tmp_path):
-    """The workers do not run the caller's script, which would start workers in turn."""
+    """Workers do not run the script of the caller, which would start more workers."""
     (tmp_path / "clips").mkdir()
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 24_000)
     soundfile.write(tmp_path / "clips" / "a.wav", noise, 16_000)

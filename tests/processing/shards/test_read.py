@@ -1,4 +1,4 @@
-"""Shards read back: the rows that went in, each once, however readers share them."""
+"""Reading shards: each row is returned once, for any number of readers."""
 
 import io
 import json
@@ -34,13 +34,13 @@ def test_rows_come_back_as_they_went_in(corpus, unbroken):
         assert row["audio"]["path"] == f"{row['id']}.flac" and len(row["frames"]) == 2
         for frame, pixels in zip(open_frames(row), open_frames(source), strict=True):
             assert frame.size == pixels.size
-            assert np.abs(np.asarray(frame, float) - np.asarray(pixels, float)).mean() < 12  # JPEG, of bright specks
+            assert np.abs(np.asarray(frame, float) - np.asarray(pixels, float)).mean() < 12  # JPEG of random colours
 
 
 def test_clips_are_opened_where_they_lie_in_any_order(corpus, unbroken, tmp_path):
     streamed = list(stream_shards(unbroken))
     rows = load_corpus("shards", "train", data_dir=unbroken, cache_dir=tmp_path, num_proc=2)
-    assert rows.num_rows == 20 and rows.data.nbytes < 20_000  # places, no bytes
+    assert rows.num_rows == 20 and rows.data.nbytes < 20_000  # positions, not bytes
     assert rows["id"] == corpus["id"] and rows["captions"] == corpus["captions"]
     for number in (13, 0, 19, 13):
         row = rows[number]

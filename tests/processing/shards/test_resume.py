@@ -1,4 +1,4 @@
-"""Runs that are killed where they stand, and the run that ends what they began: the bytes of an unbroken run."""
+"""Runs that are killed at any point and resumed write the same bytes as an uninterrupted run."""
 
 import json
 import random
@@ -15,7 +15,7 @@ import soundfile
 from dali_llava.processing.shards import ClipSettings, prepare_shards
 
 
-# What a run needs, in a process of its own that can be killed.
+# A run in a separate process that can be killed.
 RUN = """
 import sys
 import datasets
@@ -29,15 +29,16 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def run_killed(tmp_path):
-    """Starts a run and kills it when so many files of shards have appeared, wherever it stands by then.
+    """
+    Start a run and kill it when the given number of new shard files exists, at whatever point that is.
 
-    Half-written files, which come and go, do not count: how many of them are seen depends on the machine.
+    Temporary files do not count, since how many of them are seen depends on the machine.
     """
     script = tmp_path / "run.py"
     script.write_text(RUN)
 
     def run(rows: Path, out: Path, clips_per_shard: int, appearances: int) -> bool:
-        """Whether the run was killed, rather than done before."""
+        """Whether the run was killed before it finished."""
         command = [sys.executable, str(script), str(rows), str(out), str(clips_per_shard)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         before = len(list(out.glob("shard-*")))
@@ -45,7 +46,7 @@ def run_killed(tmp_path):
             time.sleep(0.0005)
         was_killed = process.poll() is None
         process.send_signal(signal.SIGKILL)
-        workers_pipe = process.communicate()[1]  # to its end: the workers, who hold stderr too, are gone as well
+        workers_pipe = process.communicate()[1]  # returns when the workers, which also hold stderr, have ended
         assert was_killed or process.returncode == 0, workers_pipe
         return was_killed
 
@@ -85,13 +86,13 @@ def test_ten_kills_change_nothing(made, run_killed, tmp_path):
     out, draws = tmp_path / "out", random.Random(0)
     finished = []
     for _ in range(10):
-        # two files a shard appear, so that ten runs cannot come to the end of 67
+        # each shard writes two files, so ten runs cannot finish all 67 shards
         assert run_killed(tmp_path / "rows", out, 3, appearances=draws.randint(1, 10))
         finished.append({path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.json")})
     for before, after in zip(finished, finished[1:], strict=False):
-        assert before.items() <= after.items()  # a finished shard is never made again
+        assert before.items() <= after.items()  # a finished shard is not written again
     assert 0 < len(finished[-1]) < whole.num_shards
     assert prepare_shards(rows, out, settings, num_proc=2) == whole
-    assert made["contents"](out) == made["contents"](tmp_path / "whole")  # no temporary file either
+    assert made["contents"](out) == made["contents"](tmp_path / "whole")  # and no temporary files
     index = json.loads((out / "index.json").read_text())
     assert index["clips"] + sum(index["dropped"].values()) == 200

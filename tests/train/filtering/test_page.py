@@ -160,7 +160,7 @@ def test_a_report_that_fails_leaves_the_older_one_and_no_list(make_clips, tmp_pa
 def test_other_files_are_never_replaced(tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "mine.txt").touch()
-    with pytest.raises(ValueError, match="report: holds other files, which would be lost; give --output_dir a new"):
+    with pytest.raises(ValueError, match="report: contains other files, which would be lost; give --output_dir a new"):
         ScoreFolder(tmp_path, {})
     assert set(files_of(tmp_path)) == {"report/mine.txt"}
 
