@@ -50,7 +50,7 @@ class LlavaAudioCausalLMOutputWithPast(ModelOutput):
     audio_hidden_states: torch.Tensor | None = None
 
 
-class LearntPrefix(nn.Embedding):
+class LearnedPrefix(nn.Embedding):
     """Learned vectors that replace the `<prefix>` placeholders."""
 
     def __init__(self, config: LlavaAudioConfig):
@@ -64,7 +64,7 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, LearntPrefix):
+        if isinstance(module, LearnedPrefix):
             init.normal_(module.weight, std=self.config.prefix_initializer_range)
         else:
             super()._init_weights(module)
@@ -178,7 +178,7 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
         super().__init__(config)
         self.audio_tower = build_audio_tower(config.audio_config)
         self.audio_projector = LlavaMultiModalProjector(config)
-        self.prefix = LearntPrefix(config)
+        self.prefix = LearnedPrefix(config)
         self.post_init()
 
     def copy_image_projector(self) -> None:

@@ -6,9 +6,10 @@ import unicodedata
 
 
 KINDS = {
-    **dict.fromkeys((".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac"), "sound"),
-    **dict.fromkeys((".mp4", ".mkv", ".webm", ".mov", ".avi"), "video"),
-    **dict.fromkeys((".jpg", ".jpeg", ".png", ".heic", ".heif", ".avif"), "image"),
+    **dict.fromkeys((".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff"), "sound"),
+    **dict.fromkeys((".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi"), "video"),
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image"),
+    **dict.fromkeys((".heic", ".heif", ".avif"), "image"),
 }
 
 
