@@ -1,5 +1,10 @@
 """Fixtures for the tests of the model: the loaded tiny checkpoint of tests/conftest.py, and a mixed batch."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -55,3 +60,36 @@ def encode(tiny_processor):
         )
 
     return encode
+
+
+# The process of a user who has the checkpoint and transformers, but not this package.
+WITHOUT_PACKAGE = """
+import json, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "dali_llava":
+            raise ImportError("dali_llava is not installed here")
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+@pytest.fixture(scope="session")
+def run_without_package():
+    """`run_without_package(script, home, *words)`: run a script without this package; returns its last line, JSON."""
+
+    def run_without_package(script: str, home, *words) -> dict:
+        caches = {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_PACKAGE + script, *map(str, words)],
+            env=os.environ | caches,
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run_without_package

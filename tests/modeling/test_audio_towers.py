@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,14 +116,6 @@ def test_foreign_tower_keeps_the_features_of_transformers(toy, toy_dir):
 
 
 STRANGER = """
-import json, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "dali_llava":
-            raise ImportError("dali_llava is not installed here")
-
-sys.meta_path.insert(0, Absent())
 source, clip, folder = sys.argv[1:]
 sys.path.insert(0, folder)
 
@@ -149,17 +138,10 @@ print(json.dumps(report))
 """
 
 
-def test_foreign_tower_works_in_remote_code_once_its_package_is_imported(toy, toy_dir, tmp_path):
+def test_foreign_tower_works_in_remote_code_once_its_package_is_imported(toy, toy_dir, run_without_package, tmp_path):
     model, processor = toy
     np.save(tmp_path / "clip.npy", sound(1.0))
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
-    command = [sys.executable, "-c", STRANGER, str(toy_dir), str(tmp_path / "clip.npy"), str(TOWER.parent)]
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = run_without_package(STRANGER, tmp_path, toy_dir, tmp_path / "clip.npy", TOWER.parent)
     assert "'mel_mean_audio' is unknown; known audio towers: cav_mae_audio. Import the package" in report["before"]
     text = processor.format_prompt(SOUND_PROMPT, audio=True, prefix=True)
     inputs = processor(text=text, audio=sound(1.0), return_tensors="pt")

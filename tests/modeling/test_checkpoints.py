@@ -1,10 +1,5 @@
 """Checkpoints: loading without dali_llava, identical bytes after saving, and reports of missing weights."""
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -17,14 +12,6 @@ from dali_llava.processing import SOUND_PROMPT
 
 # The process of a user with the checkpoint and transformers, but without this package.
 STRANGER = """
-import json, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "dali_llava":
-            raise ImportError("dali_llava is not installed here")
-
-sys.meta_path.insert(0, Absent())
 source, stage, sound, target = sys.argv[1:]
 
 import numpy as np
@@ -50,19 +37,13 @@ print(json.dumps(report))
 """
 
 
-def run_stranger(source, stage, sound, target, home) -> dict:
-    environment = os.environ | {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", STRANGER, *map(str, (source, stage, sound, target))]
-    result = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def weights_of(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-def test_checkpoint_works_and_survives_where_the_package_is_absent(tiny_model_dir, tiny_processor, tmp_path):
+def test_checkpoint_works_and_survives_where_the_package_is_absent(
+    tiny_model_dir, tiny_processor, run_without_package, tmp_path
+):
     """All Auto classes, the same caption tokens, a stage on top, and the same bytes after two more processes."""
     torch.manual_seed(0)
     time = np.arange(32_000) / 16_000
@@ -82,7 +63,7 @@ def test_checkpoint_works_and_survives_where_the_package_is_absent(tiny_model_di
     for number, (source, target) in enumerate(zip(folders, folders[1:], strict=False)):
         home = tmp_path / f"home{number}"
         home.mkdir()
-        report = run_stranger(source, tmp_path / "stage", tmp_path / "sound.npy", target, home)
+        report = run_without_package(STRANGER, home, source, tmp_path / "stage", tmp_path / "sound.npy", target)
         assert report == {
             "AutoConfig": "LlavaAudioConfig",
             "AutoProcessor": "LlavaAudioProcessor",
