@@ -99,21 +99,32 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         use_general_kernels(model)
         return loaded
 
-    def save_stage(self, directory, base: str, stage: str) -> None:
+    @property
+    def _captioner_prefix(self) -> str:
+        """What precedes the names of this model's weights in the captioner, of which this model may be a part."""
+        return "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
+
+    def own_names(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rename weights of the captioner, such as those of a stage, to the names in this model."""
+        return {name.removeprefix(self._captioner_prefix): tensor for name, tensor in weights.items()}
+
+    def save_stage(self, directory, base: str, stage: str, weights: dict[str, torch.Tensor] | None = None) -> None:
         """
-        Save the trained weights (`requires_grad`) and the name of their base model.
+        Save the trained weights and the name of their base model.
 
         Args:
             directory: output folder. `from_pretrained` with this folder loads the merged model.
             base: folder or Hub id of the model that the stage started from.
             stage: name of the stage, such as `align:mmd`.
+            weights: the trained weights by their names in this model; by default, the parameters with `requires_grad`.
+                Pass them if the parameters are sharded.
 
         Raises:
-            ValueError: no weight is trained.
+            ValueError: no weight is trained, or a weight is empty or not finite.
         """
-        # A stage uses the names of the captioner's weights, even if only a part of the captioner is loaded.
-        prefix = "" if hasattr(self, self.base_model_prefix) else f"{self.base_model_prefix}."
-        trained = {prefix + name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+        if weights is None:
+            weights = {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+        trained = {self._captioner_prefix + name: weight for name, weight in weights.items()}
         config = copy.deepcopy(self.config)
         quantizer = getattr(self, "hf_quantizer", None)
         if quantizer is not None and not quantizer.pre_quantized:

@@ -63,10 +63,18 @@ def write_stage(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], 
     A local `base` is stored relative to `directory`, so the folder of a run can be moved.
 
     Raises:
-        ValueError: `tensors` is empty.
+        ValueError: `tensors` is empty, or a tensor is empty or not finite.
     """
     if not tensors:
         raise ValueError(f"{directory}: stage '{stage}' trained no weights, so there is nothing to save.")
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise ValueError(f"{directory}: {name} is empty; pass the whole weights of a sharded model.")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{directory}: {name} contains NaN or infinity, so the stage '{stage}' is not saved; resume from an "
+                "earlier checkpoint with a lower learning rate."
+            )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if Path(base).is_dir():

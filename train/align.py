@@ -21,6 +21,7 @@ from dali_llava.train.data.collators import AlignmentCollator
 from dali_llava.train.data.corpus import open_rows, shuffled, with_features
 from dali_llava.train.losses import LOSSES, AlignmentLoss
 from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
+from dali_llava.train.trainers.checkpoints import check_resume
 
 
 def check_objective(arguments: AlignmentArguments) -> None:
@@ -56,6 +57,7 @@ def build_objective(arguments: AlignmentArguments, towers: LlavaAudioTowers) -> 
 
 def main(argv: list[str] | None = None) -> AlignmentTrainer:
     arguments = parse_stage_arguments(AlignmentArguments, __doc__, argv)
+    check_resume(arguments, f"align:{arguments.objective}")
     set_seed(arguments.seed)
     check_base(arguments, after=("prefix",))
     check_objective(arguments)

@@ -62,6 +62,9 @@ class StageArguments(TrainingArguments):
         default=None, metadata={"help": "Options of the corpus, as JSON: '{\"seed\": 1}'."}
     )
     split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate the loss on, for eval_strategy steps or epoch."}
+    )
     kept: str | None = field(
         default=None, metadata={"help": "Output folder of train/prefilter.py: use only the rows it kept."}
     )
@@ -78,10 +81,16 @@ class StageArguments(TrainingArguments):
     save_strategy: str = field(default="no", metadata={"help": "When to checkpoint: no, steps or epoch."})
     disable_tqdm: bool | None = field(default=False, metadata={"help": "Disable the progress bar."})
     logging_steps: float = field(default=10, metadata={"help": "Number of steps between two log lines."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to resume from: a folder, or true for the newest complete one in output_dir."},
+    )
 
     def __post_init__(self):
         self.dataset_options = parse_options("dataset_options", self.dataset_options)
         import_plugins(self.plugins or ())
+        if str(self.eval_strategy) not in ("no", "IntervalStrategy.NO") and self.eval_split is None:
+            raise ValueError(f"eval_strategy {self.eval_strategy}: no split to evaluate on; give --eval_split NAME.")
         super().__post_init__()
         # Pinned memory speeds up copies to an accelerator; without one, torch prints a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()

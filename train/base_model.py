@@ -1,6 +1,7 @@
 """Load the base model of a stage, and select what the stage trains."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -59,11 +60,31 @@ def load_base(
     Raises:
         OSError, ValueError: as in `load_captioner`.
     """
-    return load_captioner(arguments.base_model, model_class=model_class, strict=False)
+    with _whole_weights():
+        return load_captioner(arguments.base_model, model_class=model_class, strict=False)
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """
+    Load models with whole weights in this block, although ZeRO-3 is on.
+
+    DeepSpeed shards the weights when the engine is created. Until then, each rank can compute features and captions.
+    """
+    from transformers.integrations import deepspeed
+
+    before = deepspeed.deepspeed_config()
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if before is not None:
+            deepspeed.set_hf_deepspeed_config(reference())
 
 
 def train_only(model: nn.Module, *parts: nn.Module) -> None:
-    """Freeze `model` except for `parts`. A frozen tower builds no autograd graph."""
+    """Freeze `model` except for `parts`, which are converted to float32. A frozen tower builds no autograd graph."""
     model.requires_grad_(False)
     for part in parts:
-        part.requires_grad_(True)
+        part.float().requires_grad_(True)

@@ -11,6 +11,8 @@ from typing import TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from dali_llava.train.trainers.interruption import run_as_script
+
 
 Arguments = TypeVar("Arguments")
 
@@ -69,6 +71,7 @@ def run_stage(main: Callable[[list[str]], object]) -> None:
         main: function that takes the command-line arguments.
     """
     argv, debug = split_debug(sys.argv[1:])
+    run_as_script()
     warn_of_single_process(os.environ)
     try:
         trained = main(argv)

@@ -25,6 +25,7 @@ from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.collators import CaptionCollator
 from dali_llava.train.data.corpus import load_rows
 from dali_llava.train.trainers import CaptioningTrainer
+from dali_llava.train.trainers.checkpoints import check_resume
 
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def pseudo_caption(captioner, processor, rows, arguments: DistillationArguments)
 
 def main(argv: list[str] | None = None) -> CaptioningTrainer:
     arguments = parse_stage_arguments(DistillationArguments, __doc__, argv)
+    check_resume(arguments, "distill")
     set_seed(arguments.seed)
     check_base(arguments, after=("prefix", "align"))
     rows = load_rows(arguments)

@@ -15,10 +15,12 @@ from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.collators import CaptionCollator
 from dali_llava.train.data.corpus import load_rows
 from dali_llava.train.trainers import CaptioningTrainer
+from dali_llava.train.trainers.checkpoints import check_resume
 
 
 def main(argv: list[str] | None = None) -> CaptioningTrainer:
     arguments = parse_stage_arguments(PrefixArguments, __doc__, argv)
+    check_resume(arguments, "prefix")
     set_seed(arguments.seed)
     check_base(arguments)
     rows = load_rows(arguments)

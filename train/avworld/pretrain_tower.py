@@ -20,12 +20,14 @@ from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.corpus import open_rows, shuffled, with_features
 from dali_llava.train.trainers import StageTrainer
+from dali_llava.train.trainers.checkpoints import check_resume
 
 
 def main(argv: list[str] | None = None) -> StageTrainer:
     arguments = parse_stage_arguments(TowerArguments, __doc__, argv)
     if arguments.examples < 2:
         raise ValueError(f"examples: {arguments.examples} rows have no standard deviation; give at least 2.")
+    check_resume(arguments, "tower")
     set_seed(arguments.seed)
     check_base(arguments)
     rows = open_rows(arguments, pictures=arguments.cache_features)

@@ -122,11 +122,21 @@ class AlignmentAttention(nn.Module):
         return scores.softmax(dim=1)
 
 
-def save_alignment_attention(attention: AlignmentAttention, folder: str | os.PathLike) -> None:
-    """Write the weights, the number of heads and the temperature into `folder`; see `load_alignment_attention`."""
+def save_alignment_attention(
+    attention: AlignmentAttention, folder: str | os.PathLike, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """
+    Write the weights, the number of heads and the temperature into `folder`; see `load_alignment_attention`.
+
+    Args:
+        attention: the attention.
+        folder: folder to write to. It is created.
+        weights: the whole weights by name, if the parameters of `attention` are sharded.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in attention.state_dict().items()}
+    weights = attention.state_dict() if weights is None else weights
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     options = {name: json.dumps(getattr(attention, name)) for name in ("num_heads", "temperature")}
     with atomic_path(folder / ATTENTION_WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **options})

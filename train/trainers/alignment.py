@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +14,6 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from dali_llava.modeling import LlavaAudioTowers
 from dali_llava.train.arguments import COUPLED_ADAM
 from dali_llava.train.base_model import train_only
-from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS, save_alignment_attention
 
 from .stage import StageTrainer
 
@@ -94,8 +92,7 @@ class ScheduleEpochs(TrainerCallback):
 class AlignmentTrainer(StageTrainer):
     """
     Trainer of an `AlignmentModel`. The objective's parameters, if any, are a group of the same optimizer.
-
-    If the objective has an `attention`, it is saved in the stage's folder for `load_alignment_attention`.
+    They are saved in the stage's folder; see `write_objective`.
 
     Args:
         model: the towers and the objective.
@@ -176,19 +173,3 @@ class AlignmentTrainer(StageTrainer):
         if self.state.global_step % max(1, int(self.state.logging_steps or 1)) == 0:
             self.log({name: float(value) for name, value in output.logs.items()})
         return (output.loss, output) if return_outputs else output.loss
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        attention = getattr(self.model.objective, "attention", None)
-        if attention is not None:
-            save_alignment_attention(attention, folder)
-        else:
-            (folder / ATTENTION_WEIGHTS).unlink(missing_ok=True)  # from an earlier run with another objective
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
