@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioTowers
 from dali_llava.train.arguments import AlignmentArguments
-from dali_llava.train.base_model import check_base, load_base
+from dali_llava.train.base_model import check_base, load_base, whole_weights
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.collators import AlignmentCollator
@@ -43,7 +43,7 @@ def check_objective(arguments: AlignmentArguments) -> None:
     if arguments.streaming and hasattr(loss, "set_epoch") and arguments.schedule_epochs is None:
         raise ValueError("streaming: a stream has no epochs; give those of the objective, --schedule_epochs N.")
     config = LlavaAudioConfig.from_pretrained(arguments.base_model)
-    with torch.device("meta"):
+    with whole_weights(), torch.device("meta"):
         build_objective(arguments, LlavaAudioTowers(config))
 
 

@@ -60,14 +60,14 @@ def load_base(
     Raises:
         OSError, ValueError: as in `load_captioner`.
     """
-    with _whole_weights():
+    with whole_weights():
         return load_captioner(arguments.base_model, model_class=model_class, strict=False)
 
 
 @contextmanager
-def _whole_weights() -> Iterator[None]:
+def whole_weights() -> Iterator[None]:
     """
-    Load models with whole weights in this block, although ZeRO-3 is on.
+    Build and load models with whole weights in this block, although ZeRO-3 is on.
 
     DeepSpeed shards the weights when the engine is created. Until then, each rank can compute features and captions.
     """

@@ -24,7 +24,7 @@ from dali_llava.train.arguments import StageArguments
 from dali_llava.train.avworld.token_views import TokenViewCollator, TokenViewTrainer
 from dali_llava.train.avworld.unlikelihood import seldom_repeated
 from dali_llava.train.avworld.words import WordCollator, WordTrainer
-from dali_llava.train.base_model import train_only
+from dali_llava.train.base_model import train_only, whole_weights
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import open_frame
 from dali_llava.train.data.collators import pixel_values
@@ -81,7 +81,8 @@ def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditi
         prefix_length=config.prefix_length,
         chat_template=PLAIN_CHAT_TEMPLATE,
     )
-    captioner = LlavaAudioForConditionalGeneration(config)
+    with whole_weights():
+        captioner = LlavaAudioForConditionalGeneration(config)
     return captioner, processor
 
 

@@ -74,7 +74,7 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
     if not _of_zero(parameter):
         return parameter
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     trained_in_16_bit = parameter.requires_grad and parameter.dtype != torch.float32
     master = safe_get_full_fp32_param(parameter) if trained_in_16_bit else None
@@ -86,7 +86,7 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
 
 def _set_in_zero(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter], modifier_rank=0):
         parameter.data.copy_(tensor)
