@@ -10,6 +10,7 @@ The audio tower, the audio projector and the prefix keep their initial weights.
 import math
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -29,6 +30,7 @@ from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import open_frame
 from dali_llava.train.data.collators import pixel_values
 from dali_llava.train.data.corpus import load_rows
+from dali_llava.train.trainers.checkpoints import check_resume
 
 
 @dataclass
@@ -132,32 +134,47 @@ def encode_pictures(captioner, processor, rows: Dataset, batch_size: int = 256) 
     return torch.cat(tokens)
 
 
-def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArguments) -> None:
+def vision_arguments(arguments: CaptionerArguments) -> CaptionerArguments:
+    """Return the arguments of the first step, whose checkpoints are in `OUTPUT_DIR/vision`."""
+    return replace(
+        arguments,
+        output_dir=str(Path(arguments.output_dir) / "vision"),
+        max_steps=arguments.vision_steps,
+        per_device_train_batch_size=arguments.vision_batch_size,
+        learning_rate=arguments.vision_learning_rate,
+        resume_from_checkpoint="true" if arguments.resume_from_checkpoint else None,
+    )
+
+
+def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArguments) -> WordTrainer:
     """Train the vision tower, the projector and the word embeddings to predict nouns from image tokens."""
     model = captioner.model
     train_only(captioner, model.vision_tower, model.multi_modal_projector, captioner.lm_head)
-    WordTrainer(
+    trainer = WordTrainer(
         model=captioner,
         pretrained=captioner,
         stage="vision",
-        args=replace(
-            arguments,
-            max_steps=arguments.vision_steps,
-            per_device_train_batch_size=arguments.vision_batch_size,
-            learning_rate=arguments.vision_learning_rate,
-        ),
+        args=arguments,
         train_dataset=rows.filter(lambda frames: len(frames) == 1, input_columns="frames", desc="Pictures"),
         data_collator=WordCollator(processor),
-    ).train()
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    return trainer
 
 
-def main(argv: list[str] | None = None) -> TokenViewTrainer:
+def main(argv: list[str] | None = None) -> WordTrainer | TokenViewTrainer:
     arguments = parse_stage_arguments(CaptionerArguments, __doc__, argv)
+    first = vision_arguments(arguments)
+    check_resume(first, "vision")
+    check_resume(arguments, "captioner")
     set_seed(arguments.seed)
     captioner, processor = build_captioner(arguments)
     model = captioner.model
     rows = load_rows(arguments)
-    pretrain_vision(captioner, processor, rows, arguments)
+    vision = pretrain_vision(captioner, processor, rows, first)
+    if vision.interruption.requested:
+        return vision
+    set_seed(arguments.seed)  # the second step is the same if the first one has been resumed
     train_only(captioner, model.multi_modal_projector, model.language_model, captioner.lm_head)
     extractor = processor.feature_extractor
     heard = extractor.num_audio_tokens(extractor.max_length)
@@ -175,8 +192,9 @@ def main(argv: list[str] | None = None) -> TokenViewTrainer:
         words=seldom_repeated(dialogues["answer_ids"], len(processor.tokenizer)),
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    model.copy_image_projector()
-    trainer.save_model()
+    if not trainer.interruption.requested:
+        model.copy_image_projector()
+        trainer.save_model()
     return trainer
 
 

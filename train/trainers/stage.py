@@ -69,8 +69,7 @@ class StageMixin:
 
         After SIGTERM, the stage is incomplete: there is a checkpoint to resume from, and nothing else is saved.
         """
-        with self.interruption.listening():
-            self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         if not self.interruption.requested:
             self.save_model()
         return self
@@ -97,6 +96,11 @@ class StageMixin:
         return line
 
     # Training
+
+    def train(self, *args, **kwargs):
+        """See `Trainer.train`. SIGTERM ends training after the current step; see `Interruption`."""
+        with self.interruption.listening():
+            return super().train(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(inputs)

@@ -73,8 +73,8 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
     if not _of_zero(parameter):
         return parameter
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     trained_in_16_bit = parameter.requires_grad and parameter.dtype != torch.float32
     master = safe_get_full_fp32_param(parameter) if trained_in_16_bit else None
@@ -85,8 +85,8 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def _set_in_zero(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_full_fp32_param
 
     with GatheredParameters([parameter], modifier_rank=0):
         parameter.data.copy_(tensor)
