@@ -102,6 +102,11 @@ class StageMixin:
         with self.interruption.listening():
             return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True  # resumed from the last checkpoint of a complete run
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(inputs)
         self._batch_ids = list(inputs.pop("id", ()))
