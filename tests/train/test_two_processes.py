@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,8 +70,6 @@ def outputs(run_dir, run_stage, stage_words, datasets_cache, tmp_path_factory) -
     for name, (stage, own) in RUNS.items():
         for folder in (alone, shared):
             (folder / name).mkdir()
-            if stage == "distilled":  # because sampled captions would differ
-                shutil.copy(run_dir / stage / "pseudo_captions.jsonl", folder / name)
         module, before = STAGES[stage]
         words = [*COMMON, *own, "--per_device_train_batch_size"]
         run_stage(stage, run_dir / before, alone / name, *words, "4")
