@@ -2,8 +2,8 @@
 Stage 2 of DALI: distillation of captions generated from audio and image into the audio projector.
 
 The aligned captioner first samples a caption for each clip of the split from its image and audio, with the prefix. All
-ranks caption. The captions are saved in `OUTPUT_DIR/pseudo_captions.parquet` and reused when the stage is run again. The
-audio projector alone is then trained to generate them from audio only, without image, prefix or vision tower.
+ranks caption. The captions are saved in `OUTPUT_DIR/pseudo_captions.parquet` and reused when the stage is run again.
+The audio projector alone is then trained to generate them from audio only, without image, prefix or vision tower.
 
     accelerate launch train/distill.py train/configs/avworld/distill.yaml \
         --base_model runs/mmd --output_dir runs/mmd-distilled
@@ -46,9 +46,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     if not captions:
         raise ValueError(f"{arguments.base_model}: no captions for {arguments.dataset}, split {arguments.split}.")
     if arguments.captions is not None and len(captions) < len(rows):
-        logger.warning(
-            "captions %s: no captions for %d of %d clips", arguments.captions, len(rows) - len(captions), len(rows)
-        )
+        logger.warning("%s: no captions for %d of %d clips", arguments.captions, len(rows) - len(captions), len(rows))
     rows = rows.filter(lambda name: name in captions, input_columns="id")
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": captions[row["id"]]})
     train_only(captioner, captioner.model.audio_projector)

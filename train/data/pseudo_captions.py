@@ -4,8 +4,8 @@ Pseudo-captions: the captions of a split by the aligned model, generated on all 
     rows -> each rank: every n-th row -> CaptionRunner -> .pseudo_captions/SETTINGS/rank-R.jsonl
          -> all ranks: gather -> pseudo_captions.parquet
 
-The Parquet file has the columns `id`, `caption` and `error`. Its schema metadata has the provenance: the key `dali_llava`
-with a JSON object.
+The Parquet file has the columns `id`, `caption` and `error`. Its schema metadata has the provenance of the captions, a
+JSON object with the key `dali_llava`.
 """
 
 import hashlib
@@ -54,8 +54,8 @@ class PseudoCaptions:
     """
     The pseudo-captions of a distillation in its output folder.
 
-    Captions depend on the provenance and the clip only: not on the number of ranks, the batch size or the order, except
-    for rounding. Call all methods on all ranks, before the model is partitioned.
+    Captions depend on the provenance and the clip only. The number of ranks, the batch size and the order have no
+    effect, except through rounding. Call all methods on all ranks, before the model is partitioned.
 
     Args:
         arguments: arguments of the distillation.
@@ -94,15 +94,15 @@ class PseudoCaptions:
         if self.arguments.captions is not None:
             found, provenance = read_captions(self.arguments.captions)
             if changed := differences(provenance, self.provenance):
-                logger.warning("captions %s: made with %s", self.arguments.captions, "; ".join(changed))
+                logger.warning("%s: captions of other settings: %s", self.arguments.captions, "; ".join(changed))
             return found
         found = {}
         if self.path.exists():
             found, provenance = read_captions(self.path)
             if changed := differences(provenance, self.provenance):
                 raise ValueError(
-                    f"{self.path}: captions of other settings: {'; '.join(changed)}; use another output_dir, or delete "
-                    f"the file to caption again, or train on it with --captions {self.path}."
+                    f"{self.path}: captions of other settings: {'; '.join(changed)}; use another output_dir, delete "
+                    f"the file to caption again, or train on these captions with --captions {self.path}."
                 )
         for part in sorted(self.parts.glob("*.jsonl")):
             found |= {result.id: PseudoCaption(result.caption) for result in read_results(part)}
@@ -205,21 +205,20 @@ def _compared(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in provenance.items() if name not in INFORMATION}
 
 
-def differences(provenance: Mapping[str, Any] | None, expected: Mapping[str, Any]) -> list[str]:
-    """Describe each difference of a provenance from the expected one that affects captions."""
-    if provenance is None:
-        return ["an unknown model and settings"]
+def differences(provenance: Any, expected: Mapping[str, Any]) -> list[str]:
+    """Describe each difference of a file's provenance from the expected one that affects captions."""
+    if not isinstance(provenance, dict):
+        return ["no provenance in the file"]
     changed = []
     for name, value in _compared(expected).items():
         have = provenance.get(name)
         if have == value:
             continue
         if name == "checkpoint":
-            changed.append(
-                f"base_model {provenance.get('base_model')} with other weights than {expected['base_model']}"
-            )
+            shown = [f"{str(each.get(name))[:8]} ({each.get('base_model')})" for each in (provenance, expected)]
         else:
-            changed.append(f"{name} {json.dumps(have)}, not {json.dumps(value)}")
+            shown = [json.dumps(each, ensure_ascii=False) for each in (have, value)]
+        changed.append(f"{name} {shown[0]}, not {shown[1]}")
     return changed
 
 
@@ -232,7 +231,7 @@ def write_captions(path: Path, captions: Mapping[str, PseudoCaption], provenance
         pq.write_table(table, temporary, compression="zstd")
 
 
-def read_captions(path: str | Path) -> tuple[dict[str, PseudoCaption], dict[str, Any] | None]:
+def read_captions(path: str | Path) -> tuple[dict[str, PseudoCaption], Any]:
     """
     Read a Parquet file with the columns `id` and `caption`, and optionally `error`.
 
