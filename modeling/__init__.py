@@ -6,9 +6,9 @@ from .configuration_cav_mae import CavMaeAudioConfig
 from .configuration_llava_audio import LlavaAudioConfig
 from .modeling_cav_mae import CavMaeAudioModel
 from .modeling_llava_audio import (
-    LlavaAudioForAudioCaptioning,
     LlavaAudioForConditionalGeneration,
     LlavaAudioModel,
+    LlavaAudioOnlyForConditionalGeneration,
     LlavaAudioTowers,
 )
 
@@ -23,7 +23,7 @@ __all__ = [
     "CavMaeAudioConfig",
     "CavMaeAudioModel",
     "LlavaAudioConfig",
-    "LlavaAudioForAudioCaptioning",
+    "LlavaAudioOnlyForConditionalGeneration",
     "LlavaAudioForConditionalGeneration",
     "LlavaAudioModel",
     "LlavaAudioTowers",

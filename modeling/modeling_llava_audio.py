@@ -406,7 +406,7 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
         )
 
 
-class LlavaAudioForAudioCaptioning(LlavaAudioForConditionalGeneration):
+class LlavaAudioOnlyForConditionalGeneration(LlavaAudioForConditionalGeneration):
     """
     The captioner without its vision tower, for text and audio.
 
@@ -425,7 +425,7 @@ LlavaAudioModel.register_for_auto_class("AutoModel")
 LlavaAudioForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = [
-    "LlavaAudioForAudioCaptioning",
+    "LlavaAudioOnlyForConditionalGeneration",
     "LlavaAudioForConditionalGeneration",
     "LlavaAudioModel",
     "LlavaAudioPreTrainedModel",

@@ -13,7 +13,7 @@ import logging
 
 from transformers import set_seed
 
-from dali_llava.modeling import LlavaAudioForAudioCaptioning, LlavaAudioForConditionalGeneration
+from dali_llava.modeling import LlavaAudioOnlyForConditionalGeneration
 from dali_llava.train.arguments import DistillationArguments
 from dali_llava.train.base_model import check_base, load_base, train_only
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
@@ -36,17 +36,19 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     rows = load_rows(arguments)
     pseudo_captions = PseudoCaptions(arguments, rows)
     found = pseudo_captions.find()
-    if arguments.captions is not None or set(rows["id"]) <= set(found):
-        captioner, processor = load_base(arguments, LlavaAudioForAudioCaptioning)
-    else:
-        captioner, processor = load_base(arguments, LlavaAudioForConditionalGeneration)
+    complete = arguments.captions is not None or set(rows["id"]) <= set(found)
+    if not complete:
+        captioner, processor = load_base(arguments)
         found = pseudo_captions.generate(captioner, processor, found)
         del captioner.model.vision_tower  # the training needs audio only
     captions = {name: found[name].caption for name in rows["id"] if name in found and found[name].caption}
+    source = arguments.captions or arguments.base_model
     if not captions:
-        raise ValueError(f"{arguments.base_model}: no captions for {arguments.dataset}, split {arguments.split}.")
+        raise ValueError(f"{source}: no captions for {arguments.dataset}, split {arguments.split}.")
     if arguments.captions is not None and len(captions) < len(rows):
-        logger.warning("%s: no captions for %d of %d clips", arguments.captions, len(rows) - len(captions), len(rows))
+        logger.warning("%s: no captions for %d of %d clips", source, len(rows) - len(captions), len(rows))
+    if complete:
+        captioner, processor = load_base(arguments, LlavaAudioOnlyForConditionalGeneration)
     rows = rows.filter(lambda name: name in captions, input_columns="id")
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": captions[row["id"]]})
     train_only(captioner, captioner.model.audio_projector)

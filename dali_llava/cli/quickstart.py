@@ -111,7 +111,7 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
     from dali_llava.train.avworld import pretrain_tower
     from dali_llava.train.avworld.captioner_cache import pretrained_captioner
     from dali_llava.train.command_line import CONFIGS
-    from dali_llava.train.data.pseudo_captions import CAPTIONS
+    from dali_llava.train.data.caption_file import CAPTIONS
 
     configs = CONFIGS / "avworld"
     folders = {"captioner": out / "captioner", "prefix": out / "prefix", "model": out / "model"}
