@@ -213,10 +213,16 @@ def test_given_captions_of_other_clips_are_an_error_before_a_model_is_loaded(run
         run_stage("distilled", run_dir / "aligned", tmp_path / "out", "--captions", str(tmp_path / "other.parquet"))
 
 
-def test_an_interrupted_run_keeps_its_captions(run_stage, run_dir, saved, tmp_path, generated, interrupted):
+def test_an_interrupted_run_keeps_the_captions_of_all_ranks(
+    run_stage, run_dir, saved, tmp_path, generated, interrupted
+):
     """Another batch size does not change the captions."""
     interrupted(tmp_path / "out")
     assert generated == NAMES[:4] and not (tmp_path / "out" / "pseudo_captions.parquet").exists()
+    (part,) = (tmp_path / "out" / ".pseudo_captions").glob("*/rank-0.jsonl")
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:1]))
+    part.with_name("rank-5.jsonl").write_text("".join(lines[1:]) + '{"id": "balanced-00')
     run_stage("distilled", run_dir / "aligned", tmp_path / "out", "--caption_batch_size", "3", *ONE_STEP)
     assert generated == NAMES
     assert table_of(tmp_path / "out") == table_of(saved.parent)
@@ -253,6 +259,7 @@ def test_a_clip_that_cannot_be_opened_is_listed_and_not_tried_again(run_stage, r
     assert list(first.train_dataset["id"]) == list(second.train_dataset["id"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
 )
