@@ -27,8 +27,12 @@ from dali_llava.train.data.caption_file import PseudoCaption, differences, read_
 
 
 DRIVER = Path(__file__).with_name("captions_driver.py")
+ENGINES_DRIVER = Path(__file__).parents[1] / "engines_driver.py"
 NAMES = [f"balanced-{index:06d}" for index in range(8)]
 ONE_STEP = ["--max_steps", "1"]
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+)
 
 
 @pytest.fixture
@@ -86,6 +90,15 @@ def interrupted(run_stage, run_dir):
             run_stage("distilled", run_dir / "aligned", folder, "--caption_batch_size", "2")
 
     return interrupted
+
+
+def launch(cache: Path, *words: str | Path) -> list[dict]:
+    """Runs a driver in two processes and returns the JSON lines that they print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
 
 
 def table_of(folder: Path) -> list[dict]:
@@ -260,9 +273,7 @@ def test_a_clip_that_cannot_be_opened_is_listed_and_not_tried_again(run_stage, r
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
-)
+@needs_gloo
 def test_two_ranks_resume_the_captions_of_others_and_report_an_error_of_one(
     run_stage, run_dir, stage_words, saved, datasets_cache, tmp_path, interrupted
 ):
@@ -279,13 +290,7 @@ def test_two_ranks_resume_the_captions_of_others_and_report_an_error_of_one(
         "resumed": [None, stage_words("distilled", run_dir / "aligned", resumed, *own)],
     }
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", DRIVER]
-    environment = os.environ | {"HF_DATASETS_CACHE": str(datasets_cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, tmp_path / "runs.json"], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    printed = launch(datasets_cache, DRIVER, tmp_path / "runs.json")
     assert {(line["name"], line["rank"]): line["error"] for line in printed} == {
         ("failing", 0): "RuntimeError: captioning failed on rank 1: RuntimeError: out of memory",
         ("failing", 1): "RuntimeError: out of memory",
@@ -298,3 +303,19 @@ def test_two_ranks_resume_the_captions_of_others_and_report_an_error_of_one(
     assert not (failing / "pseudo_captions.parquet").exists()
     run_stage("distilled", run_dir / "aligned", failing, *ONE_STEP)  # in one process
     assert table_of(failing) == expected
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_ranks_with_other_numbers_of_batches_caption_under_zero_3(
+    run_dir, stage_words, saved, datasets_cache, tmp_path
+):
+    """Rank 0 has three batches and rank 1 has two; the weights are sharded only afterwards."""
+    pytest.importorskip("deepspeed", reason="ZeRO-3 needs the extra deepspeed")
+    own = [*ONE_STEP, "--max_samples", "5", "--caption_batch_size", "1", "--per_device_train_batch_size", "1"]
+    words = stage_words("distilled", run_dir / "aligned", tmp_path / "out", *own)
+    (tmp_path / "runs.json").write_text(json.dumps({"captions": ["dali_llava.train.distill", words]}))
+    (ran,) = launch(datasets_cache, ENGINES_DRIVER, "zero3", tmp_path / "runs.json")
+    assert (ran["engine"], ran["processes"]) == ("DeepSpeedEngine", 2)
+    assert ran["sharded"] == ran["trained"] == 4
+    assert table_of(tmp_path / "out") == table_of(saved.parent)[:5]
