@@ -128,7 +128,7 @@ def test_stage_of_a_part_is_the_captioners(captioner, tmp_path, part):
     """The files are the same after training the audio tower of a part or of the whole captioner."""
     folders = tmp_path / "by_part", tmp_path / "by_captioner"
     for model_class, folder in zip((part, LlavaAudioForConditionalGeneration), folders, strict=True):
-        model = whole = model_class.from_pretrained(tmp_path / "prefix")
+        model = model_class.from_pretrained(tmp_path / "prefix")
         tower = model.get_submodule("audio_tower" if model_class is LlavaAudioTowers else "model.audio_tower")
         model.requires_grad_(False)
         tower.requires_grad_(True)
@@ -139,4 +139,4 @@ def test_stage_of_a_part_is_the_captioners(captioner, tmp_path, part):
     for name in sorted(path.name for path in folders[1].iterdir()):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     loaded = LlavaAudioForConditionalGeneration.from_pretrained(folders[0]).state_dict()
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in whole.state_dict().items())
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())  # the captioner's
