@@ -18,7 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.accelerate import load_offloaded_parameter
+
+from .sampling import IndependentSampling
 
 
 SAMPLING_RATE = 16_000  # Hz, of every sample's audio
@@ -81,13 +84,13 @@ class CaptionRunner:
         batch_size: samples per forward pass. It affects the speed, not the captions, because padding is on the left.
         max_new_tokens: maximum length of a caption in tokens.
         num_beams: number of beams; 1 is greedy search.
-        do_sample: whether to sample tokens at `temperature`, with torch's global generator, which the caller seeds.
-        temperature: sampling temperature; only with `do_sample`.
+        temperature: temperature at which tokens are sampled from the whole vocabulary; 0 is greedy or beam search.
+        seed: seed of the sampling. A sampled caption depends on the seed and the id of its sample, not on the batch.
         device: device to move the model to; by default, the model is not moved.
         dtype: dtype to convert the model to; by default, the model is not converted.
 
     Raises:
-        ValueError: a count is below 1, or `temperature` is given without sampling or is not positive.
+        ValueError: a count is below 1, or `temperature` is negative or combined with beams.
     """
 
     def __init__(
@@ -98,26 +101,25 @@ class CaptionRunner:
         batch_size: int = 8,
         max_new_tokens: int = 64,
         num_beams: int = 1,
-        do_sample: bool = False,
-        temperature: float | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
         for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if temperature is not None and not do_sample:
-            raise ValueError("temperature has no effect without do_sample=True")
-        if temperature is not None and temperature <= 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}; do_sample=False is greedy")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
+        if temperature and num_beams > 1:
+            raise ValueError(f"sampling uses one beam, not {num_beams}; set temperature to 0 or num_beams to 1")
         if device is not None or dtype is not None:  # `to` fails for a quantised or offloaded model
             model = model.to(device=device, dtype=dtype)
         self.model = model.eval()
         self.processor = processor
         self.batch_size = batch_size
-        self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": do_sample}
-        if temperature is not None:
-            self.generation["temperature"] = temperature
+        self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
+        self.sampling = {"temperature": temperature, "seed": seed} if temperature else {}
 
     def run(
         self,
@@ -206,9 +208,17 @@ class CaptionRunner:
                 return {key: result for entry in decoded for key, result in self._caption([entry]).items()}
             sample, _, seconds = decoded[0]
             return {id(sample): _failure(sample, seconds + time.perf_counter() - start, error)}
+        length = inputs["input_ids"].shape[1]
+        options = dict(self.generation)
+        if self.sampling:
+            ids = [sample.id for sample, _, _ in decoded]
+            sampling = IndependentSampling(ids, length, options["max_new_tokens"], **self.sampling)
+            options["logits_processor"] = [sampling]
+        if is_deepspeed_zero3_enabled() and not _is_partitioned(self.model):
+            options["synced_gpus"] = False  # whole weights need no other rank, and ranks have other numbers of batches
         # `generate` disables gradients; inference mode would reject the weights of some quantisations.
-        sequences = self.model.generate(**inputs, **self.generation)
-        texts = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        sequences = self.model.generate(**inputs, **options)
+        texts = self.processor.batch_decode(sequences[:, length:], skip_special_tokens=True)
         share = (time.perf_counter() - start) / len(decoded)
         return {
             id(sample): CaptionResult(sample.id, sample.modality, text.strip(), seconds + share)
@@ -242,9 +252,14 @@ class CaptionRunner:
     def _settings(self) -> str:
         """The settings that captions depend on, besides the sample."""
         settings = [self.generation, self.processor.to_dict(), str(self.model.dtype), weights_digest(self.model)]
-        if self.generation["do_sample"]:
-            settings.append(torch.initial_seed())
+        if self.sampling:
+            settings.append(self.sampling)
         return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _is_partitioned(model: torch.nn.Module) -> bool:
+    """Whether ZeRO-3 has partitioned the weights over the ranks."""
+    return any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 def execution_device(model: torch.nn.Module) -> torch.device:
@@ -273,6 +288,37 @@ def weights_digest(model: torch.nn.Module, per_tensor: int = 64) -> str:
     return digest.hexdigest()
 
 
+def read_results(path: str | os.PathLike) -> list[CaptionResult]:
+    """
+    The results in a JSON-lines file of `CaptionRunner.run`, of any settings. An incomplete last line is ignored.
+
+    Raises:
+        ValueError: a line of the file is not a caption result.
+    """
+    return [result for _, result in _read_lines(Path(path))[0]]
+
+
+def _read_lines(path: Path) -> tuple[list[tuple[str, CaptionResult]], int]:
+    """Fingerprints and results in a results file, and the length in bytes of its complete lines."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    lines = []
+    for number, line in enumerate(content[:end].splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            lines.append((row.pop("fingerprint"), CaptionResult(**row)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _foreign(path, number) from error
+    rest = content[end:]
+    if not rest.startswith(LINE_START[: len(rest)]):
+        raise _foreign(path, number=content.count(b"\n") + 1)
+    return lines, end
+
+
+def _foreign(path: Path, number: int) -> ValueError:
+    return ValueError(f"{path}: line {number} is not a caption result; use another file or delete this one")
+
+
 class _ResultFile:
     """A JSON-lines file with the results of earlier runs, to which new results are appended."""
 
@@ -286,23 +332,10 @@ class _ResultFile:
             self._read()
 
     def _read(self) -> None:
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:end].splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                key = row.pop("fingerprint"), row["id"]
-                self.results[key] = CaptionResult(**row)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise self._foreign(number) from error
-        rest = content[end:]
-        if not rest.startswith(LINE_START[: len(rest)]):
-            raise self._foreign(number=content.count(b"\n") + 1)
-        if rest:  # a run was killed while it wrote its last line
+        lines, end = _read_lines(self.path)
+        self.results = {(fingerprint, result.id): result for fingerprint, result in lines}
+        if end < self.path.stat().st_size:  # a run was killed while it wrote its last line
             os.truncate(self.path, end)
-
-    def _foreign(self, number: int) -> ValueError:
-        return ValueError(f"{self.path}: line {number} is not a caption result; use another file or delete this one")
 
     def _fingerprint(self, sample: Sample) -> str:
         parts = json.dumps([self.settings, sample.prompt, sample.modality, sample.prefix])

@@ -34,7 +34,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .configuration_llava_audio import LlavaAudioConfig
-from .stage_checkpoint import Stage, stage_chain
+from .stage_checkpoint import STAGE_WEIGHTS, Stage, stage_chain
 
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -74,6 +74,12 @@ class Checkpoint:
         raise FileNotFoundError(
             f"{self.source}: no {PROCESSOR_NAME} in it; save the processor there with processor.save_pretrained(DIR)."
         )
+
+    @property
+    def weight_files(self) -> list[str]:
+        """Paths of the safetensors files of the base and of the stages. Files on the Hub are downloaded."""
+        stages = [cached_file(stage.source, STAGE_WEIGHTS, **stage.hub_kwargs) for stage in reversed(self.stages)]
+        return _weight_files(*self.base, variant=None) + stages
 
     def check(self) -> "Checkpoint":
         """

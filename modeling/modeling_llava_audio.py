@@ -406,10 +406,26 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
         )
 
 
+class LlavaAudioOnlyForConditionalGeneration(LlavaAudioForConditionalGeneration):
+    """
+    The captioner without its vision tower, for text and audio.
+
+    `from_pretrained` supports the same checkpoints and does not read the weights of the vision tower. `save_stage`
+    writes a stage of the whole captioner.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_tower\."]
+
+    def __init__(self, config: LlavaAudioConfig):
+        super().__init__(config)
+        del self.model.vision_tower
+
+
 LlavaAudioModel.register_for_auto_class("AutoModel")
 LlavaAudioForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = [
+    "LlavaAudioOnlyForConditionalGeneration",
     "LlavaAudioForConditionalGeneration",
     "LlavaAudioModel",
     "LlavaAudioPreTrainedModel",

@@ -212,6 +212,10 @@ class DistillationArguments(StageArguments):
     caption_temperature: float = field(default=0.2, metadata={"help": "Sampling temperature; 0 decodes greedily."})
     caption_max_new_tokens: int = field(default=128, metadata={"help": "Maximum number of tokens per caption."})
     caption_batch_size: int = field(default=16, metadata={"help": "Number of clips per captioning batch."})
+    captions: str | None = field(
+        default=None,
+        metadata={"help": "Parquet file with captions of an earlier run to train on; by default, the model captions."},
+    )
 
 
 @dataclass

@@ -111,6 +111,7 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
     from dali_llava.train.avworld import pretrain_tower
     from dali_llava.train.avworld.captioner_cache import pretrained_captioner
     from dali_llava.train.command_line import CONFIGS
+    from dali_llava.train.data.caption_file import CAPTIONS
 
     configs = CONFIGS / "avworld"
     folders = {"captioner": out / "captioner", "prefix": out / "prefix", "model": out / "model"}
@@ -137,6 +138,7 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
         announce(f"{method}: align audio tokens with image tokens")
         stage(align.main, alignment, start, f"{method}-aligned", "--objective", method, *corpus)
         announce(f"{method}: distill audiovisual captions into the audio projector")
+        (out / f"{method}-distilled" / CAPTIONS).unlink(missing_ok=True)  # of an earlier run in this folder
         stage(distill.main, "distill.yaml", f"{method}-aligned", f"{method}-distilled", *corpus)
     last = folders[f"{methods[-1]}-distilled"]
     merge_checkpoint(last, folders["model"], replace=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_llava.eval.runner import CaptionRunner, Sample, weights_digest
+from dali_llava.eval.runner import CaptionRunner, Sample, read_results, weights_digest
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.processing import LlavaAudioProcessor
 
@@ -230,8 +230,9 @@ def test_a_file_of_something_else_is_named_and_left_as_it_is(captioner, tmp_path
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 1"),
         ({"num_beams": 0}, "num_beams must be at least 1"),
-        ({"temperature": 0.2}, "no effect without do_sample"),
-        ({"temperature": 0.0, "do_sample": True}, "temperature must be above 0"),
+        ({"temperature": -0.2}, r"temperature must be 0 \(greedy\) or more, not -0.2"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": 0.2, "num_beams": 2}, "sampling uses one beam, not 2"),
     ],
 )
 def test_options_out_of_range_are_named(captioner, options, message):
@@ -239,25 +240,52 @@ def test_options_out_of_range_are_named(captioner, options, message):
         CaptionRunner(*captioner, **options)
 
 
-def test_sampling_follows_the_seed(captioner):
-    runner = CaptionRunner(*captioner, max_new_tokens=12, do_sample=True, temperature=5.0)
+def test_sampled_captions_depend_on_seed_and_id_but_not_on_the_batch(captioner):
     samples = make_samples()
-    captions = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        captions.append(content(runner.run(samples)))
-    assert captions[0] == captions[1] != captions[2]
+
+    def said(samples, seed: int, batch_size: int = 8) -> dict[str, str]:
+        runner = CaptionRunner(*captioner, batch_size=batch_size, max_new_tokens=12, temperature=5.0, seed=seed)
+        return {result.id: result.caption for result in runner.run(samples)}
+
+    together = said(samples, seed=1)
+    torch.manual_seed(3)  # the global generator has no effect
+    assert said(samples[::-1], seed=1, batch_size=3) == said(samples, seed=1, batch_size=1) == together
+    assert all(caption != together[name] for name, caption in said(samples, seed=2).items())
+    renamed = said([replace(sample, id=f"clip {sample.id}") for sample in samples], seed=1)
+    assert all(renamed[f"clip {name}"] != caption for name, caption in together.items())
 
 
 def test_sampled_captions_are_kept_for_their_seed_only(captioner, tmp_path):
-    runner = CaptionRunner(*captioner, max_new_tokens=12, do_sample=True, temperature=5.0)
     samples = make_samples()
     captions = []
     for seed in (1, 2, 1):
-        torch.manual_seed(seed)
+        runner = CaptionRunner(*captioner, max_new_tokens=12, temperature=5.0, seed=seed)
         captions.append(content(runner.run(samples, out=tmp_path / "captions.jsonl")))
     assert captions[0] == captions[2] != captions[1]
     assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 2 * len(samples)
+
+
+def test_results_are_read_up_to_an_incomplete_line(captioner, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    results = list(CaptionRunner(*captioner, max_new_tokens=2).run(make_samples(3), out=out))
+    with out.open("a") as file:
+        file.write('{"id": "4", "capt')
+    before = out.read_bytes()
+    assert read_results(out) == results
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("partitioned", [True, False])
+def test_whole_weights_generate_without_other_ranks_under_zero_3(captioner, monkeypatch, partitioned):
+    """`generate` would synchronise the ranks at each token, and ranks with fewer batches would never answer."""
+    model, processor = captioner
+    options = []
+    monkeypatch.setattr("dali_llava.eval.runner.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(model, "generate", lambda input_ids, **kwargs: options.append(kwargs) or input_ids)
+    if partitioned:
+        monkeypatch.setattr(model.lm_head.weight, "ds_id", 0, raising=False)
+    list(CaptionRunner(model, processor).run(make_samples(1)))
+    assert [kwargs.get("synced_gpus") for kwargs in options] == [None if partitioned else False]
 
 
 def test_dtype_converts_the_model_and_its_inputs(tiny_model_dir):

@@ -1,11 +1,17 @@
-"""The two towers alone: their parameters, the tensors that are read, and the stages that they write."""
+"""Parts of the captioner: their parameters, the tensors that are read, and the stages that they write."""
 
 import pytest
 import safetensors
 import torch
 from safetensors import safe_open
 
-from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration, LlavaAudioModel, LlavaAudioTowers
+from dali_llava.modeling import (
+    LlavaAudioConfig,
+    LlavaAudioForConditionalGeneration,
+    LlavaAudioModel,
+    LlavaAudioOnlyForConditionalGeneration,
+    LlavaAudioTowers,
+)
 from dali_llava.modeling import loading as model_loading
 
 
@@ -85,6 +91,16 @@ def read(monkeypatch) -> set[str]:
 
 
 @pytest.mark.parametrize("source", ["captioner", "prefix"])
+def test_the_vision_tower_of_an_audio_captioner_is_not_read(captioner, tmp_path, read, source):
+    model, report = LlavaAudioOnlyForConditionalGeneration.from_pretrained(tmp_path / source, output_loading_info=True)
+    expected = {name: tensor for name, tensor in captioner.state_dict().items() if "vision_tower" not in name}
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert list(model.state_dict()) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert read == set(expected)
+
+
+@pytest.mark.parametrize("source", ["captioner", "prefix"])
 def test_only_the_towers_weights_are_read(captioner, tmp_path, read, source):
     towers, report = LlavaAudioTowers.from_pretrained(tmp_path / source, output_loading_info=True)
     expected = captioner.model.state_dict()
@@ -107,15 +123,13 @@ def test_tokens_are_the_captioners(captioner, tmp_path, tiny_config):
     assert torch.equal(towers.encode_audio(features), model.encode_audio(features))
 
 
-def test_stage_of_the_towers_is_the_captioners(captioner, tmp_path):
-    """The files are the same after training the towers alone or the whole captioner."""
-    folders = tmp_path / "by_towers", tmp_path / "by_captioner"
-    towers = LlavaAudioTowers.from_pretrained(tmp_path / "prefix")
-    whole = LlavaAudioForConditionalGeneration.from_pretrained(tmp_path / "prefix")
-    for model, tower, folder in (
-        (towers, towers.audio_tower, folders[0]),
-        (whole, whole.model.audio_tower, folders[1]),
-    ):
+@pytest.mark.parametrize("part", [LlavaAudioTowers, LlavaAudioOnlyForConditionalGeneration])
+def test_stage_of_a_part_is_the_captioners(captioner, tmp_path, part):
+    """The files are the same after training the audio tower of a part or of the whole captioner."""
+    folders = tmp_path / "by_part", tmp_path / "by_captioner"
+    for model_class, folder in zip((part, LlavaAudioForConditionalGeneration), folders, strict=True):
+        model = model_class.from_pretrained(tmp_path / "prefix")
+        tower = model.get_submodule("audio_tower" if model_class is LlavaAudioTowers else "model.audio_tower")
         model.requires_grad_(False)
         tower.requires_grad_(True)
         with torch.no_grad():
@@ -125,4 +139,4 @@ def test_stage_of_the_towers_is_the_captioners(captioner, tmp_path):
     for name in sorted(path.name for path in folders[1].iterdir()):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     loaded = LlavaAudioForConditionalGeneration.from_pretrained(folders[0]).state_dict()
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in whole.state_dict().items())
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())  # the captioner's

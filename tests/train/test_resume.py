@@ -60,8 +60,8 @@ def test_resumed_run_ends_with_the_weights_of_an_unbroken_one(unbroken, run_stag
     """Step 3 is in the middle of an epoch, step 4 at its end."""
     done = unbroken(run)
     shutil.copytree(done / f"checkpoint-{step}", tmp_path / run / f"checkpoint-{step}")
-    if (done / "pseudo_captions.jsonl").exists():
-        shutil.copy(done / "pseudo_captions.jsonl", tmp_path / run)
+    if (done / "pseudo_captions.parquet").exists():
+        shutil.copy(done / "pseudo_captions.parquet", tmp_path / run)
     trainer = resume(run_stage, run_dir, run, tmp_path / run)
     assert trainer.state.global_step == STEPS
     assert [entry["step"] for entry in trainer.state.log_history if "train_runtime" in entry] == [STEPS]

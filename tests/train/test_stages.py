@@ -99,19 +99,6 @@ def test_distilled_model_asks_sound_without_prefix(loaded):
     assert list(loaded["distilled"].config.prefix_modalities) == ["audiovisual"]
 
 
-def test_pseudo_captions_are_kept_and_used_again(run_stage, run_dir, tmp_path):
-    captions = (run_dir / "distilled" / "pseudo_captions.jsonl").read_bytes()
-    lines = [json.loads(line) for line in captions.splitlines()]
-    assert [line["id"] for line in lines] == [f"balanced-{index:06d}" for index in range(8)]
-    assert {line["modality"] for line in lines} == {"audiovisual"}
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "pseudo_captions.jsonl").write_bytes(captions)
-    trainer = run_stage("distilled", run_dir / "aligned", tmp_path / "again")
-    assert (tmp_path / "again" / "pseudo_captions.jsonl").read_bytes() == captions
-    said = {line["id"]: line["caption"] for line in lines if line["caption"]}
-    assert {row["id"]: row["answer"] for row in trainer.train_dataset} == said
-
-
 @pytest.mark.parametrize("stage", ["captioner", *TRAINED])
 def test_same_seed_gives_the_same_weights(run_stage, run_dir, tmp_path, stage):
     base = run_dir / BEFORE[stage] if stage in BEFORE else None
