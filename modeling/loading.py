@@ -33,6 +33,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .adapters import LowRankUpdate, apply_updates
 from .configuration_llava_audio import LlavaAudioConfig
 from .stage_checkpoint import STAGE_WEIGHTS, Stage, stage_chain
 
@@ -266,7 +267,7 @@ def merge_weights(
     unread: Sequence[str] = (),
 ) -> tuple[dict[str, torch.Tensor], nn.Module]:
     """
-    Merge the weights of the base with the trained weights of each stage.
+    Merge the weights of the base with the trained weights and the adapter of each stage.
 
     Args:
         checkpoint, captioner, unread: see `assembled_options`.
@@ -274,7 +275,8 @@ def merge_weights(
         key_mapping, variant: see transformers' `from_pretrained`; they apply to the base.
 
     Returns:
-        The merged weights, which are memory-mapped, and a captioner without weights on the meta device.
+        The merged weights, which are memory-mapped except for those with an adapter, and a captioner without weights
+        on the meta device.
 
     Raises:
         ValueError, OSError: see `assembled_options`.
@@ -284,16 +286,21 @@ def merge_weights(
     expected = reference.state_dict()
     source, hub_kwargs = checkpoint.base
     trained: dict[str, torch.Tensor] = {}
+    updates: dict[str, list[LowRankUpdate]] = {}
     for stage in reversed(checkpoint.stages):
-        tensors = stage.tensors()
-        for name, tensor in tensors.items():
-            if name not in expected or expected[name].shape != tensor.shape:
+        replaced, adapted = stage.changes()
+        for name, change in (replaced | adapted).items():
+            if name not in expected or expected[name].shape != change.shape:
                 have = "no such weight" if name not in expected else f"shape {tuple(expected[name].shape)}"
                 raise ValueError(
-                    f"{stage.source}: {name} has shape {tuple(tensor.shape)}, but its base model {stage.base} has "
+                    f"{stage.source}: {name} has shape {tuple(change.shape)}, but its base model {stage.base} has "
                     f"{have}; use the base and the configuration that the stage was trained on."
                 )
-        trained |= tensors
+        trained |= replaced
+        for name in replaced:
+            updates.pop(name, None)
+        for name, update in adapted.items():
+            updates.setdefault(name, []).append(update)
     files = _weight_files(source, hub_kwargs, variant)
     stored = {name: path for path in files for name in _names_in(path)}
     names = _model_names(stored, reference, expected, key_mapping)
@@ -303,7 +310,7 @@ def merge_weights(
         with safe_open(path, framework="pt") as file:
             weights |= {name: file.get_tensor(name) for name in file.keys() if name not in skipped}
     in_model = {names[name]: tensor for name, tensor in weights.items()}
-    for name in trained:
+    for name in trained | updates:
         # A packed weight has an integer dtype or is stored under several names.
         packed = name in in_model and not in_model[name].is_floating_point()
         if packed or any(key != name and key.startswith((f"{name}.", f"{name}:", f"{name}_")) for key in in_model):
@@ -311,6 +318,11 @@ def merge_weights(
                 f"{source}: {name} is stored quantised, so the stage {checkpoint.source} cannot replace it; use the "
                 "stage with the unquantised base model, and quantise when loading (quantization_config=...)."
             )
+    for name, changes in updates.items():
+        if name not in trained and name not in names.values():
+            raise ValueError(f"{source}: has no weight {name}, which an adapter of {checkpoint.source} changes.")
+        if (weight := trained.get(name, in_model.get(name))) is not None:  # None: not read
+            trained[name] = apply_updates(weight, changes)
     return {name: tensor for name, tensor in weights.items() if names[name] not in trained} | trained, reference
 
 

@@ -110,7 +110,7 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
 
     def save_stage(self, directory, base: str, stage: str, weights: dict[str, torch.Tensor] | None = None) -> None:
         """
-        Save the trained weights and the name of their base model.
+        Save the trained weights, including those of an adapter, and the name of their base model.
 
         Args:
             directory: output folder. `from_pretrained` with this folder loads the merged model.
@@ -131,7 +131,7 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
             del config.quantization_config  # for this process only; the files of the base are not quantised
         config.save_pretrained(directory)
         custom_object_save(self, directory)  # a stage also loads without the package
-        write_stage(directory, trained, base, stage)
+        write_stage(directory, trained, base, stage, adapter=getattr(self, "peft_config", {}).get("default"))
 
 
 class TowerTokens:

@@ -1,4 +1,9 @@
-"""The checkpoint of a stage: the weights that the stage trained, and the name of their base model."""
+"""
+The checkpoint of a stage: the weights that the stage trained, and the name of their base model.
+
+The weights are in `stage.safetensors`. A stage that trained an adapter keeps all its weights in the files of PEFT
+instead, `adapter_model.safetensors` and `adapter_config.json`.
+"""
 
 import json
 import os
@@ -9,7 +14,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.utils import cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
+
+from .adapters import LowRankUpdate, has_adapter, low_rank_updates, parameter_name, read_adapter_config, write_adapter
 
 
 STAGE_FILE = "stage.json"
@@ -25,7 +32,8 @@ class Stage:
         source, hub_kwargs: folder or Hub id of the stage, and the options to read it.
         name: name of the stage, such as `align:mmd`.
         base, base_hub_kwargs: folder or Hub id of the base model, and the options to read it.
-        trained: sorted names of the trained weights.
+        trained: sorted names of the trained weights; those of an adapter are the names of its parameters, such as
+            `model.language_model.layers.0.mlp.up_proj.lora_A.default.weight`.
     """
 
     source: str
@@ -43,24 +51,48 @@ class Stage:
             ValueError: the file is damaged, or does not contain the weights that `stage.json` lists.
             OSError: the file is missing.
         """
-        path = cached_file(self.source, STAGE_WEIGHTS, **self.hub_kwargs)
+        file = ADAPTER_SAFE_WEIGHTS_NAME if has_adapter(self.trained) else STAGE_WEIGHTS
+        path = cached_file(self.source, file, **self.hub_kwargs)
         try:
             tensors = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); copy or save the stage again.") from error
+        if has_adapter(self.trained):
+            tensors = {parameter_name(name): tensor for name, tensor in tensors.items()}
         if sorted(tensors) != self.trained:
             raise ValueError(
-                f"{self.source}: {STAGE_WEIGHTS} does not contain the weights that {STAGE_FILE} lists; copy or save "
-                "the stage again."
+                f"{self.source}: {file} does not contain the weights that {STAGE_FILE} lists; copy or save the stage "
+                "again."
             )
         return tensors
 
+    def changes(self) -> tuple[dict[str, torch.Tensor], dict[str, LowRankUpdate]]:
+        """
+        What the stage changes in its base: the weights that it replaces, and the updates of its adapter, by name.
 
-def write_stage(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], base: str, stage: str) -> None:
+        Raises:
+            ValueError, OSError: see `tensors`; or the configuration of the adapter is missing or not supported.
+        """
+        tensors, updates = self.tensors(), {}
+        if has_adapter(tensors):
+            config = read_adapter_config(cached_file(self.source, ADAPTER_CONFIG_NAME, **self.hub_kwargs))
+            updates = low_rank_updates(tensors, config, self.source)
+        return {name: tensor for name, tensor in tensors.items() if not has_adapter([name])}, updates
+
+
+def write_stage(
+    directory: str | os.PathLike, tensors: dict[str, torch.Tensor], base: str, stage: str, adapter=None
+) -> None:
     """
     Write `tensors` and `stage.json` to `directory`. The JSON file is last, so an incomplete stage cannot be read.
 
     A local `base` is stored relative to `directory`, so the folder of a run can be moved.
+
+    Args:
+        directory: folder of the stage.
+        tensors: the trained tensors by name. Names of an adapter are those of its parameters.
+        base, stage: folder or Hub id of the base model, and name of the stage.
+        adapter: the `peft.LoraConfig` of the adapter in `tensors`, if there is one.
 
     Raises:
         ValueError: `tensors` is empty, or a tensor is empty or not finite.
@@ -80,11 +112,18 @@ def write_stage(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], 
     if Path(base).is_dir():
         base = Path(os.path.relpath(Path(base).resolve(), directory.resolve())).as_posix()
     description = {"stage": stage, "base_model_name_or_path": base, "trained": sorted(tensors)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, directory / f".{STAGE_WEIGHTS}", metadata={"format": "pt"})
-    os.replace(directory / f".{STAGE_WEIGHTS}", directory / STAGE_WEIGHTS)
+    if adapter is not None:
+        write_adapter(directory, adapter, tensors)
+        replaced = (STAGE_WEIGHTS,)
+    else:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, directory / f".{STAGE_WEIGHTS}", metadata={"format": "pt"})
+        os.replace(directory / f".{STAGE_WEIGHTS}", directory / STAGE_WEIGHTS)
+        replaced = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME)
     (directory / f".{STAGE_FILE}").write_text(json.dumps(description, indent=2) + "\n")
     os.replace(directory / f".{STAGE_FILE}", directory / STAGE_FILE)
+    for name in replaced:  # of an earlier stage in this folder
+        (directory / name).unlink(missing_ok=True)
 
 
 def find_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> Stage | None:

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
+from dali_llava.train.adapters import AdapterArguments
 from dali_llava.train.data.augmentation import Augmentation
 
 
@@ -204,7 +205,7 @@ class AlignmentArguments(SoundArguments):
 
 
 @dataclass
-class DistillationArguments(StageArguments):
+class DistillationArguments(StageArguments, AdapterArguments):
     """Arguments of the distillation: how the pseudo-captions are generated, and those of the training."""
 
     split: str = field(default="balanced", metadata={"help": "Split to caption and to train on."})

@@ -4,6 +4,7 @@ Stage 2 of DALI: distillation of captions generated from audio and image into th
 The aligned captioner first samples a caption for each clip of the split from its image and audio, with the prefix. All
 ranks caption. The captions are saved in `OUTPUT_DIR/pseudo_captions.parquet` and reused when the stage is run again.
 The audio projector alone is then trained to generate them from audio only, without image, prefix or vision tower.
+`--lora` adds adapters to the language model or the audio tower and trains them too.
 
     accelerate launch train/distill.py train/configs/avworld/distill.yaml \
         --base_model runs/mmd --output_dir runs/mmd-distilled
@@ -14,6 +15,7 @@ import logging
 from transformers import set_seed
 
 from dali_llava.modeling import LlavaAudioOnlyForConditionalGeneration
+from dali_llava.train.adapters import adapter_config, add_adapter
 from dali_llava.train.arguments import DistillationArguments
 from dali_llava.train.base_model import check_base, load_base, train_only
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     check_resume(arguments, "distill")
     set_seed(arguments.seed)
     check_base(arguments, after=("prefix", "align"))
+    adapter = adapter_config(arguments)
     rows = load_rows(arguments)
     pseudo_captions = PseudoCaptions(arguments, rows)
     found = pseudo_captions.find()
@@ -52,6 +55,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     rows = rows.filter(lambda name: name in captions, input_columns="id")
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": captions[row["id"]]})
     train_only(captioner, captioner.model.audio_projector)
+    add_adapter(captioner, adapter)
     captioner.config.prefix_modalities = ["audiovisual"]  # audio alone is now captioned without prefix
     return CaptioningTrainer(
         model=captioner,
