@@ -65,11 +65,20 @@ class Checkpoint:
         return self.source, self.hub_kwargs
 
     @property
+    def config(self) -> tuple[str, dict]:
+        """Folder or Hub id of the configuration, and the options to read it: the last one that is not an adapter."""
+        places = zip(self.places, self.stages, strict=False)
+        return next((place for place, stage in places if stage.trained is not None), self.base)
+
+    @property
+    def places(self) -> list[tuple[str, dict]]:
+        """Folders or Hub ids of the stages and the base, the last stage first, and the options to read them."""
+        return [(self.source, self.hub_kwargs)] + [(stage.base, stage.base_hub_kwargs) for stage in self.stages]
+
+    @property
     def processor(self) -> tuple[str, dict]:
         """Folder or Hub id of the processor, and the options to read it: the last stage that has one, or the base."""
-        places = [(self.source, self.hub_kwargs)]
-        places += [(stage.base, stage.base_hub_kwargs) for stage in self.stages]
-        for source, hub_kwargs in places:
+        for source, hub_kwargs in self.places:
             if cached_file(source, PROCESSOR_NAME, **OPTIONAL, **hub_kwargs) is not None:
                 return source, hub_kwargs
         raise FileNotFoundError(
@@ -90,7 +99,7 @@ class Checkpoint:
             FileNotFoundError: a configuration or weights are missing.
             ValueError: a configuration cannot be read or is for another model.
         """
-        _check_config(self.source, self.hub_kwargs)
+        _check_config(*self.config)
         if self.stages:
             _check_config(*self.base)
         _weight_files(*self.base, variant=None)
@@ -99,7 +108,7 @@ class Checkpoint:
 
 def find_checkpoint(name_or_path: str | os.PathLike, **hub_kwargs) -> Checkpoint:
     """
-    Find a checkpoint by name. Reads only the `stage.json` files.
+    Find a checkpoint by name. Reads only small JSON files.
 
     Args:
         name_or_path: a folder, or the id of a repository on the Hub.
@@ -202,7 +211,8 @@ def check_device_map(model_class: type[nn.Module], checkpoint: Checkpoint, optio
         return
     config = options.get("config")
     if not isinstance(config, PreTrainedConfig):
-        config = model_class.config_class.from_pretrained(config or checkpoint.source, **checkpoint.hub_kwargs)
+        source, hub_kwargs = checkpoint.config
+        config = model_class.config_class.from_pretrained(config or source, **hub_kwargs)
     if not config.tie_word_embeddings:
         return
 
@@ -235,7 +245,9 @@ def assembled_options(
     options = dict(options)
     config = options.get("config")
     if not isinstance(config, PreTrainedConfig):
-        config = captioner.config_class.from_pretrained(config or checkpoint.source, **checkpoint.hub_kwargs)
+        source, hub_kwargs = checkpoint.config
+        config = captioner.config_class.from_pretrained(config or source, **hub_kwargs)
+    options.setdefault("config", checkpoint.source if checkpoint.config[0] == checkpoint.source else config)
     source, hub_kwargs = checkpoint.base
     variant = options.pop("variant", None)
     device_map = options.get("device_map")
@@ -248,7 +260,6 @@ def assembled_options(
             if tied in weights:
                 weights.setdefault(target, weights[tied])
     options["state_dict"] = weights
-    options.setdefault("config", checkpoint.source)
     if options.get("generation_config") is None:
         try:
             options["generation_config"] = GenerationConfig.from_pretrained(source, **hub_kwargs)

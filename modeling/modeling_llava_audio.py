@@ -72,9 +72,9 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """
-        See `PreTrainedModel.from_pretrained`. Also loads the checkpoint of a stage, together with its base model.
+        See `PreTrainedModel.from_pretrained`. Also loads a stage or a LoRA adapter, together with its base model.
 
-        The weights of the stage and the base model are merged before they are loaded, so `dtype`, `device_map`,
+        The weights of the stages and the base model are merged before they are loaded, so `dtype`, `device_map`,
         `quantization_config` and the other options apply to all weights.
 
         Raises:
@@ -85,6 +85,12 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # weights are never unpickled
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, **kwargs)
+        # The Auto classes replace the name of an adapter by the name of its base.
+        adapter_kwargs = kwargs.get("adapter_kwargs") or {}
+        adapter = adapter_kwargs.get("_adapter_model_path", pretrained_model_name_or_path)
+        if adapter != pretrained_model_name_or_path:
+            del kwargs["adapter_kwargs"]
+            pretrained_model_name_or_path, kwargs["revision"] = adapter, adapter_kwargs.get("revision")
         hub_kwargs = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
         checkpoint = find_checkpoint(pretrained_model_name_or_path, **hub_kwargs)
         kwargs |= checkpoint.hub_kwargs

@@ -2,7 +2,7 @@
 The checkpoint of a stage: the weights that the stage trained, and the name of their base model.
 
 The weights are in `stage.safetensors`. A stage that trained an adapter keeps all its weights in the files of PEFT
-instead, `adapter_model.safetensors` and `adapter_config.json`.
+instead, `adapter_model.safetensors` and `adapter_config.json`. An adapter that PEFT saved is read as a stage too.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file
 
 from .adapters import LowRankUpdate, has_adapter, low_rank_updates, parameter_name, read_adapter_config, write_adapter
 
@@ -33,7 +33,7 @@ class Stage:
         name: name of the stage, such as `align:mmd`.
         base, base_hub_kwargs: folder or Hub id of the base model, and the options to read it.
         trained: sorted names of the trained weights; those of an adapter are the names of its parameters, such as
-            `model.language_model.layers.0.mlp.up_proj.lora_A.default.weight`.
+            `model.language_model.layers.0.mlp.up_proj.lora_A.default.weight`. None if there is no `stage.json`.
     """
 
     source: str
@@ -41,7 +41,7 @@ class Stage:
     name: str
     base: str
     base_hub_kwargs: dict
-    trained: list[str] = field(default_factory=list)
+    trained: list[str] | None = field(default_factory=list)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """
@@ -51,15 +51,16 @@ class Stage:
             ValueError: the file is damaged, or does not contain the weights that `stage.json` lists.
             OSError: the file is missing.
         """
-        file = ADAPTER_SAFE_WEIGHTS_NAME if has_adapter(self.trained) else STAGE_WEIGHTS
+        adapter = self.trained is None or has_adapter(self.trained)
+        file = ADAPTER_SAFE_WEIGHTS_NAME if adapter else STAGE_WEIGHTS
         path = cached_file(self.source, file, **self.hub_kwargs)
         try:
             tensors = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); copy or save the stage again.") from error
-        if has_adapter(self.trained):
+        if adapter:
             tensors = {parameter_name(name): tensor for name, tensor in tensors.items()}
-        if sorted(tensors) != self.trained:
+        if self.trained is not None and sorted(tensors) != self.trained:
             raise ValueError(
                 f"{self.source}: {file} does not contain the weights that {STAGE_FILE} lists; copy or save the stage "
                 "again."
@@ -128,16 +129,16 @@ def write_stage(
 
 def find_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> Stage | None:
     """
-    Find the stage in a folder or Hub repository. Returns None for a whole checkpoint. Reads only `stage.json`.
+    Find the stage in a folder or Hub repository. Returns None for a whole checkpoint. Reads only JSON files.
 
     Raises:
-        ValueError: `stage.json` is not JSON or does not contain the base.
+        ValueError: `stage.json` or `adapter_config.json` is not JSON or does not contain the base.
         FileNotFoundError: the base is a folder that does not exist.
     """
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(name_or_path, STAGE_FILE, **optional, **hub_kwargs)
     if path is None:
-        return None
+        return _find_adapter(name_or_path, hub_kwargs)
     try:
         description = json.loads(Path(path).read_text())
     except ValueError as error:
@@ -156,6 +157,23 @@ def find_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> Stage | None:
         )
     trained = sorted(description.get("trained", []))
     return Stage(str(name_or_path), hub_kwargs, name, found, found_kwargs, trained)
+
+
+def _find_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict) -> Stage | None:
+    """The adapter in a folder or Hub repository that contains neither a stage nor a model."""
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(name_or_path, CONFIG_NAME, **optional, **hub_kwargs) is not None:
+        return None
+    path = cached_file(name_or_path, ADAPTER_CONFIG_NAME, **optional, **hub_kwargs)
+    if path is None:
+        return None
+    base = read_adapter_config(path).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{path} has no base_model_name_or_path; add the model that the adapter was trained on.")
+    if not Path(base).is_dir() and base.startswith((".", "/", os.sep)):
+        raise FileNotFoundError(f"{path}: the base model {base} is not a folder; correct base_model_name_or_path.")
+    others = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
+    return Stage(str(name_or_path), hub_kwargs, "adapter", base, others, trained=None)
 
 
 def _locate_base(name_or_path: str | os.PathLike, base: str, hub_kwargs: dict) -> tuple[str | None, dict]:

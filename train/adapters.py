@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.utils import is_peft_available
 
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
+from dali_llava.modeling.loading import find_checkpoint
 
 
 PARTS = ("language_model", "audio_tower")
@@ -61,7 +62,8 @@ def adapter_config(arguments: AdapterArguments):
         raise ImportError('lora: needs peft, which is not installed; run pip install "dali-llava[peft]".')
     from peft import LoraConfig
 
-    config = LlavaAudioConfig.from_pretrained(arguments.base_model)
+    source, hub_kwargs = find_checkpoint(arguments.base_model).config
+    config = LlavaAudioConfig.from_pretrained(source, **hub_kwargs)
     with torch.device("meta"), init.no_init_weights():
         captioner = LlavaAudioForConditionalGeneration(config)
     return LoraConfig(

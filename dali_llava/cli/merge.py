@@ -1,8 +1,8 @@
-"""Merge a stage with its base models into one complete checkpoint.
+"""Merge a stage or an adapter with its base models into one complete checkpoint.
 
 The folder of a stage only contains the weights that the stage trained, and the path of its base model. OUT contains
-all weights, the processor, the generation configuration and the code, so it can be copied or uploaded on its own. It
-is written completely or not at all.
+all weights, with adapters merged into them, the processor, the generation configuration and the code, so it can be
+copied or uploaded on its own. It is written completely or not at all.
 
 examples:
   dali-llava merge runs/mmd-distilled captioner
@@ -19,7 +19,7 @@ from .loading import check_model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
-    parser.add_argument("model", metavar="STAGE", help="folder of a stage, or its ORG/NAME on the Hub")
+    parser.add_argument("model", metavar="STAGE", help="folder of a stage or an adapter, or its ORG/NAME on the Hub")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must be empty or not exist")
 
 

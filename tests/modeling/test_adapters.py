@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
+from dali_llava.eval.captioner import load_captioner
 from dali_llava.modeling import LlavaAudioForConditionalGeneration, LlavaAudioModel, LlavaAudioTowers
 from dali_llava.modeling.adapters import read_adapter_config
 from dali_llava.modeling.stage_checkpoint import find_stage, write_stage
@@ -194,13 +196,34 @@ def test_auto_class_without_the_package_loads_the_merged_model(one, run_without_
     assert run_without_package(WEIGHT_SUMS, tmp_path, one) == pytest.approx(expected)
 
 
-def test_adapter_of_peft_on_a_stage(one, logits, tmp_path):
+@pytest.mark.parametrize("base", ["base", "stage"])
+def test_adapter_of_peft_loads_on_a_checkpoint_and_on_a_stage(one, logits, tmp_path, base):
     """An adapter that was trained and saved with PEFT, without this package's stages."""
-    model = peft.get_peft_model(load(one), peft.LoraConfig(target_modules=LANGUAGE, init_lora_weights=False))
-    expected = logits(model.eval())
+    config = peft.LoraConfig(target_modules=LANGUAGE, modules_to_save=["prefix"], init_lora_weights=False)
+    model = peft.get_peft_model(load(one.parent / base), config).eval()
+    with torch.no_grad():
+        model.base_model.model.model.prefix.modules_to_save["default"].weight.fill_(0.5)
+    expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
-    loaded = peft.PeftModel.from_pretrained(load(one), tmp_path / "adapter").eval()
-    assert_same_logits(logits(loaded), expected)
+    with_peft = peft.PeftModel.from_pretrained(load(one.parent / base), tmp_path / "adapter").eval()
+    assert_same_logits(logits(with_peft), expected)
+    merged = load(tmp_path / "adapter")
+    assert_same_logits(logits(merged), expected)
+    assert torch.equal(merged.model.prefix.weight, torch.full((16, 32), 0.5))
+    assert_same_logits(logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter")), expected)
+    loaded, processor = load_captioner(str(tmp_path / "adapter"))
+    assert loaded.state_dict().keys() == merged.state_dict().keys() and processor.prefix_length == 16
+
+
+def test_adapter_without_its_base_is_an_error(tmp_path):
+    config = peft.LoraConfig(target_modules=LANGUAGE, base_model_name_or_path=str(tmp_path / "gone"))
+    config.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(FileNotFoundError, match="adapter_config.json: the base model .*gone is not a folder"):
+        load(tmp_path / "adapter")
+    config.base_model_name_or_path = None
+    config.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="adapter_config.json has no base_model_name_or_path"):
+        load(tmp_path / "adapter")
 
 
 def test_stage_without_adapter_replaces_one_with_it(one):
