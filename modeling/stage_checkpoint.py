@@ -51,15 +51,10 @@ class Stage:
             ValueError: the file is damaged, or does not contain the weights that `stage.json` lists.
             OSError: the file is missing.
         """
-        adapter = self.trained is None or has_adapter(self.trained)
-        file = ADAPTER_SAFE_WEIGHTS_NAME if adapter else STAGE_WEIGHTS
-        path = cached_file(self.source, file, **self.hub_kwargs)
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); copy or save the stage again.") from error
-        if adapter:
-            tensors = {parameter_name(name): tensor for name, tensor in tensors.items()}
+        file = STAGE_WEIGHTS
+        if self.trained is None or has_adapter(self.trained):
+            file = ADAPTER_SAFE_WEIGHTS_NAME
+        tensors = _load_tensors(cached_file(self.source, file, **self.hub_kwargs))
         if self.trained is not None and sorted(tensors) != self.trained:
             raise ValueError(
                 f"{self.source}: {file} does not contain the weights that {STAGE_FILE} lists; copy or save the stage "
@@ -79,6 +74,25 @@ class Stage:
             config = read_adapter_config(cached_file(self.source, ADAPTER_CONFIG_NAME, **self.hub_kwargs))
             updates = low_rank_updates(tensors, config, self.source)
         return {name: tensor for name, tensor in tensors.items() if not has_adapter([name])}, updates
+
+
+def load_stage_weights(directory: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    The trained weights in the folder of a stage by name, including those of its adapter. The base is not needed.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: the file is missing.
+    """
+    adapter = Path(directory) / ADAPTER_SAFE_WEIGHTS_NAME
+    return _load_tensors(adapter if adapter.is_file() else Path(directory) / STAGE_WEIGHTS)
+
+
+def _load_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    try:
+        return {parameter_name(name): tensor for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or save the stage again.") from error
 
 
 def write_stage(
@@ -232,4 +246,4 @@ def read_stage(name_or_path: str | os.PathLike, **hub_kwargs) -> tuple[str, dict
     return None if stage is None else (stage.base, stage.tensors())
 
 
-__all__ = ["Stage", "find_stage", "read_stage", "stage_chain", "stage_names", "write_stage"]
+__all__ = ["Stage", "find_stage", "load_stage_weights", "read_stage", "stage_chain", "stage_names", "write_stage"]

@@ -1,8 +1,7 @@
-"""LoRA adapters for the stages that train the captioner: their arguments, their layers, and adding them to a model."""
+"""LoRA adapters for the stages that train the captioner: their layers, and adding them to a model."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,26 +10,11 @@ from transformers.utils import is_peft_available
 
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
 from dali_llava.modeling.loading import find_checkpoint
+from dali_llava.train.arguments import AdapterArguments
+from dali_llava.train.base_model import whole_weights
 
 
 PARTS = ("language_model", "audio_tower")
-
-
-@dataclass
-class AdapterArguments:
-    """Arguments of a stage that can train LoRA adapters. Inherit from it beside `TrainingArguments`."""
-
-    lora: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Parts of the captioner to train with LoRA: {', '.join(PARTS)}, or both; none by default."},
-    )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: float = field(default=16, metadata={"help": "The adapters are scaled by lora_alpha / lora_rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' inputs."})
-    lora_targets: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the layers to adapt, such as q_proj; all linear layers of the parts by default."},
-    )
 
 
 def adapter_config(arguments: AdapterArguments):
@@ -64,7 +48,7 @@ def adapter_config(arguments: AdapterArguments):
 
     source, hub_kwargs = find_checkpoint(arguments.base_model).config
     config = LlavaAudioConfig.from_pretrained(source, **hub_kwargs)
-    with torch.device("meta"), init.no_init_weights():
+    with torch.device("meta"), init.no_init_weights(), whole_weights():
         captioner = LlavaAudioForConditionalGeneration(config)
     return LoraConfig(
         r=arguments.lora_rank,
@@ -120,13 +104,14 @@ def _numbered(path: str) -> str:
     return r"\.".join(r"\d+" if part.isdecimal() else re.escape(part) for part in path.split("."))
 
 
-def add_adapter(captioner: LlavaAudioForConditionalGeneration, config) -> None:
+def add_adapter(captioner: LlavaAudioForConditionalGeneration, config, seed: int) -> None:
     """
     Add a new adapter to a captioner and train it, in float32, beside what the captioner trains already.
 
     Args:
         captioner: the captioner, after `train_only`.
         config: from `adapter_config`; with None, the captioner does not change.
+        seed: seed of the initial values, which do not depend on the random numbers drawn before.
 
     Raises:
         ValueError: an adapted layer is already trained in full.
@@ -134,7 +119,9 @@ def add_adapter(captioner: LlavaAudioForConditionalGeneration, config) -> None:
     if config is None:
         return
     trained = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
-    captioner.add_adapter(config)  # freezes everything else
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        captioner.add_adapter(config)  # freezes everything else
     for parameter in trained:
         parameter.requires_grad_(True)
     for name, parameter in captioner.named_parameters():

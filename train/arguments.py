@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
-from dali_llava.train.adapters import AdapterArguments
 from dali_llava.train.data.augmentation import Augmentation
 
 
@@ -202,6 +201,25 @@ class AlignmentArguments(SoundArguments):
         super().__post_init__()
         if optim == COUPLED_ADAM:
             self.optim = optim
+
+
+@dataclass
+class AdapterArguments:
+    """Arguments of a stage that can train LoRA adapters. Inherit from it beside `TrainingArguments`."""
+
+    lora: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parts of the captioner to train with LoRA: language_model, audio_tower or both; default: none."
+        },
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: float = field(default=16, metadata={"help": "The adapters are scaled by lora_alpha / lora_rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' inputs."})
+    lora_targets: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers to adapt, such as q_proj; all linear layers of the parts by default."},
+    )
 
 
 @dataclass

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     rows = rows.filter(lambda name: name in captions, input_columns="id")
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": captions[row["id"]]})
     train_only(captioner, captioner.model.audio_projector)
-    add_adapter(captioner, adapter)
+    add_adapter(captioner, adapter, arguments.seed)
     captioner.config.prefix_modalities = ["audiovisual"]  # audio alone is now captioned without prefix
     return CaptioningTrainer(
         model=captioner,

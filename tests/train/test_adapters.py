@@ -1,5 +1,6 @@
 """Distillation with adapters, from the command line to the merged checkpoint, and which layers they adapt."""
 
+import copy
 import json
 import re
 import shutil
@@ -13,7 +14,8 @@ from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.modeling.stage_checkpoint import find_stage
 from dali_llava.processing.corpora.rows import open_audio
-from dali_llava.train.adapters import AdapterArguments, adapter_config, add_adapter, target_pattern
+from dali_llava.train.adapters import adapter_config, add_adapter, target_pattern
+from dali_llava.train.arguments import AdapterArguments
 from dali_llava.train.base_model import train_only
 
 
@@ -122,6 +124,21 @@ def test_gradient_checkpointing_gives_the_same_adapter(adapted, distil, tmp_path
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
 
 
+def test_resumed_stage_ends_with_the_adapter_of_an_unbroken_one(adapted, distil, run_stage, run_dir, tmp_path):
+    folder, _, _ = adapted
+    distil(tmp_path / "run", "--save_strategy", "steps", "--save_steps", "1")
+    for path in (tmp_path / "run").iterdir():
+        if path.is_file() and path.suffix == ".safetensors":
+            path.unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    resumed = ["--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint", "true"]
+    trainer = run_stage("distilled", run_dir / "aligned", tmp_path / "run", *LORA, *resumed)
+    assert trainer.state.global_step == 2
+    expected = find_stage(folder).tensors()
+    for name, tensor in find_stage(tmp_path / "run").tensors().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_next_stage_starts_from_the_merged_model(adapted, run_stage, inputs, tmp_path):
     folder, trainer, _ = adapted
     # The learning rate is so small that the weights do not change in float32.
@@ -204,7 +221,9 @@ def test_missing_package_is_named_with_its_extra(run_dir, monkeypatch):
 def test_adapters_on_a_16_bit_base_train_in_float32(captioner, run_dir, inputs):
     captioner.to(torch.bfloat16)
     train_only(captioner)
-    add_adapter(captioner, adapter_config(arguments(run_dir / "captioner", lora=["language_model", "audio_tower"])))
+    add_adapter(
+        captioner, adapter_config(arguments(run_dir / "captioner", lora=["language_model", "audio_tower"])), seed=0
+    )
     captioner(**inputs).logits.float().square().mean().backward()
     trained = {name: weight for name, weight in captioner.named_parameters() if weight.requires_grad}
     assert trained and all(".lora_" in name and weight.dtype == torch.float32 for name, weight in trained.items())
@@ -215,7 +234,7 @@ def test_adapters_on_a_16_bit_base_train_in_float32(captioner, run_dir, inputs):
 def test_adapter_joins_what_is_trained(captioner, run_dir):
     train_only(captioner, captioner.model.audio_projector, captioner.model.prefix)
     config = adapter_config(arguments(run_dir / "captioner", lora=["audio_tower"], lora_targets=["fc1"]))
-    add_adapter(captioner, config)
+    add_adapter(captioner, config, seed=0)
     trained = {name.partition(".lora_")[0] for name, weight in captioner.named_parameters() if weight.requires_grad}
     blocks = ("layers.0", "layers.1", "joint_layers.0")
     layers = {f"model.audio_tower.{block}.mlp.fc1" for block in blocks}
@@ -223,10 +242,23 @@ def test_adapter_joins_what_is_trained(captioner, run_dir):
     assert trained == {"model.prefix.weight"} | layers | projector
 
 
+def test_initial_values_depend_on_the_seed_alone(captioner, run_dir):
+    config = adapter_config(arguments(run_dir / "captioner", lora=["audio_tower"], lora_targets=["fc1"]))
+    copies = [copy.deepcopy(captioner) for _ in range(3)]
+    state = torch.get_rng_state()
+    for model, seed in zip(copies, (1, 1, 2), strict=True):
+        train_only(model)
+        add_adapter(model, config, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        state = torch.manual_seed(seed + 7).get_state()
+    first, second, other = (model.model.audio_tower.layers[1].mlp.fc1.lora_A["default"].weight for model in copies)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
 def test_layer_cannot_be_trained_in_full_too(captioner, run_dir):
     train_only(captioner, captioner.model.audio_tower)
     with pytest.raises(ValueError, match=r"lora: model\.audio_tower\..* is already trained in full"):
-        add_adapter(captioner, adapter_config(arguments(run_dir / "captioner", lora=["audio_tower"])))
+        add_adapter(captioner, adapter_config(arguments(run_dir / "captioner", lora=["audio_tower"])), seed=0)
 
 
 def test_saved_configuration_holds_the_arguments(adapted):

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
-from dali_llava.modeling.stage_checkpoint import STAGE_WEIGHTS
+from dali_llava.modeling.stage_checkpoint import load_stage_weights
 from dali_llava.train.trainers.checkpoints import replace_folder, requested_engine, write_manifest
 from dali_llava.train.trainers.interruption import Interruption
 from dali_llava.train.trainers.objective import read_objective, write_objective
@@ -240,8 +240,9 @@ class StageMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        file = SAFE_WEIGHTS_NAME if self.args.base_model is None else STAGE_WEIGHTS
-        set_weights(self.pretrained, self.pretrained.own_names(load_file(folder / file)))
+        whole = self.args.base_model is None
+        weights = load_file(folder / SAFE_WEIGHTS_NAME) if whole else load_stage_weights(folder)
+        set_weights(self.pretrained, self.pretrained.own_names(weights))
         set_weights(getattr(self.model, "objective", nn.Identity()), read_objective(folder))
 
     def _load_best_model(self) -> None:
