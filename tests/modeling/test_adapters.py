@@ -49,7 +49,7 @@ def save_adapted(base, folder, seed: int = 0, part: str = "audio_projector", **c
     return model
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=["both", "rslora", "patterns"])
 def stage(request, tiny_model_dir, tmp_path_factory):
     """Folders of a base and a stage with an adapter, and the adapted model."""
     folder = tmp_path_factory.mktemp("adapted")
