@@ -38,7 +38,7 @@ def distil(run_stage, run_dir):
 
     def distil(output, *overrides: str):
         output.mkdir()
-        shutil.copy(run_dir / "distilled" / "pseudo_captions.jsonl", output)
+        shutil.copy(run_dir / "distilled" / "pseudo_captions.parquet", output)
         return run_stage("distilled", run_dir / "aligned", output, *LORA, *overrides)
 
     return distil
