@@ -66,7 +66,8 @@ class TokenDistances(PeriodicCallback):
     @torch.no_grad()
     def measure(self, state, control) -> None:
         trainer = self.trainer
-        model = trainer.model_wrapped.eval()  # the engine's, which gathers partitioned weights
+        model = trainer.model_wrapped  # the engine, which gathers partitioned weights
+        model.eval()
         output = model(**trainer._prepare_inputs(dict(self._batch)), return_tokens=True)
         model.train()
         found = token_distances(output.audio_tokens, output.image_tokens, output.audio_mask)
