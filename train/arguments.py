@@ -4,9 +4,11 @@ import importlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
 from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
@@ -14,6 +16,8 @@ from dali_llava.train.data.augmentation import Augmentation
 
 
 COUPLED_ADAM = "adam"  # `torch.optim.Adam`: the weight decay is added to the gradient, unlike AdamW's
+# What to install for the trackers of `report_to`, which are also the names of their packages.
+TRACKERS = {"tensorboard": '"dali-llava[tensorboard]"', "wandb": "wandb", "trackio": "trackio"}
 
 
 def parse_options(name: str, value: dict | str | None) -> dict:
@@ -41,6 +45,33 @@ def import_plugins(names: Iterable[str]) -> None:
             raise ImportError(
                 f"plugins: cannot import {name} ({error}); install its package or add its folder to PYTHONPATH."
             ) from error
+
+
+def check_trackers(names: list[str]) -> None:
+    """
+    Check `report_to` before anything is loaded.
+
+    Raises:
+        ValueError: transformers has no integration of this name.
+        ImportError: the tracker's package is not installed.
+    """
+    try:
+        get_reporting_integration_callbacks(names)
+    except ValueError as error:
+        raise ValueError(f"report_to: {error}") from error
+    missing = [name for name in TRACKERS if name in names and find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"report_to: {missing[0]} is not installed; run pip install {TRACKERS[missing[0]]}, or choose another "
+            "tracker or none."
+        )
+
+
+def check_not_negative(arguments: TrainingArguments, *names: str) -> None:
+    """Raise a ValueError if one of the arguments is negative."""
+    for name in names:
+        if getattr(arguments, name) < 0:
+            raise ValueError(f"{name} must be at least 0, not {getattr(arguments, name)}.")
 
 
 @dataclass
@@ -85,13 +116,23 @@ class StageArguments(TrainingArguments):
         default=None,
         metadata={"help": "Checkpoint to resume from: a folder, or true for the newest complete one in output_dir."},
     )
+    report_to: None | str | list[str] = field(
+        default=None,
+        metadata={
+            "help": "Trackers to log to: tensorboard, wandb, trackio or another of transformers, or none; by default "
+            "tensorboard if it is installed. TensorBoard's files are in the folder runs of the output folder."
+        },
+    )
 
     def __post_init__(self):
         self.dataset_options = parse_options("dataset_options", self.dataset_options)
         import_plugins(self.plugins or ())
         if str(self.eval_strategy) not in ("no", "IntervalStrategy.NO") and self.eval_split is None:
             raise ValueError(f"eval_strategy {self.eval_strategy}: no split to evaluate on; give --eval_split NAME.")
+        if self.report_to is None:
+            self.report_to = "tensorboard" if find_spec("tensorboard") else "none"
         super().__post_init__()
+        check_trackers(self.report_to)
         # Pinned memory speeds up copies to an accelerator; without one, torch prints a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
@@ -134,7 +175,24 @@ class SoundArguments(StageArguments):
 
 
 @dataclass
-class PrefixArguments(StageArguments):
+class CaptioningArguments(StageArguments):
+    """Arguments of a stage that trains a captioner on captions."""
+
+    sample_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Number of steps between two captions of a few fixed clips, which are logged and saved in "
+            "samples.jsonl; 0 turns them off."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_not_negative(self, "sample_steps")
+
+
+@dataclass
+class PrefixArguments(CaptioningArguments):
     """Arguments of prefix tuning."""
 
     prompt: str = field(default=SOUND_PROMPT, metadata={"help": "Question that follows the prefix."})
@@ -171,6 +229,15 @@ class AlignmentArguments(SoundArguments):
         default=None, metadata={"help": "Index of the frame to align with; by default a random frame in each epoch."}
     )
 
+    # Log
+    distance_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Number of steps between two measurements of the distance between the audio and the image tokens "
+            "of 16 fixed clips; 0 turns them off."
+        },
+    )
+
     # Optimizer: the defaults are those of the reference implementation
     optim: str = field(
         default=COUPLED_ADAM,
@@ -201,6 +268,7 @@ class AlignmentArguments(SoundArguments):
         super().__post_init__()
         if optim == COUPLED_ADAM:
             self.optim = optim
+        check_not_negative(self, "distance_steps")
 
 
 @dataclass
@@ -223,7 +291,7 @@ class AdapterArguments:
 
 
 @dataclass
-class DistillationArguments(StageArguments, AdapterArguments):
+class DistillationArguments(CaptioningArguments, AdapterArguments):
     """Arguments of the distillation: how the pseudo-captions are generated, and those of the training."""
 
     split: str = field(default="balanced", metadata={"help": "Split to caption and to train on."})

@@ -127,7 +127,7 @@ def train(out: Path, seed: int, methods: list[str], recordings: Path | None = No
     def stage(main, config: str, base: str, name: str, *words: str) -> None:
         folders[name] = out / name
         paths = ["--base_model", str(folders[base]), "--output_dir", str(folders[name])]
-        main([str(configs / config), *paths, "--seed", str(seed), *words])
+        main([str(configs / config), *paths, "--seed", str(seed), "--report_to", "none", *words])
 
     announce("prefix: tune the prefix on 16 images with audio captions")
     stage(prefix_tune.main, "prefix_tune.yaml", "captioner", "prefix")

@@ -26,6 +26,7 @@ TINY_CAPTIONER = [
 SIZES = {"captioner": 16, "shots": 16, "train": 16, "balanced": 8}
 QUICK = [
     *("--max_steps", "2", "--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--use_cpu", "true"),
+    *("--report_to", "none"),
     *("--dataset_options", json.dumps({"sizes": SIZES})),
 ]
 STAGES = {

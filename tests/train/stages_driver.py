@@ -15,10 +15,12 @@ import torch.distributed as dist
 
 
 def run(name: str, module: str, words: list[str]) -> None:
-    arguments = importlib.import_module(module).main(words).args
+    trainer = importlib.import_module(module).main(words)
+    arguments = trainer.args
     if arguments.process_index == 0:
         ran = {"name": name, "processes": arguments.world_size, "mode": arguments.parallel_mode.value}
-        print(json.dumps(ran | {"backend": dist.get_backend()}), flush=True)
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        print(json.dumps(ran | {"backend": dist.get_backend(), "logged": logged[-1]}), flush=True)
 
 
 if __name__ == "__main__":

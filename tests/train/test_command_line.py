@@ -242,3 +242,37 @@ def test_accelerate_sets_what_the_warning_reads(monkeypatch):
     arguments.num_cpu_threads_per_process, arguments.gpu_ids = 1, "all"
     _, environment = utilities.prepare_simple_launcher_cmd_env(arguments)
     assert {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(environment) and "WORLD_SIZE" not in environment
+
+
+def test_tensorboard_is_the_default_if_it_is_installed(parse, monkeypatch):
+    monkeypatch.setattr("dali_llava.train.arguments.find_spec", lambda name: object())
+    assert parse("").report_to == ["tensorboard"]
+    monkeypatch.setattr("dali_llava.train.arguments.find_spec", lambda name: None)
+    assert parse("").report_to == []
+    assert parse("report_to: none\n").report_to == []
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("tensorboard", '"dali-llava[tensorboard]"'), ("wandb", "wandb"), ("trackio", "trackio")],
+)
+def test_missing_tracker_is_named_with_its_package(parse, monkeypatch, name, package):
+    monkeypatch.setattr("dali_llava.train.arguments.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=re.escape(f"report_to: {name} is not installed; run pip install {package}")):
+        parse("", "--report_to", name)
+
+
+def test_unknown_tracker_is_named(parse):
+    with pytest.raises(ValueError, match="report_to: wandbb is not supported, only .*wandb"):
+        parse("", "--report_to", "wandbb")
+
+
+def test_negative_distance_steps_are_an_error(parse):
+    assert parse("").distance_steps == 100
+    with pytest.raises(ValueError, match="distance_steps must be at least 0, not -1"):
+        parse("distance_steps: -1\n")
+
+
+def test_negative_sample_steps_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="sample_steps must be at least 0, not -5"):
+        PrefixArguments(output_dir=str(tmp_path), use_cpu=True, sample_steps=-5)

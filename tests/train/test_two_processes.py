@@ -65,18 +65,21 @@ def launch(listing: Path, cache: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def outputs(run_dir, run_stage, stage_words, datasets_cache, tmp_path_factory) -> tuple[Path, Path]:
-    """Folders with a checkpoint for each of `RUNS`, trained by one process and by two."""
+    """Folders with a checkpoint for each of `RUNS`, trained by one process and by two, and their last log entries."""
     alone, shared = (tmp_path_factory.mktemp(name) for name in ("alone", "shared"))
-    listed = {}
+    listed, logged = {}, {}
     for name, (stage, own) in RUNS.items():
         for folder in (alone, shared):
             (folder / name).mkdir()
         module, before = STAGES[stage]
         words = [*COMMON, *own, "--per_device_train_batch_size"]
-        run_stage(stage, run_dir / before, alone / name, *words, "4")
+        history = run_stage(stage, run_dir / before, alone / name, *words, "4").state.log_history
+        logged[name] = [entry for entry in history if "loss" in entry][-1]
         listed[name] = [module, stage_words(stage, run_dir / before, shared / name, *words, "2")]
     (shared / "stages.json").write_text(json.dumps(listed))
     ran = launch(shared / "stages.json", datasets_cache)
+    (alone / "logged.json").write_text(json.dumps(logged))
+    (shared / "logged.json").write_text(json.dumps({each["name"]: each.pop("logged") for each in ran}))
     assert ran == [{"name": name, "processes": 2, "mode": "distributed", "backend": "gloo"} for name in RUNS]
     return alone, shared
 
@@ -113,3 +116,13 @@ def test_two_processes_train_the_attention_of_one(outputs, run_stage, run_dir, t
     moved = {key: (tensor - start[key]).abs().max().item() for key, tensor in alone.items()}
     # biases that shift the scores of all tokens equally have no gradient
     assert min(moved[key] for key in moved if key.endswith("weight")) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["mmd", "ot", "ot_att"])
+def test_two_processes_log_the_parts_of_one(outputs, name):
+    alone, shared = (json.loads((folder / "logged.json").read_text())[name] for folder in outputs)
+    assert alone.keys() == shared.keys() >= {"clips_per_second", "memory_gb", "token_mmd", "token_sliced_wasserstein"}
+    # max_gap is the largest of a batch, and the batches differ.
+    own = {"epoch", "step", "clips_per_second", "memory_gb", "transport_share", "max_gap"}
+    expected = {key: value for key, value in alone.items() if key not in own}
+    assert {key: shared[key] for key in expected} == pytest.approx(expected, rel=1e-3)

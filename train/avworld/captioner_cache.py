@@ -85,7 +85,8 @@ def pretrained_captioner(config: Path, overrides: list[str] | None = None) -> Pa
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".captioner-") as unfinished:
             output = Path(unfinished) / "captioner"
-            pretrain_captioner.main([str(config), *overrides, "--output_dir", str(output)])
+            words = ["--output_dir", str(output), "--report_to", "none"]
+            pretrain_captioner.main([str(config), *overrides, *words])
             try:
                 os.replace(output, folder)
             except OSError:  # another process has cached the same captioner

@@ -48,6 +48,8 @@ class TokenViewTrainer(CaptioningTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         repetition = repetition_unlikelihood(outputs["logits"], inputs["labels"], self.words, num_items_in_batch)
+        if model.training:
+            self.monitor.add({"cross_entropy": loss, "unlikelihood": repetition})
         loss = loss + self.unlikelihood * repetition
         return (loss, outputs) if return_outputs else loss
 

@@ -15,15 +15,19 @@ from dali_llava.modeling import LlavaAudioTowers
 from dali_llava.train.arguments import COUPLED_ADAM
 from dali_llava.train.base_model import train_only
 
+from .distances import TokenDistances
 from .stage import StageTrainer
 
 
 @dataclass
 class AlignmentOutput(ModelOutput):
-    """Output of `AlignmentModel`: the `loss` to minimise and the objective's `logs`."""
+    """Output of `AlignmentModel`: the `loss` to minimise and the objective's `logs`, or the tokens."""
 
     loss: torch.Tensor | None = None
     logs: dict | None = None
+    audio_tokens: torch.Tensor | None = None
+    image_tokens: torch.Tensor | None = None
+    audio_mask: torch.Tensor | None = None
 
 
 class AlignmentModel(nn.Module):
@@ -49,7 +53,12 @@ class AlignmentModel(nn.Module):
         return self
 
     def forward(
-        self, pixel_values=None, input_features=None, input_features_mask=None, image_tokens=None
+        self,
+        pixel_values=None,
+        input_features=None,
+        input_features_mask=None,
+        image_tokens=None,
+        return_tokens: bool = False,
     ) -> AlignmentOutput:
         """
         Compute the objective of a batch.
@@ -59,6 +68,8 @@ class AlignmentModel(nn.Module):
             input_features: (B, frames, mels).
             input_features_mask: (B, frames), True for frames that count; all by default.
             image_tokens: (B, N, width), output of the vision tower.
+            return_tokens: whether to return `audio_tokens` (B, Na, width), `image_tokens` (B, N, width) and
+                `audio_mask` (B, Na) in place of the loss.
         """
         towers = self.towers
         if image_tokens is None:
@@ -66,6 +77,8 @@ class AlignmentModel(nn.Module):
                 image_tokens = towers.encode_image(pixel_values)
         audio_tokens = towers.encode_audio(input_features, input_features_mask)
         audio_mask = None if input_features_mask is None else towers.audio_tower.token_mask(input_features_mask)
+        if return_tokens:
+            return AlignmentOutput(audio_tokens=audio_tokens, image_tokens=image_tokens, audio_mask=audio_mask)
         output = self.objective(audio_tokens, image_tokens, audio_mask=audio_mask)
         return AlignmentOutput(loss=output.loss, logs=output.logs)
 
@@ -103,6 +116,8 @@ class AlignmentTrainer(StageTrainer):
         super().__init__(model=model, pretrained=model.towers, **kwargs)
         if hasattr(model.objective, "set_epoch"):
             self.add_callback(ScheduleEpochs(model.objective, self.args.schedule_epochs))
+        if self.args.distance_steps:
+            self.add_callback(TokenDistances(self, self.args.distance_steps))
         self.loss_is_scaled_for_ga = False  # a mean over the pairs of a batch, not a sum over tokens
 
     def create_optimizer(self, model=None):
@@ -170,6 +185,6 @@ class AlignmentTrainer(StageTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = model(**inputs)
-        if self.state.global_step % max(1, int(self.state.logging_steps or 1)) == 0:
-            self.log({name: float(value) for name, value in output.logs.items()})
+        if model.training:
+            self.monitor.add(output.logs, scale=1 / self.current_gradient_accumulation_steps)
         return (output.loss, output) if return_outputs else output.loss

@@ -1,5 +1,6 @@
 """Next-token training on captions, for the prefix and the audio projector."""
 
+from .samples import SampleCaptions
 from .stage import StageTrainer
 
 
@@ -8,3 +9,5 @@ class CaptioningTrainer(StageTrainer):
 
     def __init__(self, model, **kwargs):
         super().__init__(model=model, pretrained=model, **kwargs)
+        if steps := getattr(self.args, "sample_steps", 0):
+            self.add_callback(SampleCaptions(self, steps))

@@ -19,6 +19,7 @@ from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.modeling.stage_checkpoint import load_stage_weights
 from dali_llava.train.trainers.checkpoints import replace_folder, requested_engine, write_manifest
 from dali_llava.train.trainers.interruption import Interruption
+from dali_llava.train.trainers.monitoring import StageProgress, StepMonitor
 from dali_llava.train.trainers.objective import read_objective, write_objective
 from dali_llava.train.trainers.weights import gather_weights, set_weights
 
@@ -28,15 +29,6 @@ TRAINER_STATE = "trainer_state.json"
 
 class NonFiniteLossError(ValueError):
     """The loss is NaN or infinite."""
-
-
-class StageProgress(ProgressCallback):
-    """Progress bar on stderr with the last loss; stdout is reserved for results."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {name: f"{logs[name]:.4g}" for name in ("loss", "eval_loss") if name in logs}
-            self.training_bar.set_postfix(shown)
 
 
 class StageMixin:
@@ -62,6 +54,8 @@ class StageMixin:
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageProgress)
         self.remove_callback(PrinterCallback)
+        self.monitor = StepMonitor()
+        self.add_callback(self.monitor)
 
     def train_and_save(self):
         """
@@ -79,8 +73,16 @@ class StageMixin:
         """Number of clips that this rank could not open and replaced; see `ClipOpener`."""
         return self.data_collator.opener.broken if hasattr(self.data_collator, "opener") else 0
 
+    def get_batch_samples(self, *args, **kwargs):
+        self.monitor.start_step()
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.monitor.count(batches)
+        return batches, num_items
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log as `Trainer.log` does, with `broken_clips` if there are any."""
+        """Log as `Trainer.log` does, with the monitor's entry in training, and `broken_clips` if there are any."""
+        if "loss" in logs:
+            logs = {**self.monitor.entry(self.accelerator), **logs}
         super().log(logs | {"broken_clips": self.broken_clips} if self.broken_clips else logs, *args, **kwargs)
 
     def summary(self) -> str:
