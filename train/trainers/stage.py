@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.modeling.stage_checkpoint import STAGE_WEIGHTS
+from dali_llava.train.data.draws import DrawsEpoch
 from dali_llava.train.trainers.checkpoints import replace_folder, requested_engine, write_manifest
 from dali_llava.train.trainers.interruption import Interruption
 from dali_llava.train.trainers.objective import read_objective, write_objective
@@ -62,6 +63,8 @@ class StageMixin:
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageProgress)
         self.remove_callback(PrinterCallback)
+        if hasattr(self.data_collator, "draws"):
+            self.add_callback(DrawsEpoch(self.data_collator.draws))
 
     def train_and_save(self):
         """
