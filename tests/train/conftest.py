@@ -111,6 +111,7 @@ def view_rows(rows, avworld_processor):
     def view_rows(seen: list[bool]) -> list[dict]:
         corpus = [
             {
+                "id": row["id"],
                 "frames": row["frames"][:1] if see else [],
                 "dialogues": [{"question": row["question"], "answer": row["answer"]}],
             }

@@ -85,7 +85,7 @@ def image_tokens() -> torch.Tensor:
 @pytest.mark.parametrize("view", [(True, 0), (False, 50), (True, 41)])
 def test_token_views_have_their_placeholders(avworld_processor, rows, view_rows, image_tokens, view, monkeypatch):
     collator = TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64))
-    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: view)
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self, generator: view)
     mixed = view_rows([True, False, True, True])
     batch = collator(mixed)
     placeholders = (batch["input_ids"] == avworld_processor.image_token_id).sum(-1).tolist()
@@ -103,7 +103,7 @@ def test_pictures_follow_the_batchs_order(avworld_processor, view_rows, image_to
 
 
 def test_two_pictures_of_one_row_are_one_set_of_tokens(avworld_processor, view_rows, image_tokens, monkeypatch):
-    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 5))
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self, generator: (True, 5))
     dialogues = view_rows([True] * 4)
     dialogues[1]["pictures"] = [1, 3]
     batch = TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64))(dialogues[:2])
@@ -114,7 +114,7 @@ def test_two_pictures_of_one_row_are_one_set_of_tokens(avworld_processor, view_r
 
 def test_view_of_the_grid_is_what_the_processor_writes(avworld_processor, rows, view_rows, image_tokens, monkeypatch):
     """Ids, padding and labels equal those of plain captioning."""
-    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self, generator: (True, 0))
     batch = TokenViewCollator(avworld_processor, image_tokens, drawn=(36, 64))(view_rows([True] * 4))
     plain = CaptionCollator(avworld_processor, image=True)(rows)
     assert plain["attention_mask"].min() == 0

@@ -94,14 +94,14 @@ def trainer(captioner, avworld_processor, rows, tmp_path) -> TokenViewTrainer:
 
 
 def test_loss_of_the_grid_is_plain_captionings(trainer, captioner, avworld_processor, rows, view_rows, monkeypatch):
-    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self, generator: (True, 0))
     loss = trainer.compute_loss(captioner, trainer.data_collator(view_rows([True] * 4)))
     plain = CaptionCollator(avworld_processor, image=True, frame=0)(rows)
     assert torch.equal(loss, captioner(**plain).loss)
 
 
 def test_loss_is_of_the_tokens_drawn(trainer, captioner, avworld_processor, rows, view_rows, monkeypatch):
-    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (False, 40))
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self, generator: (False, 40))
     batch = trainer.data_collator(view_rows([True] * 4))
     torch.manual_seed(5)
     loss = trainer.compute_loss(captioner, dict(batch))
@@ -115,7 +115,7 @@ def test_loss_is_of_the_tokens_drawn(trainer, captioner, avworld_processor, rows
 
 
 def test_unlikelihood_of_repetition_is_added(trainer, captioner, view_rows, monkeypatch):
-    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self, generator: (True, 0))
     batch = trainer.data_collator(view_rows([True] * 4))
     count = (batch["labels"] != -100).sum()
     words = torch.arange(captioner.config.text_config.vocab_size) % 2 == 0
@@ -135,7 +135,7 @@ def test_rows_of_text_alone_train_too(trainer, captioner, view_rows):
 
 def test_pictures_of_a_mixed_batch_stay_with_their_rows(trainer, captioner, view_rows, monkeypatch):
     """The loss of a batch is the mean of the losses of its rows, weighted by the number of answer tokens."""
-    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self: (True, 0))
+    monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self, generator: (True, 0))
     dialogues = view_rows([True, False, True, True])
     losses = [trainer.compute_loss(captioner, trainer.data_collator([row])) for row in dialogues]
     lengths = torch.tensor([len(row["answer_ids"]) for row in dialogues])
@@ -146,7 +146,7 @@ def test_pictures_of_a_mixed_batch_stay_with_their_rows(trainer, captioner, view
 
 def test_projector_learns_from_every_view(trainer, captioner, view_rows, monkeypatch):
     for view in ((True, 0), (False, 40), (True, 40)):
-        monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self, view=view: view)
+        monkeypatch.setattr(TokenViewCollator, "draw_view", lambda self, generator, view=view: view)
         captioner.zero_grad()
         trainer.compute_loss(captioner, trainer.data_collator(view_rows([True] * 4))).backward()
         assert all(weight.grad.any() for weight in captioner.model.multi_modal_projector.parameters()), view
