@@ -13,6 +13,7 @@ from dali_llava.train import align, distill, prefix_tune
 from dali_llava.train.avworld import pretrain_captioner, pretrain_tower
 from dali_llava.train.avworld.pretrain_captioner import tokenize_dialogues
 from dali_llava.train.command_line import CONFIGS
+from dali_llava.train.data.draws import Draws
 
 
 AVWORLD = CONFIGS / "avworld"
@@ -102,6 +103,12 @@ def rows() -> list[dict]:
     """Four rows of AVWorld with audio, frames, captions, a question and an answer."""
     rows = [make_row("shots", index) for index in range(4)]
     return [row | {"question": SOUND_PROMPT, "answer": row["captions"][index]} for index, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="session")
+def generators():
+    """`generators(count, seed=0)`: random generators of a batch of `count` rows."""
+    return lambda count, seed=0: Draws(seed)([{"id": str(index)} for index in range(count)])
 
 
 @pytest.fixture
