@@ -19,6 +19,7 @@ from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.collators import AlignmentCollator
 from dali_llava.train.data.corpus import open_rows, shuffled, with_features
+from dali_llava.train.data.draws import Draws
 from dali_llava.train.losses import LOSSES, AlignmentLoss
 from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
@@ -70,7 +71,13 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
         model=AlignmentModel(towers, objective),
         args=arguments,
         train_dataset=shuffled(rows, arguments),
-        data_collator=AlignmentCollator(processor, arguments.augmentation(), arguments.frame, opener=ClipOpener(rows)),
+        data_collator=AlignmentCollator(
+            processor,
+            arguments.augmentation(),
+            arguments.frame,
+            ClipOpener(rows),
+            Draws(arguments.seed, arguments.streaming),
+        ),
         processing_class=processor,
         stage=f"align:{arguments.objective}",
     ).train_and_save()

@@ -22,6 +22,7 @@ from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.collators import CaptionCollator
 from dali_llava.train.data.corpus import load_rows
+from dali_llava.train.data.draws import Draws
 from dali_llava.train.data.pseudo_captions import PseudoCaptions
 from dali_llava.train.trainers import CaptioningTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
         model=captioner,
         args=arguments,
         train_dataset=rows,
-        data_collator=CaptionCollator(processor, audio=True, opener=ClipOpener(rows)),
+        data_collator=CaptionCollator(processor, audio=True, opener=ClipOpener(rows), draws=Draws(arguments.seed)),
         processing_class=processor,
         stage="distill",
     ).train_and_save()

@@ -14,6 +14,7 @@ from dali_llava.train.base_model import check_base, load_base, train_only
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.collators import CaptionCollator
 from dali_llava.train.data.corpus import load_rows
+from dali_llava.train.data.draws import Draws
 from dali_llava.train.trainers import CaptioningTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
 
@@ -36,7 +37,9 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
         model=captioner,
         args=arguments,
         train_dataset=rows,
-        data_collator=CaptionCollator(processor, image=True, prefix=True, frame=arguments.frame),
+        data_collator=CaptionCollator(
+            processor, image=True, prefix=True, frame=arguments.frame, draws=Draws(arguments.seed)
+        ),
         processing_class=processor,
         stage="prefix",
     ).train_and_save()

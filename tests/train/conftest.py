@@ -13,6 +13,7 @@ from dali_llava.train import align, distill, prefix_tune
 from dali_llava.train.avworld import pretrain_captioner, pretrain_tower
 from dali_llava.train.avworld.pretrain_captioner import tokenize_dialogues
 from dali_llava.train.command_line import CONFIGS
+from dali_llava.train.data.draws import Draws
 
 
 AVWORLD = CONFIGS / "avworld"
@@ -105,6 +106,12 @@ def rows() -> list[dict]:
     return [row | {"question": SOUND_PROMPT, "answer": row["captions"][index]} for index, row in enumerate(rows)]
 
 
+@pytest.fixture(scope="session")
+def generators():
+    """`generators(count, seed=0)`: random generators of a batch of `count` rows."""
+    return lambda count, seed=0: Draws(seed)([{"id": str(index)} for index in range(count)])
+
+
 @pytest.fixture
 def view_rows(rows, avworld_processor):
     """`view_rows(seen)`: the tokenized dialogues of the rows, with an image for each row whose `seen` is True."""
@@ -112,6 +119,7 @@ def view_rows(rows, avworld_processor):
     def view_rows(seen: list[bool]) -> list[dict]:
         corpus = [
             {
+                "id": row["id"],
                 "frames": row["frames"][:1] if see else [],
                 "dialogues": [{"question": row["question"], "answer": row["answer"]}],
             }

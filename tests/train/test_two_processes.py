@@ -34,9 +34,7 @@ COMMON = [
     # full step.
     *("--adam_epsilon", "1e-5"),
 ]
-STILL = ["--augmentation_noise", "0", "--augmentation_roll", "0"]
 ALIGNMENT = [
-    *(*STILL, "--frame", "0"),
     # Epochs 1 to 3: from the third step on, lambda applies and the attention learns.
     *("--schedule_epochs", "3", "--objective_learning_rate", "2e-3"),
 ]
@@ -45,9 +43,10 @@ OPTIONS = {
     "token_assignment": ["--max_steps", "24"],  # its gradients are small, as those of the tower below
 }
 RUNS = {
-    "prefix": ("prefix", ["--frame", "0"]),
+    "prefix": ("prefix", []),
     # Its gradients are small relative to COMMON's epsilon, so that every weight changes only after more steps.
-    "tower": ("tower", [*STILL, "--augmentation_equaliser", "0", "--augmentation_mix", "0", "--max_steps", "12"]),
+    # A process mixes the clips of its own half of the batch only.
+    "tower": ("tower", ["--augmentation_mix", "0", "--max_steps", "18"]),
     "distilled": ("distilled", []),
 } | {
     objective: ("aligned", [*ALIGNMENT, "--objective", objective, *OPTIONS.get(objective, [])]) for objective in LOSSES

@@ -30,6 +30,7 @@ from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import open_frame
 from dali_llava.train.data.collators import pixel_values
 from dali_llava.train.data.corpus import load_rows
+from dali_llava.train.data.draws import Draws
 from dali_llava.train.trainers.checkpoints import check_resume
 
 
@@ -93,17 +94,22 @@ def tokenize_dialogues(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset
     Tokenize dialogues.
 
     Args:
-        rows: rows with `frames` and a list of `dialogues`.
+        rows: rows with `id`, `frames` and a list of `dialogues`.
         processor: processor of the captioner.
 
     Returns:
-        one row per dialogue, with `pictures` (indices of its frames, counted over all rows), `prompt_ids` and
-        `answer_ids`.
+        one row per turn of a dialogue, with `id`, `pictures` (indices of its frames, counted over all rows),
+        `prompt_ids` and `answer_ids`.
     """
     tokenizer = processor.tokenizer
     first = [0, *accumulate(len(frames) for frames in rows["frames"])]
 
     def split(batch: dict, indices: list[int]) -> dict:
+        names = [
+            f"{name}/{turn}"
+            for name, dialogue in zip(batch["id"], batch["dialogues"], strict=True)
+            for turn in range(len(dialogue))
+        ]
         turns = [
             (list(range(first[index], first[index + 1])), turn["question"], turn["answer"])
             for index, dialogue in zip(indices, batch["dialogues"], strict=True)
@@ -117,7 +123,8 @@ def tokenize_dialogues(rows: Dataset, processor: LlavaAudioProcessor) -> Dataset
         answer_ids = [
             ids[len(prompt) :] for ids, prompt in zip(tokenizer(texts)["input_ids"], prompt_ids, strict=True)
         ]
-        return {"pictures": [shown for shown, *_ in turns], "prompt_ids": prompt_ids, "answer_ids": answer_ids}
+        pictures = [shown for shown, *_ in turns]
+        return {"id": names, "pictures": pictures, "prompt_ids": prompt_ids, "answer_ids": answer_ids}
 
     columns = rows.column_names
     return rows.map(split, batched=True, with_indices=True, remove_columns=columns, desc="Dialogues")
@@ -156,7 +163,7 @@ def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArg
         stage="vision",
         args=arguments,
         train_dataset=rows.filter(lambda frames: len(frames) == 1, input_columns="frames", desc="Pictures"),
-        data_collator=WordCollator(processor),
+        data_collator=WordCollator(processor, Draws(arguments.seed)),
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     return trainer
@@ -184,7 +191,7 @@ def main(argv: list[str] | None = None) -> WordTrainer | TokenViewTrainer:
         args=arguments,
         train_dataset=dialogues,
         data_collator=TokenViewCollator(
-            processor, encode_pictures(captioner, processor, rows), drawn=(heard // 2, heard)
+            processor, encode_pictures(captioner, processor, rows), (heard // 2, heard), Draws(arguments.seed)
         ),
         processing_class=processor,
         stage="captioner",

@@ -19,6 +19,7 @@ from dali_llava.train.base_model import check_base, load_base
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.corpus import open_rows, shuffled, with_features
+from dali_llava.train.data.draws import Draws
 from dali_llava.train.trainers import StageTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
 
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> StageTrainer:
     if arguments.cache_features:
         rows = with_features(rows, towers, processor)
     augmentation = arguments.augmentation(mix=arguments.augmentation_mix, unit=processor.feature_extractor.std)
-    collator = SoundCollator(processor, augmentation, opener=ClipOpener(rows))
+    draws = Draws(arguments.seed, arguments.streaming)
+    collator = SoundCollator(processor, augmentation, ClipOpener(rows), draws)
     train_dataset = shuffled(rows, arguments)
     examples = collator(list(islice(train_dataset, arguments.examples)))["input_features"]
     objective = StatisticsLoss(towers.config.audio_config.output_size, examples)

@@ -11,8 +11,9 @@ from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.train.arguments import SoundArguments
 from dali_llava.train.base_model import train_only
 from dali_llava.train.data.augmentation import Augmentation
-from dali_llava.train.data.clips import ClipOpener
+from dali_llava.train.data.clips import ClipOpener, Row
 from dali_llava.train.data.collators import input_features
+from dali_llava.train.data.draws import Draws
 
 from .statistics import StatisticsLoss
 
@@ -52,23 +53,28 @@ class TowerModel(nn.Module):
 @dataclass
 class SoundCollator:
     """
-    Collates rows into `input_features` (B, frames, mels). Rows of `with_features` already hold them.
+    Collates rows into `id` and `input_features` (B, frames, mels). Rows of `with_features` already hold them.
 
     Args:
         processor: processor of the model to train.
         augmentation: augmentation of the spectrograms.
         opener: opens the media and replaces broken rows.
+        draws: random generators of the rows.
     """
 
     processor: LlavaAudioProcessor
     augmentation: Augmentation = Augmentation()
     opener: ClipOpener = field(default_factory=ClipOpener)
+    draws: Draws = field(default_factory=Draws)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        generators = self.draws(rows)
         if "input_features" in rows[0]:
             sounds = torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
         else:
             rate = self.processor.feature_extractor.sampling_rate
-            clips = self.opener(rows, audio=True, sampling_rate=rate)
+            clips = self.opener(rows, generators, audio=True, sampling_rate=rate)
+            rows = [clip.row for clip in clips]
             sounds = input_features([clip.audio for clip in clips], self.processor)
-        return {"input_features": self.augmentation(sounds)}
+        names = [row["id"] for row in rows]
+        return {"id": names, "input_features": self.augmentation(sounds, generators)}

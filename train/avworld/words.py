@@ -1,14 +1,15 @@
 """Training of the vision tower before the captioner, on pictures and their nouns, as CLIP is trained before LLaVA."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from dali_llava.processing import LlavaAudioProcessor
-from dali_llava.train.data.clips import open_frame
+from dali_llava.train.data.clips import Row, open_frame
 from dali_llava.train.data.collators import pixel_values
+from dali_llava.train.data.draws import Draws
 from dali_llava.train.trainers.stage import StageTrainer
 
 
@@ -55,14 +56,24 @@ def word_loss(
 
 @dataclass
 class WordCollator:
-    """Collates rows with `frames` and `visible` into `pixel_values` and `words` (B, vocabulary), 1 for nouns shown."""
+    """
+    Collates rows with `id`, `frames` and `visible` into `id`, `pixel_values` of a random frame and `words` (B,
+    vocabulary), 1 for nouns shown.
+
+    Args:
+        processor: processor of the model to train.
+        draws: random generators of the rows.
+    """
 
     processor: LlavaAudioProcessor
+    draws: Draws = field(default_factory=Draws)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
         words = torch.zeros(len(rows), len(tokenizer))
         nouns = [" ".join(row["visible"]) for row in rows]
         for index, ids in enumerate(tokenizer(nouns, add_special_tokens=False)["input_ids"]):
             words[index, ids] = 1.0
-        return {"pixel_values": pixel_values([open_frame(row) for row in rows], self.processor), "words": words}
+        frames = [open_frame(row, generator) for row, generator in zip(rows, self.draws(rows), strict=True)]
+        names = [row["id"] for row in rows]
+        return {"id": names, "pixel_values": pixel_values(frames, self.processor), "words": words}

@@ -1,33 +1,44 @@
 """Augmentation of spectrograms in training: DALI's own, and stronger augmentation for small sets of recordings."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
-def augment_spectrograms(features: torch.Tensor, noise: float = 0.1, roll: int | None = None) -> torch.Tensor:
+Generators = Sequence[np.random.Generator]
+
+
+def augment_spectrograms(
+    features: torch.Tensor, generators: Generators, noise: float = 0.1, roll: int | None = None
+) -> torch.Tensor:
     """
     Augment normalised spectrograms with noise and rolling, as in the reference implementation of DALI.
 
     Args:
         features: (B, frames, mels).
+        generators: random generators of the clips.
         noise: maximum amplitude. Uniform noise in [0, a) is added to each clip, with a drawn from U(0, noise).
         roll: maximum number of frames by which each clip is rolled in time, padding included; by default all frames.
 
     Returns:
         (B, frames, mels), a new tensor.
     """
-    batch, frames, _ = features.shape
-    roll = frames if roll is None else roll
-    amplitude = noise * torch.rand(batch, 1, 1)
-    shift = torch.randint(-roll, roll + 1, (batch, 1))
-    index = (torch.arange(frames) - shift) % frames
-    rolled = features.gather(1, index.unsqueeze(-1).expand_as(features))
-    return rolled + amplitude * torch.rand_like(rolled)
+    roll = features.shape[1] if roll is None else roll
+    augmented = torch.empty_like(features)
+    for clip, target, generator in zip(features, augmented, generators, strict=True):
+        target.copy_(clip.roll(int(generator.integers(-roll, roll + 1)), dims=0))
+        if noise:
+            amplitude = noise * generator.random()
+            target.add_(torch.from_numpy(generator.random(clip.shape, dtype=np.float32)), alpha=amplitude)
+    return augmented
 
 
-def equalise_spectrograms(features: torch.Tensor, strength: float, knots: int = 5) -> torch.Tensor:
+def equalise_spectrograms(
+    features: torch.Tensor, generators: Generators, strength: float, knots: int = 5
+) -> torch.Tensor:
     """
     Apply a random gain per mel bin, which simulates another microphone or room.
 
@@ -35,26 +46,34 @@ def equalise_spectrograms(features: torch.Tensor, strength: float, knots: int = 
 
     Args:
         features: (B, frames, mels), normalised log powers.
+        generators: random generators of the clips.
         strength: standard deviation of the gains, in the unit of the features.
         knots: number of knots, at least 2, evenly spaced from the first to the last mel bin.
 
     Returns:
         (B, frames, mels), a new tensor.
     """
-    batch, _, mels = features.shape
-    gains = strength * torch.randn(batch, knots)
+    mels = features.shape[-1]
+    deviates = [generator.standard_normal(knots, dtype=np.float32) for generator in generators]
+    gains = strength * torch.from_numpy(np.stack(deviates))
     position = torch.linspace(0, knots - 1, mels)
     left = position.long().clamp(max=knots - 2)
     share = (1 - torch.cos(torch.pi * (position - left))) / 2
     return features + (gains[:, left] * (1 - share) + gains[:, left + 1] * share)[:, None]
 
 
-def mix_spectrograms(features: torch.Tensor, share: float, unit: float = 1.0, faintest: float = -12.0) -> torch.Tensor:
+def mix_spectrograms(
+    features: torch.Tensor, generators: Generators, share: float, unit: float = 1.0, faintest: float = -12.0
+) -> torch.Tensor:
     """
     Mix clips of a batch by adding their powers.
 
+    The clips are ordered at random, and each clip is added to the one before it, the first to the last. The other clip
+    depends on the clips of the batch, but not on their order.
+
     Args:
         features: (B, frames, mels), log powers, shifted and divided by `unit`.
+        generators: random generators of the clips.
         share: probability that another clip is added to a clip.
         unit: one unit of the features in nats, which is the standard deviation used for normalisation.
         faintest: lowest level of the added clip in dB. The level is drawn from U(faintest, 0).
@@ -62,11 +81,14 @@ def mix_spectrograms(features: torch.Tensor, share: float, unit: float = 1.0, fa
     Returns:
         (B, frames, mels), a new tensor.
     """
-    batch = len(features)
-    level = faintest * torch.rand(batch, 1, 1) * math.log(10) / 10
-    others = features[torch.randperm(batch)]
-    mixed = torch.logaddexp(unit * features, unit * others + level) / unit
-    return torch.where(torch.rand(batch, 1, 1) < share, mixed, features)
+    draws = np.stack([generator.random(3, dtype=np.float32) for generator in generators], axis=1)
+    place, level, chance = torch.from_numpy(draws)
+    order = place.argsort()
+    others = torch.empty_like(order)
+    others[order] = order.roll(-1)
+    level = faintest * level[:, None, None] * math.log(10) / 10
+    mixed = torch.logaddexp(unit * features, unit * features[others] + level) / unit
+    return torch.where(chance[:, None, None] < share, mixed, features)
 
 
 @dataclass(frozen=True)
@@ -74,7 +96,7 @@ class Augmentation:
     """
     Augmentation of normalised spectrograms (B, frames, mels): mixing, equalising, rolling and noise, in this order.
 
-    Mixing and equalising draw random numbers only if they are enabled.
+    Except for mixing, the augmentation of a clip depends on its own generator only.
 
     Args:
         noise: `noise` of `augment_spectrograms`; 0 adds no noise.
@@ -90,12 +112,13 @@ class Augmentation:
     mix: float = 0.0
     unit: float = 1.0
 
-    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+    def __call__(self, features: torch.Tensor, generators: Generators) -> torch.Tensor:
+        """Augment clips (B, frames, mels) with the random `generators` of the clips."""
         if self.mix:
-            features = mix_spectrograms(features, self.mix, self.unit)
+            features = mix_spectrograms(features, generators, self.mix, self.unit)
         if self.equaliser:
-            features = equalise_spectrograms(features, self.equaliser)
-        return augment_spectrograms(features, self.noise, self.roll)
+            features = equalise_spectrograms(features, generators, self.equaliser)
+        return augment_spectrograms(features, generators, self.noise, self.roll)
 
 
 UNCHANGED = Augmentation(noise=0.0, roll=0)

@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from PIL import Image
 
 from dali_llava.processing.corpora.rows import count_frames, open_audio, open_frames
@@ -21,9 +20,10 @@ Row = Mapping[str, Any]
 MOST_IN_A_ROW = 100  # consecutive broken clips before an error is raised
 
 
-def open_frame(row: Row, second: int | None = None) -> Image.Image:
-    """Open a frame of a row as an RGB image, by default at a random second; raises MediaError as `open_frames`."""
-    second = int(torch.randint(count_frames(row), ())) if second is None else second
+def open_frame(row: Row, second: int | np.random.Generator) -> Image.Image:
+    """Open the frame of a row at a second, or at one that a generator draws; raises MediaError as `open_frames`."""
+    if isinstance(second, np.random.Generator):
+        second = int(second.integers(count_frames(row)))
     return open_frames(row, [second])[0]
 
 
@@ -62,6 +62,7 @@ class ClipOpener:
     def __call__(
         self,
         rows: Sequence[Row],
+        generators: Sequence[np.random.Generator],
         *,
         image: bool = False,
         audio: bool = False,
@@ -73,6 +74,7 @@ class ClipOpener:
 
         Args:
             rows: rows of a corpus.
+            generators: random generators of the rows, for the frame and the replacement of a broken clip.
             image: whether to open a frame.
             audio: whether to open the audio.
             second: time of the frame in seconds, random by default. A clip that ends before it is broken.
@@ -82,17 +84,21 @@ class ClipOpener:
             MediaError: if a clip is broken and `spares` is None, or if 100 consecutive clips are broken.
         """
 
-        def opened(row: Row) -> OpenedClip:
-            return OpenedClip(
-                row, open_frame(row, second) if image else None, open_audio(row, sampling_rate) if audio else None
-            )
+        def opened(row: Row, generator: np.random.Generator) -> OpenedClip:
+            frame = open_frame(row, generator if second is None else second) if image else None
+            return OpenedClip(row, frame, open_audio(row, sampling_rate) if audio else None)
 
-        return [self._try(opened, row) for row in rows]
+        return [self._try(opened, row, generator) for row, generator in zip(rows, generators, strict=True)]
 
-    def _try(self, opened: Callable[[Row], OpenedClip], row: Row) -> OpenedClip:
+    def _try(
+        self,
+        opened: Callable[[Row, np.random.Generator], OpenedClip],
+        row: Row,
+        generator: np.random.Generator,
+    ) -> OpenedClip:
         for _ in range(MOST_IN_A_ROW):
             try:
-                return opened(row)
+                return opened(row, generator)
             except MediaError as error:
                 if self.spares is None:
                     raise
@@ -100,12 +106,12 @@ class ClipOpener:
                     self._count.value += 1
                 logger.warning("%s; the clip is replaced with another one", error)
                 last = error
-                row = self._draw()
+                row = self._draw(generator)
         raise MediaError(f"{MOST_IN_A_ROW} consecutive clips cannot be opened; last error: {last}") from last
 
-    def _draw(self) -> Row:
+    def _draw(self, generator: np.random.Generator) -> Row:
         if isinstance(self.spares, datasets.Dataset):
-            return self.spares[int(torch.randint(len(self.spares), ()))]
+            return self.spares[int(generator.integers(len(self.spares)))]
         if self._stream is None:
             self._stream = iter(self.spares)
         return next(self._stream)

@@ -1,15 +1,17 @@
 """Collators that turn rows of a corpus into batches for captioning and for alignment."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from dali_llava.processing import LlavaAudioProcessor
-from dali_llava.train.data.augmentation import Augmentation
-from dali_llava.train.data.clips import ClipOpener
+from dali_llava.train.data.augmentation import UNCHANGED, Augmentation
+from dali_llava.train.data.clips import ClipOpener, Row
+from dali_llava.train.data.draws import Draws
 
 
 IGNORED = -100  # label that cross-entropy ignores
@@ -50,10 +52,28 @@ def answer_labels(input_ids: torch.Tensor, tokenizer, prompts: list[str], texts:
     return labels
 
 
+def for_evaluation(collator, rows: Dataset):
+    """
+    Return a copy of a collator for evaluation, whose batches are the same in every evaluation.
+
+    It does not augment spectrograms. A random frame is the same in every evaluation.
+
+    Args:
+        collator: collator of the training batches.
+        rows: rows to evaluate on. They replace broken clips if the collator replaces them.
+    """
+    changes = {"draws": Draws(collator.draws.seed)}
+    if hasattr(collator, "augmentation"):
+        changes["augmentation"] = UNCHANGED
+    if hasattr(collator, "opener") and collator.opener.spares is not None:
+        changes["opener"] = replace(collator.opener, spares=rows)
+    return replace(collator, **changes)
+
+
 @dataclass
 class CaptionCollator:
     """
-    Collates rows with `question` and `answer` into `input_ids`, `labels` and media.
+    Collates rows with `id`, `question` and `answer` into `id`, `input_ids`, `labels` and media.
 
     The labels cover the answer and its end token.
 
@@ -64,6 +84,7 @@ class CaptionCollator:
         prefix: whether the prefix precedes the question.
         frame: index of the frame to show; random by default.
         opener: opens the media and replaces broken rows.
+        draws: random generators of the rows.
     """
 
     processor: LlavaAudioProcessor
@@ -72,10 +93,13 @@ class CaptionCollator:
     prefix: bool = False
     frame: int | None = None
     opener: ClipOpener = field(default_factory=ClipOpener)
+    draws: Draws = field(default_factory=Draws)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
         rate = self.processor.feature_extractor.sampling_rate
-        clips = self.opener(rows, image=self.image, audio=self.audio, second=self.frame, sampling_rate=rate)
+        clips = self.opener(
+            rows, self.draws(rows), image=self.image, audio=self.audio, second=self.frame, sampling_rate=rate
+        )
         rows = [clip.row for clip in clips]
         media = {"image": self.image, "audio": self.audio, "prefix": self.prefix}
         prompts = [self.processor.format_prompt(row["question"], **media) for row in rows]
@@ -89,13 +113,14 @@ class CaptionCollator:
             return_tensors="pt",
         )
         batch["labels"] = answer_labels(batch["input_ids"], self.processor.tokenizer, prompts, texts)
-        return dict(batch)
+        return {"id": [row["id"] for row in rows], **batch}
 
 
 @dataclass
 class AlignmentCollator:
     """
-    Collates rows into pairs of image and audio: `pixel_values` (B, 3, H, W) and `input_features` (B, frames, mels).
+    Collates rows into `id` and pairs of image and audio: `pixel_values` (B, 3, H, W) and `input_features` (B, frames,
+    mels).
 
     For rows of `with_features`, batches contain `image_tokens` (B, N, width) in place of `pixel_values`.
 
@@ -104,24 +129,29 @@ class AlignmentCollator:
         augmentation: augmentation of the spectrograms.
         frame: index of the frame to align with; random by default.
         opener: opens the media and replaces broken rows.
+        draws: random generators of the rows.
     """
 
     processor: LlavaAudioProcessor
     augmentation: Augmentation = Augmentation()
     frame: int | None = None
     opener: ClipOpener = field(default_factory=ClipOpener)
+    draws: Draws = field(default_factory=Draws)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        generators = self.draws(rows)
         if "image_tokens" in rows[0]:
-            sounds = self.augmentation(torch.stack([torch.as_tensor(row["input_features"]) for row in rows]))
-            tokens = [torch.as_tensor(row["image_tokens"]) for row in rows]
-            chosen = [int(torch.randint(len(frames), ())) if self.frame is None else self.frame for frames in tokens]
-            shown = torch.stack([frames[i] for frames, i in zip(tokens, chosen, strict=True)])
-            return {"image_tokens": shown, "input_features": sounds}
-        rate = self.processor.feature_extractor.sampling_rate
-        clips = self.opener(rows, image=True, audio=True, second=self.frame, sampling_rate=rate)
-        sounds = input_features([clip.audio for clip in clips], self.processor)
-        return {
-            "pixel_values": pixel_values([clip.image for clip in clips], self.processor),
-            "input_features": self.augmentation(sounds),
-        }
+            shown = [
+                row["image_tokens"][generator.integers(len(row["image_tokens"])) if self.frame is None else self.frame]
+                for row, generator in zip(rows, generators, strict=True)
+            ]
+            image = {"image_tokens": torch.stack([torch.as_tensor(tokens) for tokens in shown])}
+            sounds = torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
+        else:
+            rate = self.processor.feature_extractor.sampling_rate
+            clips = self.opener(rows, generators, image=True, audio=True, second=self.frame, sampling_rate=rate)
+            rows = [clip.row for clip in clips]
+            image = {"pixel_values": pixel_values([clip.image for clip in clips], self.processor)}
+            sounds = input_features([clip.audio for clip in clips], self.processor)
+        names = [row["id"] for row in rows]
+        return {"id": names, **image, "input_features": self.augmentation(sounds, generators)}

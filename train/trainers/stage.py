@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.modeling.stage_checkpoint import load_stage_weights
+from dali_llava.train.data.draws import DrawsEpoch
 from dali_llava.train.trainers.checkpoints import replace_folder, requested_engine, write_manifest
 from dali_llava.train.trainers.interruption import Interruption
 from dali_llava.train.trainers.monitoring import StageProgress, StepMonitor
@@ -56,6 +57,8 @@ class StageMixin:
         self.remove_callback(PrinterCallback)
         self.monitor = StepMonitor()
         self.add_callback(self.monitor)
+        if hasattr(self.data_collator, "draws"):
+            self.add_callback(DrawsEpoch(self.data_collator.draws))
 
     def train_and_save(self):
         """

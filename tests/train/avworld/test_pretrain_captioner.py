@@ -38,7 +38,9 @@ def corpus(rows) -> Dataset:
 
 def test_a_dialogue_becomes_a_row_a_turn(corpus, avworld_processor):
     turns = tokenize_dialogues(corpus, avworld_processor)
-    assert set(turns.column_names) == {"pictures", "prompt_ids", "answer_ids"}
+    assert set(turns.column_names) == {"id", "pictures", "prompt_ids", "answer_ids"}
+    names = [row["id"] for row in corpus]
+    assert turns["id"][:] == [f"{names[0]}/0", f"{names[0]}/1", f"{names[1]}/0", f"{names[3]}/0"]
     assert turns["pictures"][:] == [[0, 1], [0, 1], [], [4, 5]]
     tokenizer = avworld_processor.tokenizer
     said = [turn for dialogue in DIALOGUES for turn in dialogue]

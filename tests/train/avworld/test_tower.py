@@ -11,7 +11,7 @@ from dali_llava.train.data.augmentation import UNCHANGED
 def test_the_gradient_is_the_towers_and_the_workers(towers, avworld_processor, rows):
     batch = SoundCollator(avworld_processor, UNCHANGED)(rows)
     model = TowerModel(towers, StatisticsLoss(32, batch["input_features"]))
-    loss = model(**batch)["loss"]
+    loss = model(batch["input_features"])["loss"]
     tokens = towers.audio_tower(batch["input_features"]).last_hidden_state
     torch.testing.assert_close(loss, model.objective(tokens, batch["input_features"]))
     loss.backward()

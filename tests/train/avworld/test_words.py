@@ -31,7 +31,7 @@ def test_words_are_the_nouns_of_what_each_picture_shows(avworld_processor, rows)
     rows = [row | {"frames": row["frames"][:1]} for row in rows]
     batch = WordCollator(avworld_processor)(rows)
     tokenizer = avworld_processor.tokenizer
-    assert set(batch) == {"pixel_values", "words"}
+    assert set(batch) == {"id", "pixel_values", "words"} and batch["id"] == [row["id"] for row in rows]
     assert batch["words"].shape == (4, len(tokenizer)) and set(batch["words"].unique().tolist()) == {0.0, 1.0}
     assert torch.equal(batch["pixel_values"], pixel_values([open_frame(row, 0) for row in rows], avworld_processor))
     for present, row in zip(batch["words"], rows, strict=True):

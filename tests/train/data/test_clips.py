@@ -6,7 +6,6 @@ import logging
 import numpy as np
 import pytest
 import soundfile
-import torch
 from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -44,28 +43,27 @@ def number_of(clip) -> int:
     return number
 
 
-def test_what_was_asked_for_is_opened(corpus):
-    (clip,) = ClipOpener()([corpus[3]], image=True, audio=True, sampling_rate=8_000)
+def test_what_was_asked_for_is_opened(corpus, generators):
+    (clip,) = ClipOpener()([corpus[3]], generators(1), image=True, audio=True, sampling_rate=8_000)
     assert clip.audio.shape == (8_000,) and clip.audio.dtype == np.float32 and number_of(clip) == 3
-    (clip,) = ClipOpener()([corpus[1]], image=True)
+    (clip,) = ClipOpener()([corpus[1]], generators(1), image=True)
     assert clip.audio is None and clip.image.size == (8, 8)
-    (clip,) = ClipOpener()([corpus[1]])
+    (clip,) = ClipOpener()([corpus[1]], generators(1))
     assert clip.row == corpus[1] and clip.image is None
 
 
-def test_without_spares_a_broken_clip_is_an_error(corpus):
+def test_without_spares_a_broken_clip_is_an_error(corpus, generators):
     with pytest.raises(MediaError, match="clip 'clip 1': .*1.wav"):
-        ClipOpener()([corpus[0], corpus[1]], audio=True)
+        ClipOpener()([corpus[0], corpus[1]], generators(2), audio=True)
 
 
 @pytest.mark.parametrize("kind", ["dataset", "stream"])
-def test_another_clip_takes_the_place_of_a_broken_one(corpus, kind, caplog):
-    torch.manual_seed(0)
+def test_another_clip_takes_the_place_of_a_broken_one(corpus, generators, kind, caplog):
     opener = ClipOpener(corpus if kind == "dataset" else corpus.to_iterable_dataset(4).repeat(None))
     drawn = set()
     with caplog.at_level(logging.WARNING):
-        for _ in range(20):
-            clips = opener([corpus[2], corpus[4], corpus[7]], image=True, audio=True)
+        for seed in range(20):
+            clips = opener([corpus[2], corpus[4], corpus[7]], generators(3, seed), image=True, audio=True)
             first, other, last = map(number_of, clips)
             assert (first, last) == (2, 7) and other not in BROKEN
             drawn.add(other)
@@ -79,24 +77,25 @@ def test_another_clip_takes_the_place_of_a_broken_one(corpus, kind, caplog):
     )
 
 
-def test_the_draw_depends_on_the_seed_alone(corpus):
-    drawn = []
+def test_replacement_depends_on_the_generator_of_the_broken_row_alone(corpus, generators):
+    opener, drawn = ClipOpener(corpus), []
     for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        opener = ClipOpener(corpus)
-        drawn.append([number_of(*opener([corpus[1]], image=True, audio=True)) for _ in range(8)])
-    assert drawn[0] == drawn[1] != drawn[2]
+        clips = opener([corpus[1]] * 8, generators(8, seed), image=True, audio=True)
+        drawn.append([number_of(clip) for clip in clips])
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 1
+    others = generators(8)[3:]
+    assert [number_of(clip) for clip in opener([corpus[1]] * 5, others, image=True, audio=True)] == drawn[0][3:]
 
 
 @pytest.mark.parametrize("kind", ["dataset", "stream"])
-def test_workers_share_the_count(corpus, kind):
+def test_workers_share_the_count(corpus, generators, kind):
     opener = ClipOpener(corpus if kind == "dataset" else corpus.to_iterable_dataset(4).repeat(None))
     served = corpus if kind == "dataset" else corpus.to_iterable_dataset(4)
     loader = DataLoader(
         served,
         batch_size=2,
         num_workers=2,
-        collate_fn=lambda rows: [number_of(clip) for clip in opener(rows, image=True, audio=True)],
+        collate_fn=lambda rows: [number_of(clip) for clip in opener(rows, generators(2), image=True, audio=True)],
         multiprocessing_context="fork",
     )
     found = list(itertools.chain(*loader))
@@ -104,12 +103,12 @@ def test_workers_share_the_count(corpus, kind):
     assert set(found) >= {0, 2, 3, 6, 7} and opener.broken >= 3
 
 
-def test_a_corpus_of_broken_clips_ends(corpus):
+def test_a_corpus_of_broken_clips_ends(corpus, generators):
     opener = ClipOpener(corpus.select(BROKEN))
     with pytest.raises(
         MediaError, match=f"{MOST_IN_A_ROW} consecutive clips cannot be opened; last error: clip 'clip "
     ):
-        opener([corpus[1]], audio=True)
+        opener([corpus[1]], generators(1), audio=True)
     assert opener.broken == MOST_IN_A_ROW
 
 

@@ -46,17 +46,24 @@ def test_stored_image_tokens_are_every_frames(stored, captioner, avworld_process
 def test_stored_features_give_the_same_pairs(stored, captioner, avworld_processor, rows):
     collator = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)
     expected, batch = collator(rows), collator([stored[index] for index in range(len(rows))])
-    assert set(batch) == {"input_features", "image_tokens"}
+    assert set(batch) == {"id", "input_features", "image_tokens"} and batch["id"] == expected["id"]
     assert torch.equal(batch["input_features"], expected["input_features"])
     with torch.no_grad():
         tokens = captioner.eval().model.encode_image(expected["pixel_values"])
     torch.testing.assert_close(batch["image_tokens"], tokens, rtol=0, atol=1e-5)
 
 
-def test_augmented_pairs_draw_a_stored_frame(stored, avworld_processor):
+def test_augmented_pairs_are_the_same_from_stored_features_and_from_media(stored, captioner, avworld_processor, rows):
     collator = AlignmentCollator(avworld_processor)
-    torch.manual_seed(0)
-    drawn = [collator([stored[0]])["image_tokens"][0] for _ in range(40)]
+    expected, batch = collator(rows[:3]), collator([stored[index] for index in range(3)])
+    torch.testing.assert_close(batch["input_features"], expected["input_features"])
+    with torch.no_grad():
+        tokens = captioner.eval().model.encode_image(expected["pixel_values"])
+    torch.testing.assert_close(batch["image_tokens"], tokens, rtol=0, atol=1e-5)
+
+
+def test_augmented_pairs_draw_a_stored_frame(stored, avworld_processor):
+    drawn = AlignmentCollator(avworld_processor)([stored[0]] * 40)["image_tokens"]
     frames = torch.as_tensor(stored[0]["image_tokens"])
     chosen = {index for tokens in drawn for index, frame in enumerate(frames) if torch.equal(tokens, frame)}
     assert chosen == {0, 1, 2, 3}

@@ -116,7 +116,7 @@ def test_attention_waits_unchanged_through_the_first_epoch(make_trainer, towers,
     for epoch in (1, 1, 2):
         objective.set_epoch(epoch)
         optimizer.zero_grad()
-        trainer.model.train()(**batch).loss.backward()
+        trainer.model.train()(batch["pixel_values"], batch["input_features"]).loss.backward()
         optimizer.step()
         unchanged = [torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True)]
         assert all(unchanged) if epoch == 1 else not any(unchanged[:4])
@@ -192,16 +192,17 @@ def test_without_halving_the_rate_follows_the_named_schedule(make_trainer):
 def test_image_tokens_stand_for_their_pictures(towers, avworld_processor, rows):
     model = AlignmentModel(towers, MMDLoss()).eval()
     batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
-    expected = model(**batch).loss
+    pixels, features = batch["pixel_values"], batch["input_features"]
     with torch.no_grad():
-        tokens = towers.encode_image(batch.pop("pixel_values"))
-    assert torch.equal(model(**batch, image_tokens=tokens).loss, expected)
+        tokens = towers.encode_image(pixels)
+    loss = model(input_features=features, image_tokens=tokens).loss
+    assert torch.equal(loss, model(pixels, features).loss)
 
 
 def test_model_compares_the_tokens_of_both_towers(towers, avworld_processor, rows):
     batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
     objective = MMDLoss()
-    output = AlignmentModel(towers, objective).eval()(**batch)
+    output = AlignmentModel(towers, objective).eval()(batch["pixel_values"], batch["input_features"])
     image = towers.encode_image(batch["pixel_values"])
     audio = towers.encode_audio(batch["input_features"])
     assert (audio.shape, image.shape) == ((4, 64, 32), (4, 36, 32))
@@ -234,7 +235,7 @@ def test_evaluation_gives_the_loss_and_no_gradient(make_trainer, avworld_process
     trainer.model.eval()
     loss, logits, labels = trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=True)
     assert (logits, labels) == (None, None) and not loss.requires_grad
-    assert torch.equal(loss, trainer.model(**batch).loss.detach())
+    assert torch.equal(loss, trainer.model(batch["pixel_values"], batch["input_features"]).loss.detach())
 
 
 @pytest.mark.parametrize("index", [0, 1])

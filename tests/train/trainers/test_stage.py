@@ -62,7 +62,8 @@ def test_distillation_gives_the_audio_projector_a_gradient_alone(captioner, avwo
 
 def test_alignment_gives_the_audio_tower_a_gradient_alone(captioner, avworld_processor, rows, graphs):
     model = AlignmentModel(captioner.model, MMDLoss()).train()
-    model(**AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)).loss.backward()
+    batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
+    model(batch["pixel_values"], batch["input_features"]).loss.backward()
     assert with_gradient(captioner) == {"audio_tower"}
     without = {name for name, parameter in captioner.model.audio_tower.named_parameters() if parameter.grad is None}
     assert not without
