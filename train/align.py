@@ -20,7 +20,7 @@ from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.collators import AlignmentCollator
 from dali_llava.train.data.corpus import open_rows, shuffled, with_features
 from dali_llava.train.data.draws import Draws
-from dali_llava.train.losses import LOSSES, AlignmentLoss
+from dali_llava.train.losses import LOSSES, AlignmentLoss, TransportLoss
 from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
 
@@ -40,6 +40,12 @@ def check_objective(arguments: AlignmentArguments) -> None:
     if unknown:
         raise ValueError(
             f"objective {arguments.objective}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}."
+        )
+    if arguments.transport_micro_batches < 1:
+        raise ValueError(f"transport_micro_batches: must be at least 1, not {arguments.transport_micro_batches}.")
+    if arguments.transport_micro_batches > 1 and not issubclass(loss, TransportLoss):
+        raise ValueError(
+            f"transport_micro_batches: objective {arguments.objective} solves no transport; remove the argument."
         )
     if arguments.streaming and hasattr(loss, "set_epoch") and arguments.schedule_epochs is None:
         raise ValueError("streaming: a stream has no epochs; give those of the objective, --schedule_epochs N.")
@@ -68,7 +74,7 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     if arguments.cache_features:
         rows = with_features(rows, towers, processor)
     return AlignmentTrainer(
-        model=AlignmentModel(towers, objective),
+        model=AlignmentModel(towers, objective, arguments.transport_micro_batches),
         args=arguments,
         train_dataset=shuffled(rows, arguments),
         data_collator=AlignmentCollator(

@@ -223,6 +223,12 @@ class AlignmentArguments(SoundArguments):
         default=None,
         metadata={"help": "Epochs of the objective's schedule in a run of max_steps; by default those of the data."},
     )
+    transport_micro_batches: int = field(
+        default=1,
+        metadata={
+            "help": "Parts of a batch, for ot and ot_att; the towers encode a part during the transport of another."
+        },
+    )
 
     # Input
     frame: int | None = field(

@@ -39,6 +39,7 @@ ALIGNMENT = [
     *("--schedule_epochs", "3", "--objective_learning_rate", "2e-3"),
 ]
 OPTIONS = {
+    "ot": ["--transport_micro_batches", "2"],  # the towers run twice before the backward pass
     "ot_att": ["--objective_options", '{"temperature": 0.2}'],  # with 20, the attention would hardly change
     "token_assignment": ["--max_steps", "24"],  # its gradients are small, as those of the tower below
 }

@@ -12,12 +12,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from dali_llava.atomic import atomic_path
-from dali_llava.train.losses.base import LossOutput, uniform_weights
-from dali_llava.train.losses.transport import TransportLoss, mean_distance
+from dali_llava.train.losses.base import uniform_weights
+from dali_llava.train.losses.transport import PosedPairs, TransportLoss, pair_distances
 
 
 ATTENTION_WEIGHTS = "alignment_attention.safetensors"
@@ -65,8 +64,12 @@ class AlignmentAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights a (B, Na) and b (B, Nv) for audio (B, Na, D) and image tokens (B, Nv, D), each row summing to 1.
 
-        Masks are (B, Na) and (B, Nv) bool, True for tokens that count. Other tokens are ignored and get weight 0.
+        Masks are (B, Na) and (B, Nv) bool, True for tokens that count. Other tokens are ignored and get weight 0. The
+        attention computes in the dtype of its parameters, the softmax in float32 or better.
         """
+        # Tokens are cast, not parameters: an engine that shards the parameters gathers them inside the modules.
+        dtype = next(self.parameters()).dtype
+        audio, image = audio.to(dtype), image.to(dtype)
         audio_hidden, _ = self.audio_attention(
             self.audio_query(audio),
             self.image_key(image),
@@ -116,7 +119,8 @@ class AlignmentAttention(nn.Module):
         return weights.unflatten(1, grid) * count
 
     def _token_weights(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        scores = hidden.mean(dim=2) / self.temperature
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        scores = hidden.mean(dim=2, dtype=dtype) / self.temperature
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(dim=1)
@@ -178,8 +182,9 @@ class AttentiveTransportLoss(TransportLoss):
     weights, and the attention's parameters the gradient of the loss.
 
     lambda is relative to the mean of all `|x_i - y_j|^2` of the batch. In epoch 1 the weights are uniform and there is
-    no entropy term; then lambda follows `entropy_schedule`. In evaluation mode the weights are always uniform, so the
-    validation losses of different epochs are comparable.
+    no entropy term: the attention runs, but its output counts for nothing, so that its gradient is zero. Then lambda
+    follows `entropy_schedule`. In evaluation mode the weights are always uniform, so the validation losses of
+    different epochs are comparable.
 
     With `torch.distributed`, lambda is relative to the mean over all ranks, which must hold the same number of pairs.
     The mean of the ranks' losses, with gradients averaged by DistributedDataParallel, is then the loss of the whole
@@ -194,7 +199,8 @@ class AttentiveTransportLoss(TransportLoss):
 
     Logs:
         transport_cost: mean `OT(a, b)`. mean_distance, max_gap: as in `TransportLoss`. lambda: in the unit of the
-        cost. entropy_audio, entropy_image: mean H in nats. All but lambda are of this rank.
+        cost. entropy_audio, entropy_image: mean H in nats. transport_seconds: as in `TransportLoss`. All but lambda
+        are of this rank.
 
     References:
         [1] H. Malard et al., "An Eye for an Ear: Zero-shot Audio Description Leveraging an Image Captioner using
@@ -255,58 +261,45 @@ class AttentiveTransportLoss(TransportLoss):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention's weights (B, Na) and (B, Nv), before they are averaged with uniform weights.
 
-        The tokens get no gradient. Computed in float32 or better.
+        The tokens get no gradient.
         """
-        dtype = torch.promote_types(torch.promote_types(audio.dtype, image.dtype), torch.float32)
-        tokens = (audio.detach().to(dtype), image.detach().to(dtype))
         with torch.autocast(audio.device.type, enabled=False):
-            if all(parameter.dtype == dtype for parameter in self.attention.parameters()):
-                return self.attention(*tokens, audio_mask, image_mask)
-            # A trainer that casts whole modules also casts the attention.
-            parameters = {name: parameter.to(dtype) for name, parameter in self.attention.named_parameters()}
-            return functional_call(self.attention, parameters, (*tokens, audio_mask, image_mask))
+            return self.attention(audio.detach(), image.detach(), audio_mask, image_mask)
 
-    def compute(
+    def pose(
         self,
         audio: torch.Tensor,
         image: torch.Tensor,
         audio_mask: torch.Tensor | None,
         image_mask: torch.Tensor | None,
-    ) -> LossOutput:
+    ) -> PosedPairs:
         uniform = uniform_weights(audio, audio_mask), uniform_weights(image, image_mask)
         a, b = uniform
-        trains = self.training
-        learns = trains and self.epoch > 1
-        if learns:
+        if self.training:
+            # The attention also runs where its share is 0: data-parallel engines wait for a gradient of every
+            # parameter, and ZeRO-3 has one only for the modules that run.
+            share = 0.5 if self.epoch > 1 else 0.0
             learnt = self.weights(audio, image, audio_mask, image_mask)
-            a, b = ((attended + even) / 2 for attended, even in zip(learnt, uniform, strict=True))
-        distance = mean_distance(audio, image, *uniform)
-        entropy_a, entropy_b = _mean_entropy(a, audio_mask), _mean_entropy(b, image_mask)
-        strength = self.relative_lambda * _mean_over_ranks(distance) if learns else torch.zeros_like(distance)
-
-        result = self.transport(audio, image, a, b)
-        cost = result.cost.mean()
-        loss = cost - strength * (entropy_a + entropy_b)
-        if trains and not learns:
-            # Zeros rather than no gradients: DistributedDataParallel waits for one from every parameter.
-            loss = cost + sum(0.0 * parameter.sum() for parameter in self.attention.parameters())
-        logs = {
-            "transport_cost": cost,
-            "mean_distance": distance,
-            "max_gap": result.gap.max(),
-            "lambda": strength,
-            "entropy_audio": entropy_a,
-            "entropy_image": entropy_b,
+            a, b = (share * attended + (1 - share) * even for attended, even in zip(learnt, uniform, strict=True))
+        terms = {
+            "mean_distance": pair_distances(audio, image, *uniform),
+            "entropy_audio": _entropies(a, audio_mask),
+            "entropy_image": _entropies(b, image_mask),
         }
-        values = torch.stack([value.detach().double() for value in logs.values()])
-        return LossOutput(loss, dict(zip(logs, values.tolist(), strict=True)))
+        return PosedPairs(self.problem(audio, image, a, b), terms)
+
+    def combine(self, cost: torch.Tensor, terms: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+        distance = terms["mean_distance"]
+        strength = self.relative_lambda * _mean_over_ranks(distance) if self.training else torch.zeros_like(distance)
+        loss = cost - strength * (terms["entropy_audio"] + terms["entropy_image"])
+        return loss, {"lambda": strength}
 
 
-def _mean_entropy(weights: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Scalar mean over the batch of H, in nats, of weights (B, N), which are 0 where the mask is False."""
+def _entropies(weights: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(B,) H, in nats, of weights (B, N), which are 0 where the mask is False."""
     if mask is not None:  # 1 has no entropy either, and 0 has an infinite slope
         weights = weights.masked_fill(~mask, 1.0)
-    return torch.special.entr(weights).sum(dim=1).mean()
+    return torch.special.entr(weights).sum(dim=1)
 
 
 def _mean_over_ranks(value: torch.Tensor) -> torch.Tensor:

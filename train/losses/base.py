@@ -32,8 +32,8 @@ class AlignmentLoss(nn.Module):
     trainer calls before each step with the epoch, counted from 1.
 
     The parameters of a loss are trained with the audio tower. Each must receive a gradient in every step, zero if
-    need be, because `DistributedDataParallel` waits for all of them. FSDP2 does not accept scalar parameters; use one
-    of shape (1,).
+    need be, because `DistributedDataParallel` waits for all of them. ZeRO-3 and FSDP2 gather a parameter for the
+    forward pass of its module and for nothing else. FSDP2 does not accept scalar parameters; use one of shape (1,).
     """
 
     @classmethod
@@ -72,19 +72,9 @@ class AlignmentLoss(nn.Module):
                 argument and the sample.
             TypeError: an argument is not a tensor of the right kind.
         """
-        check_point_sets(
-            audio_tokens,
-            image_tokens,
-            audio_mask,
-            image_mask,
-            names=("audio_tokens", "image_tokens"),
-            mask_names=("audio_mask", "image_mask"),
-        )
-        dtype = torch.promote_types(torch.promote_types(audio_tokens.dtype, image_tokens.dtype), torch.float32)
-        with torch.autocast(audio_tokens.device.type, enabled=False):
-            audio = _masked(audio_tokens.to(dtype), audio_mask)
-            image = _masked(image_tokens.to(dtype), image_mask)
-            return self.compute(audio, image, audio_mask, image_mask)
+        tokens = check_tokens(audio_tokens, image_tokens, audio_mask, image_mask)
+        with torch.autocast(tokens[0].device.type, enabled=False):
+            return self.compute(*tokens)
 
     def compute(
         self,
@@ -95,6 +85,26 @@ class AlignmentLoss(nn.Module):
     ) -> LossOutput:
         """The loss of checked arguments; see `forward`."""
         raise NotImplementedError
+
+
+def check_tokens(
+    audio_tokens: torch.Tensor,
+    image_tokens: torch.Tensor,
+    audio_mask: torch.Tensor | None = None,
+    image_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The arguments of `AlignmentLoss.compute` from those of `AlignmentLoss.forward`, whose errors it raises."""
+    check_point_sets(
+        audio_tokens,
+        image_tokens,
+        audio_mask,
+        image_mask,
+        names=("audio_tokens", "image_tokens"),
+        mask_names=("audio_mask", "image_mask"),
+    )
+    dtype = torch.promote_types(torch.promote_types(audio_tokens.dtype, image_tokens.dtype), torch.float32)
+    audio, image = _masked(audio_tokens.to(dtype), audio_mask), _masked(image_tokens.to(dtype), image_mask)
+    return audio, image, audio_mask, image_mask
 
 
 def uniform_weights(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

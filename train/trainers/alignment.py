@@ -1,7 +1,8 @@
 """Stage 1b: match the distribution of the audio tokens of a clip to that of its image tokens."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +41,14 @@ class AlignmentModel(nn.Module):
     Args:
         towers: the towers. All weights except those of the audio tower are frozen.
         objective: an `AlignmentLoss`.
+        transport_micro_batches: number of parts of a batch, for a `TransportLoss`. The towers encode a part while the
+            transport of the previous one is solved. The loss is that of the whole batch.
     """
 
-    def __init__(self, towers: LlavaAudioTowers, objective: nn.Module):
+    def __init__(self, towers: LlavaAudioTowers, objective: nn.Module, transport_micro_batches: int = 1):
         super().__init__()
         self.towers, self.objective = towers, objective
+        self.transport_micro_batches = transport_micro_batches
         train_only(towers, towers.audio_tower)
 
     def train(self, mode: bool = True):
@@ -71,16 +75,34 @@ class AlignmentModel(nn.Module):
             return_tokens: whether to return `audio_tokens` (B, Na, width), `image_tokens` (B, N, width) and
                 `audio_mask` (B, Na) in place of the loss.
         """
+        batch = (pixel_values, input_features, input_features_mask, image_tokens)
+        if return_tokens:
+            audio_tokens, image_tokens, audio_mask = self.encode(*batch)
+            return AlignmentOutput(audio_tokens=audio_tokens, image_tokens=image_tokens, audio_mask=audio_mask)
+        if self.transport_micro_batches == 1:
+            output = self.objective(*self.encode(*batch))
+        else:
+            output = self.objective.over_micro_batches(
+                self.encode(*part) for part in _micro_batches(batch, self.transport_micro_batches)
+            )
+        return AlignmentOutput(loss=output.loss, logs=output.logs)
+
+    def encode(
+        self, pixel_values, input_features, input_features_mask, image_tokens
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Audio tokens (B, Na, width), image tokens (B, N, width) and audio mask (B, Na) of arguments of `forward`."""
         towers = self.towers
         if image_tokens is None:
             with torch.no_grad():
                 image_tokens = towers.encode_image(pixel_values)
         audio_tokens = towers.encode_audio(input_features, input_features_mask)
         audio_mask = None if input_features_mask is None else towers.audio_tower.token_mask(input_features_mask)
-        if return_tokens:
-            return AlignmentOutput(audio_tokens=audio_tokens, image_tokens=image_tokens, audio_mask=audio_mask)
-        output = self.objective(audio_tokens, image_tokens, audio_mask=audio_mask)
-        return AlignmentOutput(loss=output.loss, logs=output.logs)
+        return audio_tokens, image_tokens, audio_mask
+
+
+def _micro_batches(batch: tuple[torch.Tensor | None, ...], count: int) -> Iterator[tuple[torch.Tensor | None, ...]]:
+    """Up to `count` parts of tensors (B, ...), of equal size except for the last one. None stays None."""
+    return zip(*(itertools.repeat(None) if part is None else part.chunk(count) for part in batch), strict=False)
 
 
 class ScheduleEpochs(TrainerCallback):

@@ -117,12 +117,67 @@ def solve_transport(
         >>> x.grad[0, :, 0]
         tensor([-2., -2.])
     """
-    prepared, solver = _prepare(x, y, a, b, solver)
-    return _differentiable(_solve(*(tensor.detach() for tensor in prepared), solver, options), solver, *prepared)
+    problem = pose_transport(x, y, a, b, solver, **options)
+    return problem.result(problem.solve())
 
 
-def _prepare(x, y, a, b, solver) -> tuple[tuple[torch.Tensor, ...], str]:
-    """Points in float32 or float64, weights in float64 that sum to 1, and the solver, also for "auto"."""
+@dataclass
+class TransportProblem:
+    """Transport between B pairs of point sets, in the steps of `solve_transport`.
+
+    `solve` needs no gradient, so that it can run in another thread while the caller does other work.
+
+    Attributes:
+        x: (B, N, D) points, float32 or float64.
+        y: (B, M, D) points.
+        a: (B, N) float64 weights, each row summing to 1.
+        b: (B, M) float64 weights, each row summing to 1.
+        solver: name of the solver.
+        options: options of the solver.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    solver: str
+    options: dict[str, Any]
+
+    def solve(self) -> Solution:
+        """Solves the B problems, without a graph. Raises ValueError and RuntimeError as `solve_transport` does."""
+        # Gradients and autocast are settings of a thread, so the thread of this call sets them.
+        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
+            solve = partial(SOLVERS[self.solver], **self.options)
+            x, y, a, b = (tensor.detach() for tensor in (self.x, self.y, self.a, self.b))
+            return certify(solve, self.solver in _PROVING, x, y, expanded_costs(x, y), a, b)
+
+    def result(self, solution: Solution) -> TransportResult:
+        """The result for the solution of `solve`, differentiable in the points and the weights."""
+        with torch.autocast(self.x.device.type, enabled=False):
+            cost = _EnvelopeCost.apply(self.x, self.y, self.a, self.b, solution)
+        return TransportResult(cost, (solution.u, solution.v), solution.gap, self.solver, solution.plan)
+
+
+def pose_transport(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    a: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    solver: str = "exact",
+    **options: Any,
+) -> TransportProblem:
+    """Checks the arguments of `solve_transport` and returns its problem, unsolved.
+
+    Raises:
+        TypeError, ValueError: as in `solve_transport`, except for options of the solver, which `solve` checks.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[[0.0], [1.0]]])
+        >>> problem = pose_transport(x, x + 2)
+        >>> problem.result(problem.solve()).cost
+        tensor([4.])
+    """
     check_solver(solver)
     check_point_sets(x, y)
     a, b = (
@@ -136,23 +191,7 @@ def _prepare(x, y, a, b, solver) -> tuple[tuple[torch.Tensor, ...], str]:
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         a, b = (weights.double() / weights.detach().double().sum(dim=1, keepdim=True) for weights in (a, b))
-        return (x.to(dtype), y.to(dtype), a, b), solver
-
-
-def _solve(
-    x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, solver: str, options: dict[str, Any]
-) -> Solution:
-    with torch.autocast(x.device.type, enabled=False):
-        solve = partial(SOLVERS[solver], **options)
-        return certify(solve, solver in _PROVING, x, y, expanded_costs(x, y), a, b)
-
-
-def _differentiable(
-    solution: Solution, solver: str, x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-) -> TransportResult:
-    with torch.autocast(x.device.type, enabled=False):
-        cost = _EnvelopeCost.apply(x, y, a, b, solution)
-    return TransportResult(cost, (solution.u, solution.v), solution.gap, solver, solution.plan)
+    return TransportProblem(x.to(dtype), y.to(dtype), a, b, solver, options)
 
 
 def check_solver(name: str) -> None:

@@ -32,5 +32,6 @@ if __name__ == "__main__":
                 distill.main(words)
             except (ValueError, RuntimeError) as raised:
                 error = f"{type(raised).__name__}: {raised}"
-        print(json.dumps({"name": name, "rank": rank, "error": error}), flush=True)
+        # A single write, so that the lines of two ranks do not mix.
+        os.write(1, (json.dumps({"name": name, "rank": rank, "error": error}) + "\n").encode())
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ from dali_llava.train import align
 from dali_llava.train.arguments import AlignmentArguments
 from dali_llava.train.data.augmentation import UNCHANGED
 from dali_llava.train.data.collators import AlignmentCollator
-from dali_llava.train.losses import AttentiveTransportLoss, MMDLoss
+from dali_llava.train.losses import LOSSES, AttentiveTransportLoss, MMDLoss
 from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
 from dali_llava.train.trainers.alignment import ScheduleEpochs
 
@@ -319,3 +319,46 @@ def test_objectives_without_a_schedule_are_told_no_epoch(make_trainer):
 
     assert not told(make_trainer(MMDLoss(), schedule_epochs=6))
     assert told(make_trainer(AttentiveTransportLoss(width=32, num_heads=4)))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", ["ot", "ot_att"])
+def test_micro_batches_give_the_loss_and_gradients_of_the_batch(towers, avworld_processor, rows, name, cached):
+    batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
+    batch["input_features_mask"] = torch.arange(256)[None] < torch.tensor([[256], [96], [160], [256]])
+    if cached:
+        batch["image_tokens"] = towers.encode_image(batch.pop("pixel_values")).detach()
+    objective = LOSSES[name].from_captioner(towers, **({"temperature": 0.05} if name == "ot_att" else {}))
+    if name == "ot_att":
+        objective.set_epoch(2)
+    encoded = []
+    towers.audio_tower.register_forward_hook(lambda module, inputs, output: encoded.append(len(output[0])))
+
+    found = []
+    for count in (1, 3):
+        model = AlignmentModel(towers, objective, transport_micro_batches=count).train()
+        output = model(**batch)
+        model.zero_grad()
+        output.loss.backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found.append((output.loss, [parameter.grad.clone() for parameter in trained]))
+    assert encoded == [4, 2, 2]
+    (loss, gradients), (split_loss, split_gradients) = found
+    torch.testing.assert_close(split_loss, loss, rtol=1e-5, atol=0)
+    for gradient, expected in zip(split_gradients, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--objective", "mmd", "--transport_micro_batches", "2"], "objective mmd solves no transport"),
+        (
+            ["--objective", "ot", "--transport_micro_batches", "0"],
+            "transport_micro_batches: .* at least 1, not 0",
+        ),
+    ],
+)
+def test_micro_batches_that_cannot_be_are_errors(stage_words, run_dir, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        align.main(stage_words("aligned", run_dir / "prefix", tmp_path / "out", *words))
