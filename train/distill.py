@@ -19,9 +19,10 @@ from dali_llava.train.adapters import adapter_config, add_adapter
 from dali_llava.train.arguments import DistillationArguments
 from dali_llava.train.base_model import check_base, load_base, train_only
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
+from dali_llava.train.data.captioned import with_references
 from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.collators import CaptionCollator
-from dali_llava.train.data.corpus import load_rows
+from dali_llava.train.data.corpus import evaluation_rows, load_rows
 from dali_llava.train.data.draws import Draws
 from dali_llava.train.data.pseudo_captions import PseudoCaptions
 from dali_llava.train.trainers import CaptioningTrainer
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     check_base(arguments, after=("prefix", "align"))
     adapter = adapter_config(arguments)
     rows = load_rows(arguments)
+    held_out = evaluation_rows(arguments)
     pseudo_captions = PseudoCaptions(arguments, rows)
     found = pseudo_captions.find()
     complete = arguments.captions is not None or set(rows["id"]) <= set(found)
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
         model=captioner,
         args=arguments,
         train_dataset=rows,
+        eval_dataset=None if held_out is None else with_references(held_out, arguments, arguments.eval_split),
         data_collator=CaptionCollator(processor, audio=True, opener=ClipOpener(rows), draws=Draws(arguments.seed)),
         processing_class=processor,
         stage="distill",

@@ -12,8 +12,9 @@ from transformers import set_seed
 from dali_llava.train.arguments import PrefixArguments
 from dali_llava.train.base_model import check_base, load_base, train_only
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
+from dali_llava.train.data.captioned import with_references
 from dali_llava.train.data.collators import CaptionCollator
-from dali_llava.train.data.corpus import load_rows
+from dali_llava.train.data.corpus import evaluation_rows, load_rows
 from dali_llava.train.data.draws import Draws
 from dali_llava.train.trainers import CaptioningTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
@@ -30,13 +31,15 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
             f"{arguments.dataset}, split {arguments.split}: {len(rows)} rows, fewer than max_samples "
             f"({arguments.max_samples}); lower max_samples or add captioned rows."
         )
-    rows = rows.map(lambda row: {"question": arguments.prompt, "answer": row["captions"][0]})
+    rows = with_references(rows, arguments, arguments.split)
+    held_out = evaluation_rows(arguments)
     captioner, processor = load_base(arguments)
     train_only(captioner, captioner.model.prefix)
     return CaptioningTrainer(
         model=captioner,
         args=arguments,
         train_dataset=rows,
+        eval_dataset=None if held_out is None else with_references(held_out, arguments, arguments.eval_split),
         data_collator=CaptionCollator(
             processor, image=True, prefix=True, frame=arguments.frame, draws=Draws(arguments.seed)
         ),

@@ -50,6 +50,8 @@ class TokenViewTrainer(CaptioningTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         repetition = repetition_unlikelihood(outputs["logits"], inputs["labels"], self.words, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            repetition = repetition * self.args.world_size  # as the cross-entropy: the divisor counts all ranks
         if model.training:
             self.monitor.add({"cross_entropy": loss, "unlikelihood": repetition})
         loss = loss + self.unlikelihood * repetition

@@ -33,22 +33,29 @@ def load_rows(arguments: StageArguments, split: str | None = None) -> Dataset:
 
     Args:
         arguments: arguments of the stage.
-        split: split to load instead of `arguments.split`. `arguments.kept` applies to the latter only.
+        split: split to load instead of `arguments.split`. `kept` and `max_samples` apply to the latter only.
 
     Raises:
         ValueError: if the corpus, the split or an option is unknown, or the split is empty.
         FileNotFoundError, ValueError: as in `keep_rows`.
     """
-    kept = arguments.kept if split in (None, arguments.split) else None
+    selected = split in (None, arguments.split)
     split = split or arguments.split
     rows = load_corpus(arguments.dataset, split, **{"num_proc": os.cpu_count(), **arguments.dataset_options})
-    if kept is not None:
-        rows = keep_rows(rows, kept)
-    if arguments.max_samples is not None:
+    if selected and arguments.kept is not None:
+        rows = keep_rows(rows, arguments.kept)
+    if selected and arguments.max_samples is not None:
         rows = rows.select(range(min(arguments.max_samples, len(rows))))
     if len(rows) == 0:
         raise ValueError(f"{arguments.dataset}, split {split}: no rows to train on.")
     return rows
+
+
+def evaluation_rows(arguments: StageArguments) -> Dataset | None:
+    """Load the rows of `arguments.eval_split`, all of them, or return None. Raises the errors of `load_rows`."""
+    if arguments.eval_split is None:
+        return None
+    return load_rows(arguments, arguments.eval_split)
 
 
 def stream_rows(arguments: SoundArguments) -> IterableDataset:

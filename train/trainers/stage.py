@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.modeling.stage_checkpoint import load_stage_weights
+from dali_llava.train.data.collators import for_evaluation
 from dali_llava.train.data.draws import DrawsEpoch
 from dali_llava.train.trainers.checkpoints import replace_folder, requested_engine, write_manifest
 from dali_llava.train.trainers.interruption import Interruption
@@ -144,6 +145,15 @@ class StageMixin:
             f"step {self.state.global_step + 1}: the loss is {broken[0][1]}{ranks}{_clips(ids)}; checkpoints in "
             f"{self.args.output_dir} are kept. Inspect these clips, or lower learning_rate."
         )
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """See `Trainer.get_eval_dataloader`. The batches are the same at each evaluation and are not augmented."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        training, self.data_collator = self.data_collator, for_evaluation(self.data_collator, rows)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -178,3 +178,28 @@ def test_weights_are_gathered_and_set_by_name():
     assert torch.equal(other.weight, model.weight)  # nothing is set if a tensor does not match
     with pytest.raises(ValueError, match=r"the model has no such weight"):
         set_weights(other, {"gain": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("stage", ["prefix", "distilled"])
+def test_best_weights_are_loaded_at_the_end(run_stage, run_dir, tmp_path, stage):
+    """A learning rate that is far too high makes the first evaluation the best one."""
+    before = {"prefix": "captioner", "distilled": "aligned"}[stage]
+    words = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_split", "val", "--learning_rate", "10"]
+    words += ["--warmup_steps", "0", "--lr_scheduler_type", "constant", "--max_steps", "3", "--save_total_limit", "1"]
+    output = tmp_path / stage
+    trainer = run_stage(stage, run_dir / before, output, *SAVING, *words, "--load_best_model_at_end", "true")
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert set(losses) == {1, 2, 3} and trainer.state.best_metric == losses[best]
+    assert Path(trainer.state.best_model_checkpoint) == output / f"checkpoint-{best}"
+    saved, kept = (load_file(folder / "stage.safetensors") for folder in (output, output / f"checkpoint-{best}"))
+    assert all(torch.equal(saved[name], kept[name]) for name in kept)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+def test_evaluation_without_a_split_is_an_error(run_stage, run_dir, tmp_path):
+    with pytest.raises(ValueError, match="eval_strategy steps: no split to evaluate on; give --eval_split NAME"):
+        run_stage("prefix", run_dir / "captioner", tmp_path / "out", "--eval_strategy", "steps")
+    with pytest.raises(ValueError, match="avworld, split train: rows without captions"):
+        words = ["--eval_strategy", "steps", "--eval_split", "train"]
+        run_stage("prefix", run_dir / "captioner", tmp_path / "out", *words)
