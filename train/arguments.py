@@ -154,9 +154,8 @@ class SoundArguments(StageArguments):
     cache_features: str = field(
         default="none",
         metadata={
-            "help": "Features to compute once and store on disk: none; disk, the image tokens of cache_frames frames in "
-            "bfloat16; or all (also true), the image tokens of all frames and the spectrograms in float32, for small "
-            "corpora."
+            "help": "Features to store on disk: none; disk, the image tokens of cache_frames frames in bfloat16; or "
+            "all (also true), the image tokens of all frames and the spectrograms in float32, for small corpora."
         },
     )
     cache_frames: int = field(
