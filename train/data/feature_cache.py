@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,7 @@ FORMAT = 1  # version of the files, part of the key
 SHARD_BYTES = 2**29
 SHARD_CLIPS = 1024  # bound for small features, so that several ranks share a small corpus
 IMAGES_AT_ONCE = 64  # in one forward pass of the vision tower
-FRAMES = 10  # of a clip of usual length
-COUNTED_FIRST = 20  # number of clips whose frames are counted to estimate the size
+COUNTED_FIRST = 20  # number of clips whose frames are counted to estimate the number of all frames
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,7 @@ def _compute(
     num_workers: int,
 ) -> None:
     """Compute and write the shards `missing`."""
-    frames = 1 if reader.choice.frame is not None else reader.choice.frames or FRAMES
-    step = max(1, IMAGES_AT_ONCE // frames)
+    step = max(1, int(IMAGES_AT_ONCE // _frames_per_clip(rows, reader.choice)))
     chunks = []  # indices of clips to open at once, all of one shard
     for clips in map(shards.clips_of, missing):
         chunks += [list(clips[start : start + step]) for start in range(0, len(clips), step)]
@@ -248,19 +247,22 @@ def _clip_bytes(
     processor: LlavaAudioProcessor,
     choice: FeatureChoice,
 ) -> float:
-    """Return the size of a clip's features; an estimate from the first clips if all frames are stored."""
+    """Return the size of a clip's features in bytes."""
     config, extractor = towers.config, processor.feature_extractor
     frame = config.image_seq_length * config.audio_config.output_size * choice.dtype.itemsize
-    frames = 1 if choice.frame is not None else choice.frames
-    if frames is None:
-        counts = []
-        for row in rows.select_columns(["id", "frames", "start", "end"]).select(range(min(COUNTED_FIRST, len(rows)))):
-            try:
-                counts.append(count_frames(row))
-            except MediaError:
-                continue
-        frames = sum(counts) / len(counts) if counts else 1
-    return frames * frame + (extractor.max_length * extractor.num_mel_bins * 4 if choice.sounds else 0)
+    sound = extractor.max_length * extractor.num_mel_bins * 4 if choice.sounds else 0
+    return _frames_per_clip(rows, choice) * frame + sound
+
+
+def _frames_per_clip(rows: datasets.Dataset, choice: FeatureChoice) -> float:
+    """Return the maximum number of stored frames per clip; an estimate from the first clips if all are stored."""
+    if choice.frame is not None or choice.frames is not None:
+        return choice.frames if choice.frame is None else 1
+    counts = []
+    for row in rows.select_columns(["id", "frames", "start", "end"]).select(range(min(COUNTED_FIRST, len(rows)))):
+        with suppress(MediaError):
+            counts.append(count_frames(row))
+    return sum(counts) / len(counts) if counts else 1
 
 
 def _check_space(shards: FeatureShards, needed: int) -> None:
