@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -340,13 +339,14 @@ def _media_digest(rows: datasets.Dataset) -> str:
     """Return a hash of the size of each clip's first picture or video; a fingerprint contains only their paths."""
     digest, sizes = hashlib.sha256(), {}
     for batch in rows.select_columns(["frames"]).with_format("arrow").iter(1000):
-        first = pc.list_flatten(pc.list_slice(batch["frames"], 0, 1))
-        for path in pc.struct_field(first, [0]).to_pylist():
-            file = file_of(path or "")
-            if file not in sizes:
-                try:
-                    sizes[file] = os.path.getsize(file)
-                except OSError:
+        for lists in batch["frames"].chunks:
+            paths, first = lists.flatten().field("path"), 0  # without a copy of embedded bytes
+            for length in lists.value_lengths().to_pylist():
+                file = file_of(paths[first].as_py() or "") if length else ""
+                first += length or 0
+                if file not in sizes:
                     sizes[file] = -1
-            digest.update(f"{sizes[file]} ".encode())
+                    with suppress(OSError):
+                        sizes[file] = os.path.getsize(file)
+                digest.update(f"{sizes[file]} ".encode())
     return digest.hexdigest()

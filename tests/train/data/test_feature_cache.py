@@ -269,10 +269,11 @@ def test_other_clips_and_frames_are_named(corpus, towers, avworld_processor, tmp
 def test_a_replaced_picture_is_another_clip(corpus, towers, avworld_processor, tmp_path):
     picture = tmp_path / "a.png"
     open_frame(corpus[0], 0).save(picture)
-    rows = Dataset.from_list([corpus[0] | {"frames": [{"path": str(picture), "bytes": None}]}])
-    first = with_features(rows, towers, avworld_processor)[0]["image_tokens"]
+    others = [corpus[0], corpus[1] | {"frames": []}]
+    rows = Dataset.from_list([*others, corpus[2] | {"frames": [{"path": str(picture), "bytes": None}]}])
+    first = with_features(rows, towers, avworld_processor)[1]["image_tokens"]
     open_frame(corpus[1], 0).save(picture)
-    second = with_features(rows, towers, avworld_processor)[0]["image_tokens"]
+    second = with_features(rows, towers, avworld_processor)[1]["image_tokens"]
     assert not torch.equal(first, second)
 
 
