@@ -143,8 +143,8 @@ def with_features(
     shards.folder.mkdir(parents=True, exist_ok=True)
     missing = shards.missing()
     if missing:
-        total = len(shards) if shards.clips else 1
-        _check_space(shards, int(_clip_bytes(rows, towers, processor, choice) * len(rows) * len(missing) / total))
+        whole = _clip_bytes(rows, towers, processor, choice) * len(rows)
+        _check_space(shards, int(whole * len(missing) / len(shards)))
     agreed = [missing]
     broadcast_object_list(agreed)  # the shards that the first rank lacks, before any rank writes one
     if agreed[0]:
@@ -155,8 +155,7 @@ def with_features(
         reader = ClipReader(processor, choice)
         _compute(shards, agreed[0][state.process_index :: state.num_processes], rows, towers, reader, num_workers)
         state.wait_for_everyone()
-    features = CachedFeatures(shards)
-    return _joined(rows, features, choice)
+    return _joined(rows, CachedFeatures(shards), choice)
 
 
 def _joined(rows: datasets.Dataset, features: CachedFeatures, choice: FeatureChoice) -> datasets.Dataset:
