@@ -85,17 +85,28 @@ def test_stored_image_tokens_are_every_frames(stored, captioner, avworld_process
 def test_stored_features_give_the_same_pairs(stored, captioner, avworld_processor, rows):
     collator = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)
     expected, batch = collator(rows), collator([stored[index] for index in range(len(rows))])
-    assert {"input_features", "image_tokens"} <= set(batch) and "pixel_values" not in batch
+    assert set(batch) == {"id", "input_features", "image_tokens"} and batch["id"] == expected["id"]
     assert torch.equal(batch["input_features"], expected["input_features"])
     with torch.no_grad():
         tokens = captioner.eval().model.encode_image(expected["pixel_values"])
     torch.testing.assert_close(batch["image_tokens"], tokens, rtol=0, atol=1e-5)
 
 
-def test_augmented_pairs_draw_a_stored_frame(stored, avworld_processor):
+@pytest.mark.parametrize("choice", [ALL, FeatureChoice(frames=4, dtype=torch.float32)])
+def test_augmented_pairs_are_the_same_from_stored_features_and_from_media(
+    corpus, captioner, avworld_processor, rows, choice
+):
+    stored = with_features(corpus, captioner.model, avworld_processor, choice)
     collator = AlignmentCollator(avworld_processor)
-    torch.manual_seed(0)
-    drawn = [collator([stored[0]])["image_tokens"][0] for _ in range(40)]
+    expected, batch = collator(rows[:3]), collator([stored[index] for index in range(3)])
+    torch.testing.assert_close(batch["input_features"], expected["input_features"])
+    with torch.no_grad():
+        tokens = captioner.eval().model.encode_image(expected["pixel_values"])
+    torch.testing.assert_close(batch["image_tokens"], tokens, rtol=0, atol=1e-5)
+
+
+def test_augmented_pairs_draw_a_stored_frame(stored, avworld_processor):
+    drawn = AlignmentCollator(avworld_processor)([stored[0]] * 40)["image_tokens"]
     frames = stored[0]["image_tokens"]
     chosen = {index for tokens in drawn for index, frame in enumerate(frames) if torch.equal(tokens, frame)}
     assert chosen == {0, 1, 2, 3}
@@ -148,7 +159,7 @@ def tower_gradient(objective, towers, batch) -> torch.Tensor:
     torch.manual_seed(0)
     model = AlignmentModel(towers, LOSSES[objective].from_captioner(towers)).train()
     towers.zero_grad()
-    model(**batch).loss.backward()
+    model(**{name: value for name, value in batch.items() if name != "id"}).loss.backward()
     return torch.cat([weight.grad.flatten() for weight in towers.audio_tower.parameters() if weight.grad is not None])
 
 
