@@ -18,7 +18,7 @@ from dali_llava.train.base_model import check_base, load_base, whole_weights
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.collators import AlignmentCollator
-from dali_llava.train.data.corpus import open_rows, shuffled, with_features
+from dali_llava.train.data.corpus import open_rows, shuffled, store_features
 from dali_llava.train.data.draws import Draws
 from dali_llava.train.losses import LOSSES, AlignmentLoss, TransportLoss
 from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
@@ -71,8 +71,11 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     rows = open_rows(arguments, pictures=True)
     towers, processor = load_base(arguments, LlavaAudioTowers)
     objective = build_objective(arguments, towers)
-    if arguments.cache_features:
-        rows = with_features(rows, towers, processor)
+    frame = arguments.frame
+    if arguments.cache_features != "none":
+        rows = store_features(rows, towers, processor, arguments)
+        frame = None  # the only one that is stored, if the arguments select one
+        towers.vision_tower = torch.nn.Identity()  # frees the memory of weights that no step uses
     return AlignmentTrainer(
         model=AlignmentModel(towers, objective, arguments.transport_micro_batches),
         args=arguments,
@@ -80,7 +83,7 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
         data_collator=AlignmentCollator(
             processor,
             arguments.augmentation(),
-            arguments.frame,
+            frame,
             ClipOpener(rows),
             Draws(arguments.seed, arguments.streaming),
         ),

@@ -15,6 +15,9 @@ from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 from dali_llava.train.data.augmentation import Augmentation
 
 
+# Value of `cache_features` by its spellings: a boolean in YAML stands for all or none.
+FEATURE_CACHES = {"none": "none", "disk": "disk", "all": "all"}
+FEATURE_CACHES |= dict.fromkeys(("true", "1"), "all") | dict.fromkeys(("false", "0"), "none")
 COUPLED_ADAM = "adam"  # `torch.optim.Adam`: the weight decay is added to the gradient, unlike AdamW's
 # What to install for the trackers of `report_to`, which are also the names of their packages.
 TRACKERS = {"tensorboard": '"dali-llava[tensorboard]"', "wandb": "wandb", "trackio": "trackio"}
@@ -148,9 +151,19 @@ class SoundArguments(StageArguments):
         default=False, metadata={"help": "Read the corpus during training and repeat it until max_steps."}
     )
     shuffle_buffer: int = field(default=1000, metadata={"help": "Number of rows in the shuffle buffer of a stream."})
-    cache_features: bool = field(
-        default=False,
-        metadata={"help": "Compute spectrograms and image tokens once and store them on disk; for small corpora."},
+    cache_features: str = field(
+        default="none",
+        metadata={
+            "help": "Features to store on disk: none; disk, the image tokens of cache_frames frames in bfloat16; or "
+            "all (also true), the image tokens of all frames and the spectrograms in float32, for small corpora."
+        },
+    )
+    cache_frames: int = field(
+        default=1, metadata={"help": "Frames per clip that cache_features disk stores, evenly spaced in the clip."}
+    )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the stored features, shared by all ranks; by default in the cache of datasets."},
     )
 
     # Augmentation of the spectrogram
@@ -163,6 +176,11 @@ class SoundArguments(StageArguments):
     )
 
     def __post_init__(self):
+        self.cache_features = FEATURE_CACHES.get(str(self.cache_features).lower(), self.cache_features)
+        if self.cache_features not in FEATURE_CACHES:
+            raise ValueError(f"cache_features: unknown value '{self.cache_features}'; choose none, disk or all.")
+        if self.cache_frames < 1:
+            raise ValueError(f"cache_frames: {self.cache_frames} frames per clip; give at least 1.")
         super().__post_init__()
         if self.streaming:
             # Each rank reads its own part of the stream. By default, the first rank reads for all.

@@ -47,14 +47,14 @@ def parse(tmp_path):
 
 def test_values_come_from_the_file(parse):
     arguments = parse("learning_rate: 3.0e-3\nmax_steps: 7\ncache_features: true\nsplit: val\nobjective: ot\n")
-    assert (arguments.learning_rate, arguments.max_steps, arguments.cache_features) == (3e-3, 7, True)
+    assert (arguments.learning_rate, arguments.max_steps, arguments.cache_features) == (3e-3, 7, "all")
     assert (arguments.split, arguments.objective) == ("val", "ot")
 
 
 def test_command_line_wins_over_the_file(parse):
     text = "learning_rate: 3.0e-3\nmax_steps: 7\ncache_features: true\n"
     arguments = parse(text, "--learning_rate", "5e-4", "--cache_features", "false")
-    assert (arguments.learning_rate, arguments.max_steps, arguments.cache_features) == (5e-4, 7, False)
+    assert (arguments.learning_rate, arguments.max_steps, arguments.cache_features) == (5e-4, 7, "none")
 
 
 def test_defaults_are_the_papers(parse):

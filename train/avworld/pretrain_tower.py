@@ -18,7 +18,7 @@ from dali_llava.train.avworld.tower import SoundCollator, TowerArguments, TowerM
 from dali_llava.train.base_model import check_base, load_base
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
-from dali_llava.train.data.corpus import open_rows, shuffled, with_features
+from dali_llava.train.data.corpus import open_rows, shuffled, store_features
 from dali_llava.train.data.draws import Draws
 from dali_llava.train.trainers import StageTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
@@ -28,13 +28,14 @@ def main(argv: list[str] | None = None) -> StageTrainer:
     arguments = parse_stage_arguments(TowerArguments, __doc__, argv)
     if arguments.examples < 2:
         raise ValueError(f"examples: {arguments.examples} rows have no standard deviation; give at least 2.")
+    if arguments.cache_features == "disk":
+        raise ValueError("cache_features: this stage uses no image tokens, which disk stores; choose none or all.")
     check_resume(arguments, "tower")
     set_seed(arguments.seed)
     check_base(arguments)
-    rows = open_rows(arguments, pictures=arguments.cache_features)
+    rows = open_rows(arguments, pictures=arguments.cache_features == "all")
     towers, processor = load_base(arguments, LlavaAudioTowers)
-    if arguments.cache_features:
-        rows = with_features(rows, towers, processor)
+    rows = store_features(rows, towers, processor, arguments)
     augmentation = arguments.augmentation(mix=arguments.augmentation_mix, unit=processor.feature_extractor.std)
     draws = Draws(arguments.seed, arguments.streaming)
     collator = SoundCollator(processor, augmentation, ClipOpener(rows), draws)

@@ -122,7 +122,8 @@ class AlignmentCollator:
     Collates rows into `id` and pairs of image and audio: `pixel_values` (B, 3, H, W) and `input_features` (B, frames,
     mels).
 
-    For rows of `with_features`, batches contain `image_tokens` (B, N, width) in place of `pixel_values`.
+    For rows of `with_features`, batches contain `image_tokens` (B, N, width) in place of `pixel_values`: those of a
+    random frame among the stored ones. Their spectrograms may be stored or not.
 
     Args:
         processor: processor of the model to train.
@@ -140,18 +141,21 @@ class AlignmentCollator:
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         generators = self.draws(rows)
-        if "image_tokens" in rows[0]:
+        stored = "image_tokens" in rows[0]
+        if "input_features" in rows[0]:
+            sounds = torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
+        else:
+            rate = self.processor.feature_extractor.sampling_rate
+            clips = self.opener(rows, generators, image=not stored, audio=True, second=self.frame, sampling_rate=rate)
+            sounds = input_features([clip.audio for clip in clips], self.processor)
+            rows = [clip.row for clip in clips]
+        if stored:
             shown = [
                 row["image_tokens"][generator.integers(len(row["image_tokens"])) if self.frame is None else self.frame]
                 for row, generator in zip(rows, generators, strict=True)
             ]
             image = {"image_tokens": torch.stack([torch.as_tensor(tokens) for tokens in shown])}
-            sounds = torch.stack([torch.as_tensor(row["input_features"]) for row in rows])
         else:
-            rate = self.processor.feature_extractor.sampling_rate
-            clips = self.opener(rows, generators, image=True, audio=True, second=self.frame, sampling_rate=rate)
-            rows = [clip.row for clip in clips]
             image = {"pixel_values": pixel_values([clip.image for clip in clips], self.processor)}
-            sounds = input_features([clip.audio for clip in clips], self.processor)
         names = [row["id"] for row in rows]
         return {"id": names, **image, "input_features": self.augmentation(sounds, generators)}

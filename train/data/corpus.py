@@ -1,27 +1,19 @@
 """Load and select the rows of a corpus that a stage trains on."""
 
-import hashlib
-import inspect
-import logging
 import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 import torch
-from datasets import Array2D, Array3D, Dataset, Features, IterableDataset
-from datasets.fingerprint import Hasher
+from datasets import Dataset, IterableDataset
 
-from dali_llava.modeling import LlavaAudioModel, LlavaAudioTowers
+from dali_llava.modeling import LlavaAudioTowers
 from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.processing.corpora import load_corpus
-from dali_llava.processing.corpora.rows import open_audio, open_frames
-from dali_llava.processing.media import MediaError
 from dali_llava.train.arguments import SoundArguments, StageArguments
-from dali_llava.train.data.collators import input_features, pixel_values
+from dali_llava.train.data.feature_cache import FeatureChoice, with_features
 
-
-logger = logging.getLogger(__name__)
 
 SEEN_FIRST = 20  # number of rows checked for pictures; at least one must have one
 KEPT = "kept.txt"  # list in the output folder of a pre-filter, with one id per line
@@ -70,9 +62,11 @@ def stream_rows(arguments: SoundArguments) -> IterableDataset:
     """
     if arguments.max_steps <= 0:
         raise ValueError("streaming: a stream has no end; give the number of steps, --max_steps N.")
-    for name in ("cache_features", "halve_every"):
-        if getattr(arguments, name, False):
-            raise ValueError(f"streaming: {name} is not supported for streams; disable one of the two, --{name} 0.")
+    for name, off in {"cache_features": "none", "halve_every": 0}.items():
+        if getattr(arguments, name, off) != off:
+            raise ValueError(
+                f"streaming: {name} is not supported for streams; disable one of the two, --{name} {off}."
+            )
     rows = load_corpus(arguments.dataset, arguments.split, streaming=True, **arguments.dataset_options)
     if arguments.kept is not None:
         kept = kept_ids(arguments.kept)
@@ -143,83 +137,40 @@ def keep_rows(rows: Dataset, folder: str | Path) -> Dataset:
     return rows.select(chosen)
 
 
-def with_features(
-    rows: Dataset, towers: LlavaAudioTowers | LlavaAudioModel, processor: LlavaAudioProcessor
+def store_features(
+    rows: Dataset,
+    towers: LlavaAudioTowers,
+    processor: LlavaAudioProcessor,
+    arguments: SoundArguments,
+    split: str | None = None,
 ) -> Dataset:
     """
-    Compute the features that the alignment needs. `datasets` caches them on disk.
-
-    Clips that cannot be opened are skipped with a warning.
+    Store the features that `arguments.cache_features` selects; see `with_features`.
 
     Args:
         rows: rows of a corpus.
-        towers: the model that encodes the images.
+        towers: the model that encodes the images. Its vision tower is moved to the device of the stage.
         processor: its processor.
+        arguments: arguments of the stage. If they select one `frame`, only this frame is stored.
+        split: split of the rows, by default `arguments.split`; a subfolder of `arguments.feature_cache`.
 
     Returns:
-        rows with `id`, `input_features` (T, mels) and `image_tokens` (frames, N, vision width).
-
-    Raises:
-        ValueError: if no clip can be opened.
+        the rows with their features; the given rows if `cache_features` is `none`.
     """
-    extractor = processor.feature_extractor
-    towers.eval()
-
-    def compute(batch: dict) -> dict:
-        names, sounds, pictures = [], [], []
-        for values in zip(*batch.values(), strict=True):
-            row = dict(zip(batch, values, strict=True))
-            try:
-                sound, frames = open_audio(row, extractor.sampling_rate), open_frames(row)
-            except MediaError as error:
-                logger.warning("%s; the clip is skipped", error)
-                continue
-            names.append(row["id"])
-            sounds.append(sound)
-            pictures.append(frames)
-        if not names:
-            return {"id": [], "input_features": [], "image_tokens": []}
-        pixels = pixel_values([frame for frames in pictures for frame in frames], processor)
-        with torch.no_grad():
-            tokens = towers.encode_image(pixels.to(towers.device)).float().cpu()
-        return {
-            "id": names,
-            "input_features": input_features(sounds, processor).numpy(),
-            "image_tokens": [part.numpy() for part in tokens.split([len(frames) for frames in pictures])],
-        }
-
-    config = towers.config
-    features = Features(
-        {
-            "id": rows.features["id"],
-            "input_features": Array2D((extractor.max_length, extractor.num_mel_bins), "float32"),
-            "image_tokens": Array3D((None, config.image_seq_length, config.vision_config.hidden_size), "float32"),
-        }
+    if arguments.cache_features == "none":
+        return rows
+    frame = getattr(arguments, "frame", None)
+    if arguments.cache_features == "all":
+        choice = FeatureChoice(frames=None, frame=frame, sounds=True, dtype=torch.float32)
+    else:
+        choice = FeatureChoice(frames=arguments.cache_frames, frame=frame)
+    root = arguments.feature_cache
+    return with_features(
+        rows,
+        towers,
+        processor,
+        choice,
+        folder=None if root is None else Path(root) / (split or arguments.split),
+        device=arguments.device,
+        num_workers=arguments.dataloader_num_workers,
     )
-    media = rows.select_columns(["id", "audio", "frames", "start", "end"])
-    stored = media.map(
-        compute,
-        batched=True,
-        batch_size=64,
-        remove_columns=["audio", "frames", "start", "end"],
-        features=features,
-        new_fingerprint=_features_fingerprint(rows, towers, processor),
-        desc="Features",
-    )
-    if len(stored) == 0:
-        raise ValueError(f"none of {len(rows)} clips can be opened; `dali-llava inspect --check 100` shows why.")
-    return stored.with_format("numpy", columns=["input_features", "image_tokens"], output_all_columns=True)
-
-
-def _features_fingerprint(
-    rows: Dataset, towers: LlavaAudioTowers | LlavaAudioModel, processor: LlavaAudioProcessor
-) -> str:
-    """Return a hash of everything that `with_features` depends on. It is the same in all processes, unlike a hash of a
-    pickled model."""
-    weights = hashlib.sha256()
-    for name, tensor in towers.vision_tower.state_dict().items():
-        weights.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
-    extractor, images = processor.feature_extractor, processor.image_processor
-    parts = [extractor.to_json_string(), inspect.getsource(type(extractor)), images.to_json_string()]
-    layer = [towers.config.vision_feature_layer, towers.config.vision_feature_select_strategy]
-    return Hasher.hash([rows._fingerprint, weights.hexdigest(), *parts, layer])

@@ -148,7 +148,7 @@ def test_a_stream_holds_what_was_kept(shards, tmp_path):
         ({"max_steps": -1}, "a stream has no end; give the number of steps, --max_steps N"),
         (
             {"cache_features": True},
-            "cache_features is not supported for streams; disable one of the two, --cache_features 0",
+            "cache_features is not supported for streams; disable one of the two, --cache_features none",
         ),
         ({"halve_every": 5}, "halve_every is not supported for streams"),
     ],
