@@ -170,7 +170,7 @@ def towers_of(config: LlavaAudioConfig, device: str) -> nn.Module:
 
 
 def captioner_of(config: LlavaAudioConfig, device: str) -> nn.Module:
-    """The whole captioner, likewise."""
+    """The whole captioner except for the head of its language model, likewise."""
     with torch.device(device):
         return LlavaAudioForConditionalGeneration._from_config(config, dtype=DTYPES.get(device, torch.float32)).model
 
@@ -252,10 +252,8 @@ def same(size: Size) -> Size:
 
 def show_memory(case: dict) -> None:
     rows = [[variant, f"{own['peak_bytes'] / 2**20:.0f}"] for variant, own in case["figures"].items()]
-    show(title(case), ["loaded", "peak MB"], rows, [])
-    print(
-        f"7B captioner: {case['saved_bytes_full_16_bit'] / 2**30:.1f} GB of 16-bit weights are not loaded (computed)"
-    )
+    show(title(case), ["loaded", "peak MiB"], rows, [])
+    print(f"7B captioner: {case['saved_bytes_full_16_bit'] / 1e9:.1f} GB of 16-bit weights are not loaded (computed)")
 
 
 def processor_of(config: LlavaAudioConfig) -> LlavaAudioProcessor:
@@ -301,7 +299,7 @@ def show_cache(case: dict) -> None:
 
 
 def title(case: dict) -> str:
-    return f"{case['part']}, {case['size']}, B = {case['batch']} (min / median / max)"
+    return f"{case['part']}, {case['size']}, B = {case['batch']}"
 
 
 PARTS = {

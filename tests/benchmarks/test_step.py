@@ -113,7 +113,7 @@ def test_a_run_writes_each_part(step, tiny, monkeypatch, tmp_path, capsys):
     saved = captioner["parameters_full"] - towers["parameters_full"]
     assert memory["saved_bytes_full_16_bit"] == 2 * saved
     assert cache["clips"] == 4 and list(cache["figures"]) == ["not cached", "cached"]
-    assert "12.4 GB of 16-bit weights" in capsys.readouterr().out
+    assert "13.3 GB of 16-bit weights" in capsys.readouterr().out
 
 
 def test_out_of_memory_says_what_to_lower(step, monkeypatch, tmp_path):
