@@ -55,7 +55,7 @@ from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcesso
 from dali_llava.processing.corpora import load_corpus
 from dali_llava.train.command_line import CONFIGS
 from dali_llava.train.data.collators import AlignmentCollator
-from dali_llava.train.data.corpus import with_features
+from dali_llava.train.data.feature_cache import FeatureChoice, with_features
 from dali_llava.train.losses import AttentiveTransportLoss, LossOutput, MMDLoss
 from dali_llava.train.trainers import AlignmentModel
 
@@ -274,7 +274,9 @@ def measure_cache(name: str, size: Size, batch: int, arguments: argparse.Namespa
     ):
         rows = load_corpus("avworld", "train", sizes={"train": size.clips}, num_proc=1)
         start = time.perf_counter()
-        stored = with_features(rows, towers, processor)
+        # `cache_features all`: image tokens of all frames, and spectrograms
+        choice = FeatureChoice(frames=None, sounds=True, dtype=torch.float32)
+        stored = with_features(rows, towers, processor, choice)
         storing = time.perf_counter() - start
         step = AlignmentStep(AlignmentModel(towers, MMDLoss()).to(arguments.device))
         collator = AlignmentCollator(processor)
