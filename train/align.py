@@ -18,7 +18,7 @@ from dali_llava.train.base_model import check_base, load_base, whole_weights
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.collators import AlignmentCollator
-from dali_llava.train.data.corpus import open_rows, shuffled, store_features
+from dali_llava.train.data.corpus import check_pictures, evaluation_rows, open_rows, shuffled, store_features
 from dali_llava.train.data.draws import Draws
 from dali_llava.train.losses import LOSSES, AlignmentLoss, TransportLoss
 from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
@@ -69,17 +69,23 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     check_base(arguments, after=("prefix",))
     check_objective(arguments)
     rows = open_rows(arguments, pictures=True)
+    held_out = evaluation_rows(arguments)
+    if held_out is not None:
+        check_pictures(held_out, arguments, arguments.eval_split)
     towers, processor = load_base(arguments, LlavaAudioTowers)
     objective = build_objective(arguments, towers)
     frame = arguments.frame
     if arguments.cache_features != "none":
         rows = store_features(rows, towers, processor, arguments)
+        if held_out is not None:
+            held_out = store_features(held_out, towers, processor, arguments, arguments.eval_split)
         frame = None  # the only one that is stored, if the arguments select one
         towers.vision_tower = torch.nn.Identity()  # frees the memory of weights that no step uses
     return AlignmentTrainer(
         model=AlignmentModel(towers, objective, arguments.transport_micro_batches),
         args=arguments,
         train_dataset=shuffled(rows, arguments),
+        eval_dataset=held_out,
         data_collator=AlignmentCollator(
             processor,
             arguments.augmentation(),

@@ -18,7 +18,7 @@ from dali_llava.train.avworld.tower import SoundCollator, TowerArguments, TowerM
 from dali_llava.train.base_model import check_base, load_base
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
-from dali_llava.train.data.corpus import open_rows, shuffled, store_features
+from dali_llava.train.data.corpus import evaluation_rows, open_rows, shuffled, store_features
 from dali_llava.train.data.draws import Draws
 from dali_llava.train.trainers import StageTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
@@ -34,8 +34,11 @@ def main(argv: list[str] | None = None) -> StageTrainer:
     set_seed(arguments.seed)
     check_base(arguments)
     rows = open_rows(arguments, pictures=arguments.cache_features == "all")
+    held_out = evaluation_rows(arguments)
     towers, processor = load_base(arguments, LlavaAudioTowers)
     rows = store_features(rows, towers, processor, arguments)
+    if held_out is not None:
+        held_out = store_features(held_out, towers, processor, arguments, arguments.eval_split)
     augmentation = arguments.augmentation(mix=arguments.augmentation_mix, unit=processor.feature_extractor.std)
     draws = Draws(arguments.seed, arguments.streaming)
     collator = SoundCollator(processor, augmentation, ClipOpener(rows), draws)
@@ -47,6 +50,7 @@ def main(argv: list[str] | None = None) -> StageTrainer:
         pretrained=towers,
         args=arguments,
         train_dataset=train_dataset,
+        eval_dataset=held_out,
         data_collator=collator,
         processing_class=processor,
         stage="tower",

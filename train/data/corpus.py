@@ -102,10 +102,12 @@ def shuffled(rows: Dataset | IterableDataset, arguments: SoundArguments) -> Data
     return rows.shuffle(arguments.seed, buffer_size=arguments.shuffle_buffer)
 
 
-def check_pictures(rows: Iterable[dict], arguments: SoundArguments) -> None:
-    """Raise a ValueError if none of the first rows has a picture."""
+def check_pictures(rows: Iterable[dict], arguments: SoundArguments, split: str | None = None) -> None:
+    """Raise a ValueError if none of the first rows, of `split` or else `arguments.split`, has a picture."""
     if not any(row["frames"] for row in islice(rows, SEEN_FIRST)):
-        raise ValueError(f"{arguments.dataset}, split {arguments.split}: no pictures, which the alignment needs.")
+        raise ValueError(
+            f"{arguments.dataset}, split {split or arguments.split}: no pictures, which the alignment needs."
+        )
 
 
 def kept_ids(folder: str | Path) -> set[str]:

@@ -180,10 +180,10 @@ def test_weights_are_gathered_and_set_by_name():
         set_weights(other, {"gain": torch.zeros(3)})
 
 
-@pytest.mark.parametrize("stage", ["prefix", "distilled"])
+@pytest.mark.parametrize("stage", ["prefix", "tower", "aligned", "distilled"])
 def test_best_weights_are_loaded_at_the_end(run_stage, run_dir, tmp_path, stage):
     """A learning rate that is far too high makes the first evaluation the best one."""
-    before = {"prefix": "captioner", "distilled": "aligned"}[stage]
+    before = {"prefix": "captioner", "distilled": "aligned"}.get(stage, "prefix")
     words = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_split", "val", "--learning_rate", "10"]
     words += ["--warmup_steps", "0", "--lr_scheduler_type", "constant", "--max_steps", "3", "--save_total_limit", "1"]
     output = tmp_path / stage
