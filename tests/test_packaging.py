@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = sorted(set(PROJECT["project"]["optional-dependencies"]) - {"dev"})
 FOLDERS = {"dali_llava": "dali_llava"} | {
     folder: package for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()
 }
@@ -40,17 +42,20 @@ def source_files() -> list[tuple[Path, str]]:
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
+    """Requirements of the package and of the extras, by name. `dev` includes the other extras."""
     project = PROJECT["project"]
-    listed = list(project["dependencies"])
+    listed = list(map(Requirement, project["dependencies"]))
     for extra in extras:
-        listed += project["optional-dependencies"][extra]
-    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, listed)}
+        listed += map(Requirement, project["optional-dependencies"][extra])
+    found = {canonicalize_name(requirement.name): requirement for requirement in listed}
+    own = found.pop(project["name"], None)
+    return requirements(*own.extras) | found if own else found
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
     found = [re.fullmatch(r"([\w.-]+)==([\w.+!]+)", line) for line in lines if line and not line.startswith("#")]
-    assert all(found), "constraints.txt holds exact pins only: no hosts, no paths, no ranges"
+    assert all(found), f"{file} holds exact pins only: no hosts, no paths, no ranges"
     return {canonicalize_name(match[1]): match[2] for match in found}
 
 
@@ -66,7 +71,7 @@ def test_every_folder_with_code_is_a_package():
 
 def test_every_import_is_a_declared_dependency():
     distributions = packages_distributions()
-    declared = set(requirements(*PROJECT["project"]["optional-dependencies"]))
+    declared = set(requirements("dev"))
     undeclared = {}
     for file, _ in source_files():
         for node in ast.walk(ast.parse(file.read_text())):
@@ -82,21 +87,65 @@ def test_every_import_is_a_declared_dependency():
     assert undeclared == {}
 
 
-def test_the_pins_lie_in_the_ranges():
-    pinned = pins()
+def test_dev_has_every_extra():
+    assert requirements(*EXTRAS).items() <= requirements("dev").items()
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+from importlib.metadata import packages_distributions
+from packaging.utils import canonicalize_name
+
+extras = set(sys.argv[1:])
+for module, names in packages_distributions().items():
+    if {canonicalize_name(name) for name in names} & extras:
+        sys.modules[module] = None  # importing the module fails as if it were not installed
+import dali_llava
+for module in pkgutil.walk_packages(dali_llava.__path__, "dali_llava."):
+    importlib.import_module(module.name)
+for package in ("modeling", "processing", "train", "eval"):
+    package = importlib.import_module("dali_llava." + package)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+
+
+def test_every_module_can_be_imported_without_the_extras():
+    names = set(requirements(*EXTRAS)) - set(requirements())
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dali_llava.train.align" in done.stdout.split()
+
+
+@pytest.mark.parametrize("extra", ["deepspeed", "peft", "tensorboard", "trl"])
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(extra):
+    assert any(f"dali-llava[{extra}]" in file.read_text() for file, _ in source_files())
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-lowest.txt"])
+def test_the_pins_lie_in_the_ranges(file):
+    pinned = pins(file)
     for name, requirement in requirements("dev").items():
-        assert name in pinned, f"{name} is not pinned in constraints.txt"
+        assert name in pinned, f"{name} is not pinned in {file}"
         assert requirement.specifier.contains(pinned[name]), f"{requirement} leaves out the pinned {pinned[name]}"
 
 
+def test_the_lowest_pins_are_the_lower_bounds():
+    pinned = pins("constraints-lowest.txt")
+    for name, requirement in requirements("dev").items():
+        lowest = [specifier.version for specifier in requirement.specifier if specifier.operator == ">="]
+        assert [Version(version) for version in lowest] == [Version(pinned[name])], name
+
+
 def test_torch_is_the_version_of_the_contract():
-    pinned = pins()
+    pinned = pins("constraints.txt")
     assert (pinned["torch"], pinned["torchaudio"], pinned["torchvision"]) == ("2.11.0", "2.11.0", "0.26.0")
 
 
 def test_the_readme_gives_a_reason_for_each_dependency():
     table = {canonicalize_name(name) for name in re.findall(r"^\| `([\w-]+)`", (ROOT / "README.md").read_text(), re.M)}
-    assert set(requirements()) <= table
+    assert set(requirements(*EXTRAS)) <= table
 
 
 @pytest.fixture(scope="module")
