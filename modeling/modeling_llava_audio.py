@@ -10,9 +10,15 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModel,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
@@ -23,31 +29,31 @@ from .stage_checkpoint import write_stage
 
 
 @dataclass
-class LlavaAudioModelOutputWithPast(BaseModelOutputWithPast):
+class LlavaAudioModelOutputWithPast(LlavaModelOutputWithPast):
     r"""
     image_hidden_states: projected image tokens, (all image tokens of the batch, text width), or None.
     audio_hidden_states: projected audio tokens, (all audio tokens of the batch, text width), or None.
     """
 
-    image_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
-class LlavaAudioCausalLMOutputWithPast(ModelOutput):
+class LlavaAudioCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     r"""
     loss: mean negative log-likelihood of `labels`, if given.
     logits: (B, L or `logits_to_keep`, vocabulary).
     image_hidden_states, audio_hidden_states: see `LlavaAudioModelOutputWithPast`.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
-    image_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
+
+
+def cast_tokens(projector: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Forward pre-hook that converts tokens to the dtype of a projector: float32 if it trains on a 16-bit tower."""
+    wide = (weight.dtype for weight in projector.parameters() if weight.dtype.itemsize > 1)  # not packed
+    dtype = next((dtype for dtype in wide if dtype.is_floating_point), args[0].dtype)
+    return (args[0].to(dtype),)
 
 
 class LearnedPrefix(nn.Embedding):
@@ -104,6 +110,12 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         model.name_or_path = model.config.name_or_path = checkpoint.source
         use_general_kernels(model)
         return loaded
+
+    def enable_input_require_grads(self) -> None:
+        """See `PreTrainedModel.enable_input_require_grads`. Frozen parts are left out: they build no autograd graph."""
+        for part in self.base_model.children():
+            if isinstance(part, PreTrainedModel) and any(weight.requires_grad for weight in part.parameters()):
+                part.enable_input_require_grads()
 
     @property
     def _captioner_prefix(self) -> str:
@@ -196,6 +208,8 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
         self.audio_tower = build_audio_tower(config.audio_config)
         self.audio_projector = LlavaMultiModalProjector(config)
         self.prefix = LearnedPrefix(config)
+        for projector in (self.multi_modal_projector, self.audio_projector):
+            projector.register_forward_pre_hook(cast_tokens)
         self.post_init()
 
     def copy_image_projector(self) -> None:

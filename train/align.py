@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     check_base(arguments, after=("prefix",))
     check_objective(arguments)
     rows = open_rows(arguments, pictures=True)
-    towers, processor = load_base(arguments, LlavaAudioTowers)
+    towers, processor = load_base(arguments, LlavaAudioTowers, trained="audio_tower")
     objective = build_objective(arguments, towers)
     if arguments.cache_features:
         rows = with_features(rows, towers, processor)

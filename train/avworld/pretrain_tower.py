@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> StageTrainer:
     set_seed(arguments.seed)
     check_base(arguments)
     rows = open_rows(arguments, pictures=arguments.cache_features)
-    towers, processor = load_base(arguments, LlavaAudioTowers)
+    towers, processor = load_base(arguments, LlavaAudioTowers, trained="audio_tower")
     if arguments.cache_features:
         rows = with_features(rows, towers, processor)
     augmentation = arguments.augmentation(mix=arguments.augmentation_mix, unit=processor.feature_extractor.std)
