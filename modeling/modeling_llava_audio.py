@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import custom_object_save
@@ -112,7 +111,7 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         return loaded
 
     def enable_input_require_grads(self) -> None:
-        """See `PreTrainedModel.enable_input_require_grads`. Frozen parts are left out: they build no autograd graph."""
+        """See `PreTrainedModel.enable_input_require_grads`. Frozen parts still build no autograd graph."""
         for part in self.base_model.children():
             if isinstance(part, PreTrainedModel) and any(weight.requires_grad for weight in part.parameters()):
                 part.enable_input_require_grads()
@@ -171,23 +170,6 @@ class TowerTokens:
         # The dtype of a module ignores weights that are packed as integers.
         input_features = input_features.to(self.audio_tower.dtype)
         return self.audio_tower(input_features, input_features_mask, return_dict=True).last_hidden_state
-
-
-class LlavaAudioTowers(TowerTokens, LlavaAudioPreTrainedModel):
-    """
-    The vision tower and the audio tower without the rest of the captioner, for the alignment.
-
-    `from_pretrained` supports the same checkpoints as `LlavaAudioModel` and reads only the weights of the towers.
-    `save_stage` writes a stage of the whole captioner.
-    """
-
-    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?(vision_tower|audio_tower)\.)"]
-
-    def __init__(self, config: LlavaAudioConfig):
-        super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.audio_tower = build_audio_tower(config.audio_config)
-        self.post_init()
 
 
 class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
@@ -426,28 +408,11 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
         )
 
 
-class LlavaAudioOnlyForConditionalGeneration(LlavaAudioForConditionalGeneration):
-    """
-    The captioner without its vision tower, for text and audio.
-
-    `from_pretrained` supports the same checkpoints and does not read the weights of the vision tower. `save_stage`
-    writes a stage of the whole captioner.
-    """
-
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_tower\."]
-
-    def __init__(self, config: LlavaAudioConfig):
-        super().__init__(config)
-        del self.model.vision_tower
-
-
 LlavaAudioModel.register_for_auto_class("AutoModel")
 LlavaAudioForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = [
-    "LlavaAudioOnlyForConditionalGeneration",
     "LlavaAudioForConditionalGeneration",
     "LlavaAudioModel",
     "LlavaAudioPreTrainedModel",
-    "LlavaAudioTowers",
 ]

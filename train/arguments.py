@@ -97,7 +97,7 @@ class StageArguments(TrainingArguments):
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "Attention of the model: eager, sdpa, flash_attention_2 or another of transformers; by default sdpa."
+            "help": "Attention of the model: eager, sdpa, flash_attention_2 or another of transformers; default: sdpa."
         },
     )
 
