@@ -5,12 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from .configuration_cav_mae import CavMaeAudioConfig
 from .configuration_llava_audio import LlavaAudioConfig
 from .modeling_cav_mae import CavMaeAudioModel
-from .modeling_llava_audio import (
-    LlavaAudioForConditionalGeneration,
-    LlavaAudioModel,
-    LlavaAudioOnlyForConditionalGeneration,
-    LlavaAudioTowers,
-)
+from .modeling_llava_audio import LlavaAudioForConditionalGeneration, LlavaAudioModel
+from .partial_llava_audio import LlavaAudioOnlyForConditionalGeneration, LlavaAudioTowers
 
 
 # Registration lets the Auto classes load models without trust_remote_code. audio_towers.py registers the towers.

@@ -5,14 +5,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModel,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
@@ -23,31 +28,31 @@ from .stage_checkpoint import write_stage
 
 
 @dataclass
-class LlavaAudioModelOutputWithPast(BaseModelOutputWithPast):
+class LlavaAudioModelOutputWithPast(LlavaModelOutputWithPast):
     r"""
     image_hidden_states: projected image tokens, (all image tokens of the batch, text width), or None.
     audio_hidden_states: projected audio tokens, (all audio tokens of the batch, text width), or None.
     """
 
-    image_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
-class LlavaAudioCausalLMOutputWithPast(ModelOutput):
+class LlavaAudioCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     r"""
     loss: mean negative log-likelihood of `labels`, if given.
     logits: (B, L or `logits_to_keep`, vocabulary).
     image_hidden_states, audio_hidden_states: see `LlavaAudioModelOutputWithPast`.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
-    image_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
+
+
+def cast_tokens(projector: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Forward pre-hook that converts tokens to the dtype of a projector: float32 if it trains on a 16-bit tower."""
+    wide = (weight.dtype for weight in projector.parameters() if weight.dtype.itemsize > 1)  # not packed
+    dtype = next((dtype for dtype in wide if dtype.is_floating_point), args[0].dtype)
+    return (args[0].to(dtype),)
 
 
 class LearnedPrefix(nn.Embedding):
@@ -105,6 +110,12 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         use_general_kernels(model)
         return loaded
 
+    def enable_input_require_grads(self) -> None:
+        """See `PreTrainedModel.enable_input_require_grads`. Frozen parts still build no autograd graph."""
+        for part in self.base_model.children():
+            if isinstance(part, PreTrainedModel) and any(weight.requires_grad for weight in part.parameters()):
+                part.enable_input_require_grads()
+
     @property
     def _captioner_prefix(self) -> str:
         """What precedes the names of this model's weights in the captioner, of which this model may be a part."""
@@ -161,23 +172,6 @@ class TowerTokens:
         return self.audio_tower(input_features, input_features_mask, return_dict=True).last_hidden_state
 
 
-class LlavaAudioTowers(TowerTokens, LlavaAudioPreTrainedModel):
-    """
-    The vision tower and the audio tower without the rest of the captioner, for the alignment.
-
-    `from_pretrained` supports the same checkpoints as `LlavaAudioModel` and reads only the weights of the towers.
-    `save_stage` writes a stage of the whole captioner.
-    """
-
-    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?(vision_tower|audio_tower)\.)"]
-
-    def __init__(self, config: LlavaAudioConfig):
-        super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.audio_tower = build_audio_tower(config.audio_config)
-        self.post_init()
-
-
 class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
     """
     Vision tower, audio tower, their projectors, learned prefix and language model, without a head.
@@ -196,6 +190,8 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
         self.audio_tower = build_audio_tower(config.audio_config)
         self.audio_projector = LlavaMultiModalProjector(config)
         self.prefix = LearnedPrefix(config)
+        for projector in (self.multi_modal_projector, self.audio_projector):
+            projector.register_forward_pre_hook(cast_tokens)
         self.post_init()
 
     def copy_image_projector(self) -> None:
@@ -412,28 +408,11 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
         )
 
 
-class LlavaAudioOnlyForConditionalGeneration(LlavaAudioForConditionalGeneration):
-    """
-    The captioner without its vision tower, for text and audio.
-
-    `from_pretrained` supports the same checkpoints and does not read the weights of the vision tower. `save_stage`
-    writes a stage of the whole captioner.
-    """
-
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_tower\."]
-
-    def __init__(self, config: LlavaAudioConfig):
-        super().__init__(config)
-        del self.model.vision_tower
-
-
 LlavaAudioModel.register_for_auto_class("AutoModel")
 LlavaAudioForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = [
-    "LlavaAudioOnlyForConditionalGeneration",
     "LlavaAudioForConditionalGeneration",
     "LlavaAudioModel",
     "LlavaAudioPreTrainedModel",
-    "LlavaAudioTowers",
 ]

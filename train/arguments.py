@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 from dali_llava.train.data.augmentation import Augmentation
+from dali_llava.train.precision import check_precision
 
 
 # Value of `cache_features` by its spellings: a boolean in YAML stands for all or none.
@@ -89,6 +90,19 @@ class StageArguments(TrainingArguments):
     base_model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the model to start from: the previous stage."}
     )
+    frozen_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "dtype of the frozen parts: float32, bfloat16, float16, or auto for that of the base model. "
+            "What trains is float32."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of the model: eager, sdpa, flash_attention_2 or another of transformers; default: sdpa."
+        },
+    )
 
     # Corpus
     dataset: str = field(default="avworld", metadata={"help": "Name of the corpus in dali_llava.processing.corpora."})
@@ -136,6 +150,7 @@ class StageArguments(TrainingArguments):
             self.report_to = "tensorboard" if find_spec("tensorboard") else "none"
         super().__post_init__()
         check_trackers(self.report_to)
+        check_precision(self)
         # Pinned memory speeds up copies to an accelerator; without one, torch prints a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 

@@ -1,16 +1,19 @@
 """Load the base model of a stage, and select what the stage trains."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from dali_llava.eval.captioner import load_captioner
-from dali_llava.modeling import LlavaAudioForConditionalGeneration
-from dali_llava.modeling.loading import find_checkpoint
+from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
+from dali_llava.modeling.loading import Checkpoint, find_checkpoint, merge_weights
 from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.train.arguments import StageArguments
+from dali_llava.train.precision import check_attention, frozen_dtype
 
 
 # The script that writes a stage, by the first part of the stage's name.
@@ -28,6 +31,7 @@ def check_base(arguments: StageArguments, after: Sequence[str] = ()) -> None:
 
     Raises:
         ValueError: if no base model is given, or it does not exist, is not a captioner, or lacks a stage of `after`.
+        ValueError, ImportError: as in `check_attention`.
         FileNotFoundError, ConnectionError: as in `find_checkpoint` and `Checkpoint.check`.
     """
     base = arguments.base_model
@@ -36,6 +40,9 @@ def check_base(arguments: StageArguments, after: Sequence[str] = ()) -> None:
     if not Path(base).exists() and (Path(base).is_absolute() or Path(base).parent.is_dir()):
         raise ValueError(f"base_model {base}: no such directory; run the stage that writes it first.")
     checkpoint = find_checkpoint(base).check()
+    if arguments.attn_implementation:
+        with whole_weights():
+            check_attention(arguments.attn_implementation, _config(checkpoint))
     names = [stage.name for stage in checkpoint.stages]
     missing = [stage for stage in after if not any(name.partition(":")[0] == stage for name in names)]
     if names and missing:
@@ -45,14 +52,18 @@ def check_base(arguments: StageArguments, after: Sequence[str] = ()) -> None:
 
 
 def load_base(
-    arguments: StageArguments, model_class: type = LlavaAudioForConditionalGeneration
+    arguments: StageArguments, model_class: type = LlavaAudioForConditionalGeneration, trained: str | None = None
 ) -> tuple[nn.Module, LlavaAudioProcessor]:
     """
     Load the base model of a stage and its processor. Call `check_base` first.
 
+    The configuration keeps the stored dtype, so the saved stage does not depend on `arguments.frozen_dtype`.
+
     Args:
         arguments: arguments of the stage.
         model_class: the part of the captioner that the stage needs. Weights that the base model lacks are initialised.
+        trained: name of the submodule that the stage trains. It is loaded in float32, without rounding the weights of
+            earlier stages to the dtype of the frozen parts.
 
     Returns:
         the model and the processor.
@@ -60,8 +71,31 @@ def load_base(
     Raises:
         OSError, ValueError: as in `load_captioner`.
     """
+    checkpoint = find_checkpoint(arguments.base_model)
+    config = _config(checkpoint)
+    options = {"dtype": frozen_dtype(arguments, config.dtype), "attn_implementation": arguments.attn_implementation}
     with whole_weights():
-        return load_captioner(arguments.base_model, model_class=model_class, strict=False)
+        model, processor = load_captioner(arguments.base_model, model_class=model_class, strict=False, **options)
+        if trained is not None:
+            part = model.get_submodule(trained).float()
+            part.load_state_dict(_trained_weights(checkpoint, config, trained), strict=False)
+    model.config.dtype = config.dtype
+    return model, processor
+
+
+def _config(checkpoint: Checkpoint) -> LlavaAudioConfig:
+    source, hub_kwargs = checkpoint.config
+    return LlavaAudioConfig.from_pretrained(source, **hub_kwargs)
+
+
+def _trained_weights(checkpoint: Checkpoint, config: LlavaAudioConfig, part: str) -> dict[str, torch.Tensor]:
+    """The weights of a part that stages of a checkpoint have trained, in float32, by their names in the part."""
+    if not checkpoint.stages:
+        return {}
+    prefix = f"model.{part.removeprefix('model.')}."
+    others = f"^(?!{re.escape(prefix)})"
+    weights, _ = merge_weights(checkpoint, LlavaAudioForConditionalGeneration, config, unread=[others])
+    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 
 @contextmanager

@@ -86,6 +86,8 @@ def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditi
     )
     with whole_weights():
         captioner = LlavaAudioForConditionalGeneration(config)
+    if arguments.attn_implementation is not None:
+        captioner.set_attn_implementation(arguments.attn_implementation)
     return captioner, processor
 
 

@@ -5,6 +5,7 @@ from scipy.fft import dct
 from torch import nn
 
 
+@torch.compiler.disable  # inductor expects another memory layout of the Fourier transform
 def spectral_statistics(
     features: torch.Tensor, coefficients: int = 24, bands: int = 8, depth: float = 5.0
 ) -> torch.Tensor:

@@ -4,18 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from dali_llava.modeling import LlavaAudioTowers
 from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.train.arguments import SoundArguments
-from dali_llava.train.base_model import train_only
 from dali_llava.train.data.augmentation import Augmentation
 from dali_llava.train.data.clips import ClipOpener, Row
 from dali_llava.train.data.collators import input_features
 from dali_llava.train.data.draws import Draws
-
-from .statistics import StatisticsLoss
+from dali_llava.train.trainers.towers import TowerObjective
 
 
 @dataclass
@@ -30,19 +26,14 @@ class TowerArguments(SoundArguments):
     )
 
 
-class TowerModel(nn.Module):
+class TowerModel(TowerObjective):
     """
     The audio tower and the loss that it is pretrained with.
 
     Args:
         towers: all weights but the audio tower's are frozen.
-        objective: loss between audio tokens and the spectrograms that they come from.
+        objective: a `StatisticsLoss` between audio tokens and the spectrograms that they come from.
     """
-
-    def __init__(self, towers: LlavaAudioTowers, objective: StatisticsLoss):
-        super().__init__()
-        self.towers, self.objective = towers, objective
-        train_only(towers, towers.audio_tower)
 
     def forward(self, input_features: torch.Tensor) -> dict[str, torch.Tensor]:
         """`loss`, a scalar, of normalised spectrograms (B, frames, mels)."""

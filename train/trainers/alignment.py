@@ -14,10 +14,10 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 from dali_llava.modeling import LlavaAudioTowers
 from dali_llava.train.arguments import COUPLED_ADAM
-from dali_llava.train.base_model import train_only
 
 from .distances import TokenDistances
 from .stage import StageTrainer
+from .towers import TowerObjective
 
 
 @dataclass
@@ -31,12 +31,9 @@ class AlignmentOutput(ModelOutput):
     audio_mask: torch.Tensor | None = None
 
 
-class AlignmentModel(nn.Module):
+class AlignmentModel(TowerObjective):
     """
-    The two towers and an objective between their tokens.
-
-    The objective is a submodule, so that its parameters (an attention, a temperature) are wrapped and gathered
-    together with those of the audio tower. The vision tower runs without an autograd graph.
+    The two towers and an objective between their tokens. The vision tower runs without an autograd graph.
 
     Args:
         towers: the towers. All weights except those of the audio tower are frozen.
@@ -46,15 +43,8 @@ class AlignmentModel(nn.Module):
     """
 
     def __init__(self, towers: LlavaAudioTowers, objective: nn.Module, transport_micro_batches: int = 1):
-        super().__init__()
-        self.towers, self.objective = towers, objective
+        super().__init__(towers, objective)
         self.transport_micro_batches = transport_micro_batches
-        train_only(towers, towers.audio_tower)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.towers.vision_tower.eval()  # frozen: no dropout
-        return self
 
     def forward(
         self,
