@@ -41,7 +41,7 @@ class TowerModel(nn.Module):
 
     def __init__(self, towers: LlavaAudioTowers, objective: StatisticsLoss):
         super().__init__()
-        self.towers, self.objective = towers, objective
+        self.towers, self.objective, self.config = towers, objective, towers.config
         train_only(towers, towers.audio_tower)
 
     def forward(self, input_features: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ class AlignmentModel(nn.Module):
 
     def __init__(self, towers: LlavaAudioTowers, objective: nn.Module, transport_micro_batches: int = 1):
         super().__init__()
-        self.towers, self.objective = towers, objective
+        self.towers, self.objective, self.config = towers, objective, towers.config
         self.transport_micro_batches = transport_micro_batches
         train_only(towers, towers.audio_tower)
 
