@@ -74,8 +74,8 @@ def set_engine(arguments: TrainingArguments) -> None:
     engine, found = requested_engine(arguments), arguments.distributed_state.distributed_type
     if engine.startswith(("ZeRO", "FSDP")) and found in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(
-            f"{engine} runs on accelerators only; on the CPU, start with accelerate launch --multi_gpu --num_processes N "
-            "and no configuration file."
+            f"{engine} runs on accelerators only; on the CPU, start without a configuration file: accelerate launch "
+            "--multi_gpu --num_processes N."
         )
 
 
