@@ -66,6 +66,9 @@ def describe(trainer) -> dict:
         "parameters": len(parameters),
         "elements": sum(p.numel() for p in trained),
         "optimizer_elements": sum(part.numel() for part in parts),
+        "best": trainer.state.best_global_step,
+        "logged": [entry for entry in trainer.state.log_history if "loss" in entry][-1],
+        "layers": sorted({type(m).__name__.removeprefix("FSDP") for m in trainer.model_wrapped.modules()}),
         "units": sorted({type(m).__name__ for m in trainer.model_wrapped.modules() if isinstance(m, FSDPModule)}),
     }
 
