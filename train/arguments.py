@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 from dali_llava.train.data.augmentation import Augmentation
+from dali_llava.train.engines import check_launch, set_engine
 from dali_llava.train.precision import check_precision
 
 
@@ -148,7 +149,9 @@ class StageArguments(TrainingArguments):
             raise ValueError(f"eval_strategy {self.eval_strategy}: no split to evaluate on; give --eval_split NAME.")
         if self.report_to is None:
             self.report_to = "tensorboard" if find_spec("tensorboard") else "none"
+        check_launch(self)
         super().__post_init__()
+        set_engine(self)
         check_trackers(self.report_to)
         check_precision(self)
         # Pinned memory speeds up copies to an accelerator; without one, torch prints a warning.

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 
@@ -86,6 +87,19 @@ def run_stage(main: Callable[[list[str]], object]) -> None:
         if message.startswith("Caught "):  # from a DataLoader's worker: a traceback that ends with "package.Name: ..."
             message = message.strip().splitlines()[-1].partition(": ")[2]
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}")
+    except RuntimeError as error:
+        if debug or not is_lost_connection(error):
+            raise
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: error: rank {os.environ.get('RANK', 0)}: another rank ended; read its output, "
+            "then continue from the last checkpoint with --resume_from_checkpoint true"
+        )
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether an error means that another process has ended (from gloo, NCCL or the store of torch)."""
+    gloo = "gloo" in str(error) and ("Connection" in str(error) or "Broken pipe" in str(error))
+    return gloo or isinstance(error, dist.DistError)
 
 
 def split_debug(argv: list[str]) -> tuple[list[str], bool]:

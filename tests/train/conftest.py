@@ -1,9 +1,13 @@
 """Fixtures for the tests of the stages: two steps of each stage of DALI on a very small AVWorld."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration, LlavaAudioTowers
@@ -68,6 +72,37 @@ def run_stage(stage_words):
         return STAGES[stage][0].main(stage_words(stage, base, output, *overrides))
 
     return run_stage
+
+
+@pytest.fixture(scope="session")
+def launch_stages(datasets_cache):
+    """
+    `launch_stages(engine, runs, folder)`: runs stages in two processes and returns what ran; see `engines_driver.py`.
+
+    The engine is the name of a configuration in `train/configs/accelerate`. The runs are {name: (stage, words)}.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+
+    def launch_stages(engine: str, runs: dict[str, tuple[str, list[str]]], folder: Path) -> dict[str, dict]:
+        if engine.startswith("zero"):
+            pytest.importorskip("deepspeed", reason="ZeRO needs the extra deepspeed")
+        listing = folder / "stages.json"
+        listing.write_text(
+            json.dumps({name: (STAGES[stage][0].__name__, words) for name, (stage, words) in runs.items()})
+        )
+        launch = ["--config_file", CONFIGS / "accelerate" / f"{engine}.yaml", "--main_process_port", "0"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--num_processes", "2"]
+        environment = os.environ | {"HF_DATASETS_CACHE": str(datasets_cache), "OMP_NUM_THREADS": "1"}
+        driver = Path(__file__).with_name("engines_driver.py")
+        done = subprocess.run(
+            [*command, driver, listing], env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+        return {line.pop("name"): line for line in lines}
+
+    return launch_stages
 
 
 @pytest.fixture(scope="session")

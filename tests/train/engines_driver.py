@@ -1,7 +1,7 @@
 """
-Runs stages one after another under an engine, for the tests. The first process prints what ran.
+Runs stages one after another in each process of `accelerate launch`, for the tests. The first process prints what ran.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 engines_driver.py ENGINE stages.json
+    accelerate launch --config_file zero3.yaml --num_processes 2 engines_driver.py stages.json
 
 The file contains `{name: [module, [arguments of the stage]]}`.
 """
@@ -16,44 +16,67 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
+DEEPSPEED_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 CONFIGURED = ["--accelerator_config", json.dumps({"use_configured_state": True})]
 
 
-def start(engine: str) -> list[str]:
-    """Prepare the process for an engine on CPU, for which accelerate would use DDP, and return the words it needs."""
-    if engine.startswith("zero"):
-        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+def start(folder: Path) -> list[str]:
+    """
+    Let the engine of the launcher's configuration run on the CPU, where accelerate would use DDP.
+
+    Args:
+        folder: folder for a DeepSpeed configuration that also shards small parameters.
+
+    Returns:
+        arguments that the stages need.
+    """
+    if DEEPSPEED_FILE in os.environ:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        root = Path(importlib.import_module("dali_llava.train").__file__).parents[1]
+        config = json.loads((root / os.environ[DEEPSPEED_FILE]).read_text())
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (folder / "deepspeed.json").write_text(json.dumps(config))
+        os.environ[DEEPSPEED_FILE] = str(folder / "deepspeed.json")
         PartialState(backend="gloo")
-        configs = Path(importlib.import_module("dali_llava.train").__file__).parent / "configs" / "deepspeed"
-        return [*CONFIGURED, "--deepspeed", str(configs / f"{engine}.json")]
-    if engine == "fsdp2":
-        state = PartialState(backend="gloo")
-        state.distributed_type = DistributedType.MULTI_GPU
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-        config = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-        return [*CONFIGURED, "--fsdp_config", json.dumps(config)]
+        return CONFIGURED
+    if "FSDP_VERSION" in os.environ:
+        PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU  # a stage sets it to FSDP
+        return CONFIGURED
     return []
 
 
 def describe(trainer) -> dict:
-    """What ran: the engine, the number of processes, and how many of the trained parameters are sharded."""
-    trained = [p for p in trainer.model_wrapped.parameters() if p.requires_grad]
+    """What ran: the engine, the dtypes of the parameters, and how many of the trained ones are sharded."""
+    parameters = list(trainer.model_wrapped.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    optimizer = trainer.optimizer.optimizer
+    parts = getattr(optimizer, "single_partition_of_fp32_groups", ())  # of ZeRO-2
     return {
         "engine": type(trainer.model_wrapped).__name__,
-        "optimizer": type(trainer.optimizer.optimizer).__name__,
+        "optimizer": type(optimizer).__name__,
         "processes": trainer.args.world_size,
         "trained": len(trained),
-        "sharded": sum(isinstance(p, DTensor) or (hasattr(p, "ds_id") and p.numel() == 0) for p in trained),
+        "trained_dtypes": sorted({str(p.dtype) for p in trained}),
+        "frozen_dtypes": sorted({str(p.dtype) for p in parameters if not p.requires_grad}),
+        "sharded": sum(isinstance(p, DTensor) or (hasattr(p, "ds_id") and p.numel() == 0) for p in parameters),
+        "parameters": len(parameters),
+        "elements": sum(p.numel() for p in trained),
+        "optimizer_elements": sum(part.numel() for part in parts),
+        "best": trainer.state.best_global_step,
+        "logged": [entry for entry in trainer.state.log_history if "loss" in entry][-1],
+        "layers": sorted({type(m).__name__.removeprefix("FSDP") for m in trainer.model_wrapped.modules()}),
+        "units": sorted({type(m).__name__ for m in trainer.model_wrapped.modules() if isinstance(m, FSDPModule)}),
     }
 
 
 if __name__ == "__main__":
-    engine, listing = sys.argv[1:]
-    for name, (module, words) in json.loads(Path(listing).read_text()).items():
-        own = start(engine)
+    listing = Path(sys.argv[1])
+    for name, (module, words) in json.loads(listing.read_text()).items():
+        own = start(listing.parent)
         trainer = importlib.import_module(module).main([*words, *own])
         if trainer.args.process_index == 0:
             print(json.dumps({"name": name, **describe(trainer)}), flush=True)

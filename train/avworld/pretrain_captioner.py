@@ -31,6 +31,7 @@ from dali_llava.train.data.clips import open_frame
 from dali_llava.train.data.collators import pixel_values
 from dali_llava.train.data.corpus import load_rows
 from dali_llava.train.data.draws import Draws
+from dali_llava.train.engines import requested_engine
 from dali_llava.train.trainers.checkpoints import check_resume
 
 
@@ -173,6 +174,8 @@ def pretrain_vision(captioner, processor, rows: Dataset, arguments: CaptionerArg
 
 def main(argv: list[str] | None = None) -> WordTrainer | TokenViewTrainer:
     arguments = parse_stage_arguments(CaptionerArguments, __doc__, argv)
+    if (engine := requested_engine(arguments)) != "one process":
+        raise ValueError(f"{engine}: the captioner of AVWorld is small and trains in one process; --num_processes 1.")
     first = vision_arguments(arguments)
     check_resume(first, "vision")
     check_resume(arguments, "captioner")

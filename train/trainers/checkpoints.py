@@ -12,6 +12,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from dali_llava.atomic import write_text
 from dali_llava.train.arguments import StageArguments
+from dali_llava.train.engines import requested_engine
 
 
 logger = logging.getLogger(__name__)
@@ -148,13 +149,3 @@ def _check_run(folder: Path, arguments: StageArguments, stage: str) -> None:
             f"resume_from_checkpoint {folder}: the run has changed ({'; '.join(changed)}); restore these values, or "
             "start a new run with the checkpoint as base_model."
         )
-
-
-def requested_engine(arguments: TrainingArguments) -> str:
-    """Return the engine that `arguments` request: `ZeRO-N`, `FSDP`, `DDP` or `one process`."""
-    deepspeed = arguments.deepspeed_plugin
-    if deepspeed is not None:
-        return f"ZeRO-{deepspeed.hf_ds_config.get_value('zero_optimization.stage', deepspeed.zero_stage)}"
-    if arguments.fsdp_plugin_args or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return "FSDP"
-    return "DDP" if arguments.world_size > 1 else "one process"

@@ -19,7 +19,8 @@ from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.modeling.stage_checkpoint import load_stage_weights
 from dali_llava.train.data.collators import for_evaluation
 from dali_llava.train.data.draws import DrawsEpoch
-from dali_llava.train.trainers.checkpoints import replace_folder, requested_engine, write_manifest
+from dali_llava.train.engines import autocast_deepspeed, layer_classes, requested_engine
+from dali_llava.train.trainers.checkpoints import replace_folder, write_manifest
 from dali_llava.train.trainers.interruption import Interruption
 from dali_llava.train.trainers.monitoring import StageProgress, StepMonitor
 from dali_llava.train.trainers.objective import read_objective, write_objective
@@ -60,6 +61,11 @@ class StageMixin:
         self.add_callback(self.monitor)
         if hasattr(self.data_collator, "draws"):
             self.add_callback(DrawsEpoch(self.data_collator.draws))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:
+            autocast_deepspeed(self.accelerator.state.deepspeed_plugin)
 
     def train_and_save(self):
         """
@@ -245,6 +251,7 @@ class StageMixin:
     # Resuming
 
     def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint: str | None):
+        self.model._no_split_modules = layer_classes(self.model)
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)

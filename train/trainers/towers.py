@@ -21,6 +21,7 @@ class TowerObjective(nn.Module):
     def __init__(self, towers: LlavaAudioTowers, objective: nn.Module):
         super().__init__()
         self.towers, self.objective = towers, objective
+        self.config = towers.config  # DeepSpeed reads the width of the model from it
         train_only(towers, towers.audio_tower)
 
     def train(self, mode: bool = True):
