@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .audio_towers import build_audio_tower
 from .configuration_llava_audio import LlavaAudioConfig
+from .idle_modules import must_run
 from .loading import HUB_OPTIONS, assembled_options, check_device_map, find_checkpoint, use_general_kernels
 from .stage_checkpoint import write_stage
 
@@ -247,6 +248,26 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
         )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features.to(inputs_embeds))
 
+    # On several ranks, a tower without input in the batch of this rank runs on zeros, and its tokens times zero are
+    # added; see `must_run`.
+
+    def _run_without_image(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        vision_tower = getattr(self, "vision_tower", None)
+        if vision_tower is None or not must_run((vision_tower, self.multi_modal_projector), self.training):
+            return inputs_embeds
+        side = self.config.vision_config.image_size
+        image = self.get_image_features(inputs_embeds.new_zeros(1, 3, side, side), return_dict=True)
+        return inputs_embeds + 0 * torch.cat(list(image.pooler_output)).mean().to(inputs_embeds)
+
+    def _run_without_audio(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        if not must_run((self.audio_tower, self.audio_projector), self.training):
+            return inputs_embeds
+        spectrogram = self.config.audio_config.feature_extractor_kwargs
+        size = spectrogram.get("max_length", 1024), spectrogram.get("num_mel_bins", 128)
+        silence = inputs_embeds.new_zeros(1, *size)
+        audio = self.get_audio_features(silence, return_dict=True)
+        return inputs_embeds + 0 * torch.cat(audio.pooler_output).mean().to(inputs_embeds)
+
     @can_return_tuple
     def forward(
         self,
@@ -286,12 +307,16 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
                 inputs_embeds = self._scatter(
                     inputs_embeds, input_ids, self.config.image_token_id, image_features, "image"
                 )
+            elif past_key_values is None:
+                inputs_embeds = self._run_without_image(inputs_embeds)
             if input_features is not None:
                 audio = self.get_audio_features(input_features, input_features_mask, return_dict=True)
                 audio_features = torch.cat(audio.pooler_output)
                 inputs_embeds = self._scatter(
                     inputs_embeds, input_ids, self.config.audio_token_id, audio_features, "audio"
                 )
+            elif past_key_values is None:
+                inputs_embeds = self._run_without_audio(inputs_embeds)
             inputs_embeds = self._insert_prefix(inputs_embeds, input_ids)
 
         outputs = self.language_model(
@@ -313,7 +338,7 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
     def _insert_prefix(self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Replace `<prefix>` placeholders by the learned vectors. Each sample has whole prefixes or none."""
         length = self.config.prefix_length
-        if input_ids.shape[1] < length:  # a decoding step; the prefix is in the cache
+        if input_ids.shape[1] < length and not self.training:  # a decoding step; the prefix is in the cache
             return inputs_embeds
         mask = input_ids == self.config.prefix_token_id
         torch_compilable_check(

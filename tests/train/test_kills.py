@@ -21,8 +21,9 @@ MODULES = {
     "tower": "dali_llava.train.avworld.pretrain_tower",
     "aligned": "dali_llava.train.align",
     "distilled": "dali_llava.train.distill",
+    "supervised": "dali_llava.train.sft",
 }
-BEFORE = {"prefix": "captioner", "tower": "prefix", "aligned": "prefix", "distilled": "aligned"}
+BEFORE = {"prefix": "captioner", "tower": "prefix", "aligned": "prefix", "distilled": "aligned", "supervised": "aligned"}
 RUNS = {stage: (stage, []) for stage in MODULES if stage != "aligned"} | {
     objective: ("aligned", ["--objective", objective, "--schedule_epochs", "3"]) for objective in LOSSES
 }

@@ -11,12 +11,13 @@ from dali_llava.train.losses import LOSSES
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS
 
 
-BEFORE = {"prefix": "captioner", "tower": "prefix", "aligned": "prefix", "distilled": "aligned"}
+BEFORE = {"prefix": "captioner", "tower": "prefix", "aligned": "prefix", "distilled": "aligned", "supervised": "aligned"}
 # name: stage and its words
 RUNS = {
     "prefix": ("prefix", []),
     "tower": ("tower", []),
     "distilled": ("distilled", []),
+    "supervised": ("supervised", ["--train_parts", "audio_projector", "audio_tower"]),
 } | {objective: ("aligned", ["--objective", objective, "--schedule_epochs", "3"]) for objective in LOSSES}
 STEPS = 6  # of four batches per epoch, or one in prefix tuning
 

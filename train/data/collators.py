@@ -1,6 +1,8 @@
 """Collators that turn rows of a corpus into batches for captioning and for alignment."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,13 +10,16 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from dali_llava.eval.runner import Sample
 from dali_llava.processing import LlavaAudioProcessor
+from dali_llava.processing.corpora.rows import open_audio
 from dali_llava.train.data.augmentation import UNCHANGED, Augmentation
-from dali_llava.train.data.clips import ClipOpener, Row
+from dali_llava.train.data.clips import ClipOpener, Row, open_frame
 from dali_llava.train.data.draws import Draws
 
 
 IGNORED = -100  # label that cross-entropy ignores
+MODALITIES = {"audio": ("audio",), "image": ("image",), "audiovisual": ("image", "audio")}  # name -> its media
 
 
 def pixel_values(images: list[Image.Image], processor: LlavaAudioProcessor) -> torch.Tensor:
@@ -71,6 +76,42 @@ def for_evaluation(collator, rows: Dataset):
 
 
 @dataclass
+class Turn:
+    """A question and its answer about an image (RGB), a sound (samples,), or both; `prefix` as in `format_prompt`."""
+
+    question: str
+    answer: str
+    image: Image.Image | None = None
+    audio: np.ndarray | None = None
+    prefix: bool | None = None
+
+
+def collate_turns(turns: list[Turn], processor: LlavaAudioProcessor) -> dict[str, torch.Tensor]:
+    """Return the processor's inputs for turns, and `labels` (B, L) of the answers and their end tokens."""
+    media = [
+        {"image": turn.image is not None, "audio": turn.audio is not None, "prefix": turn.prefix} for turn in turns
+    ]
+    pairs = list(zip(turns, media, strict=True))
+    prompts = [processor.format_prompt(turn.question, **own) for turn, own in pairs]
+    texts = [processor.format_prompt(turn.question, answer=turn.answer, **own) for turn, own in pairs]
+    batch = processor(
+        text=texts,
+        images=[turn.image for turn in turns if turn.image is not None] or None,
+        audio=[turn.audio for turn in turns if turn.audio is not None] or None,
+        sampling_rate=processor.feature_extractor.sampling_rate,
+        padding=True,
+        return_tensors="pt",
+    )
+    return {**batch, "labels": answer_labels(batch["input_ids"], processor.tokenizer, prompts, texts)}
+
+
+def row_modalities(row: Row, wanted: Sequence[str] = tuple(MODALITIES)) -> list[str]:
+    """Return those of the `wanted` modalities whose media a row has."""
+    has = {"image": bool(row["frames"]), "audio": row["audio"] is not None}
+    return [name for name in wanted if all(has[kind] for kind in MODALITIES[name])]
+
+
+@dataclass
 class CaptionCollator:
     """
     Collates rows with `id`, `question` and `answer` into `id`, `input_ids`, `labels` and media.
@@ -100,20 +141,59 @@ class CaptionCollator:
         clips = self.opener(
             rows, self.draws(rows), image=self.image, audio=self.audio, second=self.frame, sampling_rate=rate
         )
-        rows = [clip.row for clip in clips]
-        media = {"image": self.image, "audio": self.audio, "prefix": self.prefix}
-        prompts = [self.processor.format_prompt(row["question"], **media) for row in rows]
-        texts = [self.processor.format_prompt(row["question"], answer=row["answer"], **media) for row in rows]
-        batch = self.processor(
-            text=texts,
-            images=[clip.image for clip in clips] if self.image else None,
-            audio=[clip.audio for clip in clips] if self.audio else None,
-            sampling_rate=rate,
-            padding=True,
-            return_tensors="pt",
-        )
-        batch["labels"] = answer_labels(batch["input_ids"], self.processor.tokenizer, prompts, texts)
-        return {"id": [row["id"] for row in rows], **batch}
+        turns = [Turn(clip.row["question"], clip.row["answer"], clip.image, clip.audio, self.prefix) for clip in clips]
+        return {"id": [clip.row["id"] for clip in clips], **collate_turns(turns, self.processor)}
+
+    def sample(self, row: Row) -> tuple[Sample, str]:
+        """Return the question about a row, to generate a caption from, and the answer to it."""
+        image = partial(open_frame, row, self.frame or 0) if self.image else None
+        audio = partial(open_audio, row) if self.audio else None
+        return Sample(row["id"], row["question"], image, audio, self.prefix), row["answer"]
+
+
+@dataclass
+class SupervisedCollator:
+    """
+    Collates captioned rows of a corpus into `id`, `input_ids`, `labels` and media, one question and answer per row.
+
+    In each epoch, the answer is a random caption of the row, and the question is asked about a random one of the
+    modalities whose media the row has. The prefix follows the media where `prefix_modalities` of the processor says
+    so.
+
+    Args:
+        processor: processor of the model to train.
+        question: the question.
+        modalities: names of `MODALITIES`.
+        frame: index of the frame to show; random by default.
+        opener: opens the media and replaces broken rows.
+        draws: random generators of the rows.
+    """
+
+    processor: LlavaAudioProcessor
+    question: str
+    modalities: Sequence[str] = ("audio",)
+    frame: int | None = None
+    opener: ClipOpener = field(default_factory=ClipOpener)
+    draws: Draws = field(default_factory=Draws)
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        clips, turns = [], []
+        rate = self.processor.feature_extractor.sampling_rate
+        for row, generator in zip(rows, self.draws(rows), strict=True):
+            modalities = row_modalities(row, self.modalities)
+            media = dict.fromkeys(MODALITIES[modalities[generator.integers(len(modalities))]], True)
+            (clip,) = self.opener([row], [generator], second=self.frame, sampling_rate=rate, **media)
+            captions = clip.row["captions"]
+            turns.append(Turn(self.question, captions[generator.integers(len(captions))], clip.image, clip.audio))
+            clips.append(clip)
+        return {"id": [clip.row["id"] for clip in clips], **collate_turns(turns, self.processor)}
+
+    def sample(self, row: Row) -> tuple[Sample, str]:
+        """Return the question about a row in its first modality, to generate a caption from, and its first caption."""
+        media = MODALITIES[row_modalities(row, self.modalities)[0]]
+        image = partial(open_frame, row, self.frame or 0) if "image" in media else None
+        audio = partial(open_audio, row) if "audio" in media else None
+        return Sample(row["id"], self.question, image, audio), row["captions"][0]
 
 
 @dataclass

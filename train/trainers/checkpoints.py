@@ -33,7 +33,11 @@ BINDING = {
 
 def binding_arguments(arguments: StageArguments) -> dict:
     """Return the fields on which the trained weights depend, as JSON values."""
-    own = {field.name for field in fields(arguments)} - {field.name for field in fields(TrainingArguments)} - FREE
+    own = (
+        {field.name for field in fields(arguments) if field.init}
+        - {field.name for field in fields(TrainingArguments)}
+        - FREE
+    )
     values = arguments.to_dict()
     return json.loads(json.dumps({name: values[name] for name in sorted(own | BINDING)}, default=str))
 

@@ -3,16 +3,13 @@
 import json
 import logging
 from collections.abc import Iterable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from transformers import Trainer
 
 from dali_llava.atomic import write_text
-from dali_llava.eval.runner import CaptionRunner, Sample
-from dali_llava.processing.corpora.rows import open_audio
-from dali_llava.train.data.clips import open_frame
+from dali_llava.eval.runner import CaptionRunner
 
 from .monitoring import PeriodicCallback
 
@@ -33,7 +30,7 @@ class SampleCaptions(PeriodicCallback):
     prefix are those that the collator trains with.
 
     Args:
-        trainer: trainer of a captioner, with a `CaptionCollator` and rows with `id`, `question` and `answer`.
+        trainer: trainer of a captioner, whose collator has a method `sample`.
         steps: number of steps between two measurements.
     """
 
@@ -66,32 +63,23 @@ class SampleCaptions(PeriodicCallback):
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         runner = CaptionRunner(model, trainer.processing_class, batch_size=CLIPS, max_new_tokens=MAX_NEW_TOKENS)
-        results = list(runner.run(map(self._sample, self.rows), progress=False))
+        asked = [trainer.data_collator.sample(row) for row in self.rows]
+        results = list(runner.run([sample for sample, _ in asked], progress=False))
         model.train()
         if not state.is_world_process_zero:
             return
         lines = []
-        for row, result in zip(self.rows, results, strict=True):
+        for result, (_, reference) in zip(results, asked, strict=True):
             if result.error is not None:
                 logger.warning("sample caption of %s: %s", result.id, result.error)
                 continue
             lines.append(
-                {"step": state.global_step, "id": row["id"], "caption": result.caption, "reference": row["answer"]}
+                {"step": state.global_step, "id": result.id, "caption": result.caption, "reference": reference}
             )
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         # To the trackers alone: an entry of `Trainer.log` would copy the text into every checkpoint.
         trainer.callback_handler.call_event("on_log", trainer.args, state, control, logs={"samples": as_table(lines)})
-
-    def _sample(self, row: dict) -> Sample:
-        collator = self.trainer.data_collator
-        return Sample(
-            id=row["id"],
-            prompt=row["question"],
-            image=partial(open_frame, row, collator.frame or 0) if collator.image else None,
-            audio=partial(open_audio, row) if collator.audio else None,
-            prefix=collator.prefix,
-        )
 
 
 def as_table(lines: list[dict]) -> str:

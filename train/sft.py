@@ -1,0 +1,136 @@
+"""
+Supervised fine-tuning on the captions of a corpus, from audio, image or both, with the `SFTTrainer` of TRL.
+
+In each epoch, a random caption of each clip is the answer to the question `prompt`. The loss covers the answers only.
+The prefix follows the media where `prefix_modalities` of the base model says so, in training as in captioning. By
+default, the audio projector alone is trained; `train_parts` selects other parts, and `--lora` adds adapters.
+
+    accelerate launch train/sft.py train/configs/avworld/sft.yaml \
+        --base_model runs/mmd --output_dir runs/mmd-supervised
+"""
+
+from collections.abc import Sequence
+
+from datasets import Dataset
+from torch import nn
+from transformers import set_seed
+
+from dali_llava.modeling import (
+    LlavaAudioConfig,
+    LlavaAudioForConditionalGeneration,
+    LlavaAudioOnlyForConditionalGeneration,
+)
+from dali_llava.modeling.loading import find_checkpoint
+from dali_llava.train.adapters import adapter_config, add_adapter
+from dali_llava.train.base_model import check_base, load_base, train_only
+from dali_llava.train.command_line import parse_stage_arguments, run_stage
+from dali_llava.train.data.clips import ClipOpener
+from dali_llava.train.data.collators import MODALITIES, SupervisedCollator, row_modalities
+from dali_llava.train.data.corpus import load_rows
+from dali_llava.train.data.draws import Draws
+from dali_llava.train.trainers.checkpoints import check_resume
+
+
+# part of the captioner -> modalities that use it
+PARTS = {
+    "audio_projector": ("audio", "audiovisual"),
+    "audio_tower": ("audio", "audiovisual"),
+    "multi_modal_projector": ("image", "audiovisual"),
+    "language_model": tuple(MODALITIES),
+    "prefix": ("audio", "audiovisual"),
+}
+
+
+def main(argv: list[str] | None = None):
+    from dali_llava.train.trainers.supervised import SupervisedArguments, SupervisedTrainer
+
+    arguments = parse_stage_arguments(SupervisedArguments, __doc__, argv)
+    check_resume(arguments, "sft")
+    set_seed(arguments.seed)
+    check_base(arguments)
+    check_parts(arguments)
+    adapter = adapter_config(arguments)
+    rows = captioned_rows(arguments, arguments.split)
+    evaluated = captioned_rows(arguments, arguments.eval_split) if arguments.eval_split else None
+    heard_only = arguments.modalities == ["audio"]
+    captioner, processor = load_base(
+        arguments, LlavaAudioOnlyForConditionalGeneration if heard_only else LlavaAudioForConditionalGeneration
+    )
+    train_only(captioner, *trained_modules(captioner, arguments.train_parts))
+    add_adapter(captioner, adapter, arguments.seed)
+    return SupervisedTrainer(
+        model=captioner,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=evaluated,
+        data_collator=SupervisedCollator(
+            processor,
+            arguments.prompt,
+            arguments.modalities,
+            frame=arguments.frame,
+            opener=ClipOpener(rows),
+            draws=Draws(arguments.seed),
+        ),
+        processing_class=processor,
+        stage="sft",
+    ).train_and_save()
+
+
+def check_parts(arguments) -> None:
+    """
+    Check that the modalities use the parts to train. Reads only the configuration of the base model.
+
+    Raises:
+        ValueError: a modality or a part is unknown, or no modality uses a part.
+    """
+    for name, known in (("modalities", MODALITIES), ("train_parts", PARTS)):
+        if unknown := sorted(set(getattr(arguments, name)) - set(known)):
+            raise ValueError(f"{name}: unknown {', '.join(unknown)}; choose from {', '.join(known)}.")
+    source, hub_kwargs = find_checkpoint(arguments.base_model).config
+    prefixed = LlavaAudioConfig.from_pretrained(source, **hub_kwargs).prefix_modalities
+    users = PARTS | {"prefix": [name for name in PARTS["prefix"] if name in prefixed]}
+    for field in ("train_parts", "lora"):
+        for part in getattr(arguments, field) or ():
+            if part in users and not set(users[part]) & set(arguments.modalities):
+                raise ValueError(
+                    f"{field}: {', '.join(arguments.modalities)} does not use the {part} of {arguments.base_model}; "
+                    f"add one of the modalities {', '.join(users[part]) or '(none)'}, or train other parts."
+                )
+
+
+def captioned_rows(arguments, split: str) -> Dataset:
+    """
+    Load the rows of a split and check that each has a caption and media.
+
+    Raises:
+        ValueError: as in `load_rows`, or if a row has no caption, or no media of any of the modalities.
+    """
+    rows = load_rows(arguments, split)
+    bare, unusable = [], []
+    for row in rows.select_columns(["id", "captions", "audio", "frames"]):
+        if not row["captions"]:
+            bare.append(row["id"])
+        if not row_modalities(row, arguments.modalities):
+            unusable.append(row["id"])
+    place = f"{arguments.dataset}, split {split}"
+    if len(bare) == len(rows):
+        raise ValueError(
+            f"{place}: no captions; use a corpus or a split with captions, or train with train/distill.py."
+        )
+    for names, lack in ((bare, "caption"), (unusable, f"media for {' or '.join(arguments.modalities)}")):
+        if names:
+            raise ValueError(
+                f"{place}: {len(names)} of {len(rows)} clips have no {lack}, the first is {names[0]}; add it, or "
+                "remove these clips from the corpus."
+            )
+    return rows
+
+
+def trained_modules(captioner: LlavaAudioForConditionalGeneration, parts: Sequence[str]) -> list[nn.Module]:
+    """Return the modules of the parts. The head belongs to the language model."""
+    modules = [captioner.model.get_submodule(part) for part in parts]
+    return [*modules, captioner.lm_head] if "language_model" in parts else modules
+
+
+if __name__ == "__main__":
+    run_stage(main)
