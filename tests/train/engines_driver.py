@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -49,9 +50,15 @@ def start(folder: Path) -> list[str]:
     return []
 
 
+def name_of(module: nn.Module) -> str:
+    """The name of a module's class, to which FSDP2 adds a prefix."""
+    return type(module).__name__.removeprefix("FSDP")
+
+
 def describe(trainer) -> dict:
-    """What ran: the engine, the dtypes of the parameters, and how many of the trained ones are sharded."""
+    """What ran: the engine, the dtypes of the parameters, how many are sharded, and the last log entry."""
     parameters = list(trainer.model_wrapped.parameters())
+    modules = list(trainer.model_wrapped.modules())
     trained = [p for p in parameters if p.requires_grad]
     optimizer = trainer.optimizer.optimizer
     parts = getattr(optimizer, "single_partition_of_fp32_groups", ())  # of ZeRO-2
@@ -68,8 +75,8 @@ def describe(trainer) -> dict:
         "optimizer_elements": sum(part.numel() for part in parts),
         "best": trainer.state.best_global_step,
         "logged": [entry for entry in trainer.state.log_history if "loss" in entry][-1],
-        "layers": sorted({type(m).__name__.removeprefix("FSDP") for m in trainer.model_wrapped.modules()}),
-        "units": sorted({type(m).__name__ for m in trainer.model_wrapped.modules() if isinstance(m, FSDPModule)}),
+        "modules": sorted(map(name_of, modules)),
+        "units": sorted(name_of(module) for module in modules if isinstance(module, FSDPModule)),
     }
 
 
