@@ -23,7 +23,13 @@ MODULES = {
     "distilled": "dali_llava.train.distill",
     "supervised": "dali_llava.train.sft",
 }
-BEFORE = {"prefix": "captioner", "tower": "prefix", "aligned": "prefix", "distilled": "aligned", "supervised": "aligned"}
+BEFORE = {
+    "prefix": "captioner",
+    "tower": "prefix",
+    "aligned": "prefix",
+    "distilled": "aligned",
+    "supervised": "aligned",
+}
 RUNS = {stage: (stage, []) for stage in MODULES if stage != "aligned"} | {
     objective: ("aligned", ["--objective", objective, "--schedule_epochs", "3"]) for objective in LOSSES
 }

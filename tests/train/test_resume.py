@@ -11,7 +11,13 @@ from dali_llava.train.losses import LOSSES
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS
 
 
-BEFORE = {"prefix": "captioner", "tower": "prefix", "aligned": "prefix", "distilled": "aligned", "supervised": "aligned"}
+BEFORE = {
+    "prefix": "captioner",
+    "tower": "prefix",
+    "aligned": "prefix",
+    "distilled": "aligned",
+    "supervised": "aligned",
+}
 # name: stage and its words
 RUNS = {
     "prefix": ("prefix", []),
