@@ -280,6 +280,8 @@ class AttentiveTransportLoss(TransportLoss):
             # parameter, and ZeRO-3 has one only for the modules that run.
             share = 0.5 if self.epoch > 1 else 0.0
             learnt = self.weights(audio, image, audio_mask, image_mask)
+            if not share:
+                learnt = tuple(attended.nan_to_num() for attended in learnt)  # 0 times NaN is NaN
             a, b = (share * attended + (1 - share) * even for attended, even in zip(learnt, uniform, strict=True))
         terms = {
             "mean_distance": pair_distances(audio, image, *uniform),
