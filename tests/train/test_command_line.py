@@ -18,6 +18,7 @@ from dali_llava.train.command_line import (
     run_stage,
     warn_of_single_process,
 )
+from dali_llava.train.trainers.supervised import SupervisedArguments
 
 
 ARGUMENTS = {
@@ -28,8 +29,9 @@ ARGUMENTS = {
     "align": AlignmentArguments,
     "align_recordings": AlignmentArguments,
     "distill": DistillationArguments,
+    "sft": SupervisedArguments,
 }
-FILES = sorted(CONFIGS.glob("*/*.yaml"))
+FILES = sorted(path for folder in ("avworld", "full") for path in (CONFIGS / folder).glob("*.yaml"))
 
 
 @pytest.fixture
