@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> AlignmentTrainer:
     held_out = evaluation_rows(arguments)
     if held_out is not None:
         check_pictures(held_out, arguments, arguments.eval_split)
-    towers, processor = load_base(arguments, LlavaAudioTowers, trained="audio_tower")
+    towers, processor = load_base(arguments, LlavaAudioTowers, trained=["audio_tower"])
     objective = build_objective(arguments, towers)
     frame = arguments.frame
     if arguments.cache_features != "none":

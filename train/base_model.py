@@ -52,7 +52,7 @@ def check_base(arguments: StageArguments, after: Sequence[str] = ()) -> None:
 
 
 def load_base(
-    arguments: StageArguments, model_class: type = LlavaAudioForConditionalGeneration, trained: str | None = None
+    arguments: StageArguments, model_class: type = LlavaAudioForConditionalGeneration, trained: Sequence[str] = ()
 ) -> tuple[nn.Module, LlavaAudioProcessor]:
     """
     Load the base model of a stage and its processor. Call `check_base` first.
@@ -62,8 +62,8 @@ def load_base(
     Args:
         arguments: arguments of the stage.
         model_class: the part of the captioner that the stage needs. Weights that the base model lacks are initialised.
-        trained: name of the submodule that the stage trains. It is loaded in float32, without rounding the weights of
-            earlier stages to the dtype of the frozen parts.
+        trained: names of the submodules that the stage trains. They are loaded in float32, without rounding the
+            weights of earlier stages to the dtype of the frozen parts.
 
     Returns:
         the model and the processor.
@@ -76,9 +76,9 @@ def load_base(
     options = {"dtype": frozen_dtype(arguments, config.dtype), "attn_implementation": arguments.attn_implementation}
     with whole_weights():
         model, processor = load_captioner(arguments.base_model, model_class=model_class, strict=False, **options)
-        if trained is not None:
-            part = model.get_submodule(trained).float()
-            part.load_state_dict(_trained_weights(checkpoint, config, trained), strict=False)
+        for name in trained:
+            part = model.get_submodule(name).float()
+            part.load_state_dict(_trained_weights(checkpoint, config, name), strict=False)
     model.config.dtype = config.dtype
     return model, processor
 
@@ -92,7 +92,7 @@ def _trained_weights(checkpoint: Checkpoint, config: LlavaAudioConfig, part: str
     """The weights of a part that stages of a checkpoint have trained, in float32, by their names in the part."""
     if not checkpoint.stages:
         return {}
-    prefix = f"model.{part.removeprefix('model.')}."
+    prefix = "lm_head." if part == "lm_head" else f"model.{part.removeprefix('model.')}."
     others = f"^(?!{re.escape(prefix)})"
     weights, _ = merge_weights(checkpoint, LlavaAudioForConditionalGeneration, config, unread=[others])
     return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     found = pseudo_captions.find()
     complete = arguments.captions is not None or set(rows["id"]) <= set(found)
     if not complete:
-        captioner, processor = load_base(arguments, trained="model.audio_projector")
+        captioner, processor = load_base(arguments, trained=["model.audio_projector"])
         found = pseudo_captions.generate(captioner, processor, found)
         del captioner.model.vision_tower  # the training needs audio only
     captions = {name: found[name].caption for name in rows["id"] if name in found and found[name].caption}
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     if arguments.captions is not None and len(captions) < len(rows):
         logger.warning("%s: no captions for %d of %d clips", source, len(rows) - len(captions), len(rows))
     if complete:
-        captioner, processor = load_base(arguments, LlavaAudioOnlyForConditionalGeneration, "model.audio_projector")
+        captioner, processor = load_base(arguments, LlavaAudioOnlyForConditionalGeneration, ["model.audio_projector"])
     rows = rows.filter(lambda name: name in captions, input_columns="id")
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": captions[row["id"]]})
     train_only(captioner, captioner.model.audio_projector)

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
         )
     rows = with_references(rows, arguments, arguments.split)
     held_out = evaluation_rows(arguments)
-    captioner, processor = load_base(arguments, trained="model.prefix")
+    captioner, processor = load_base(arguments, trained=["model.prefix"])
     train_only(captioner, captioner.model.prefix)
     return CaptioningTrainer(
         model=captioner,

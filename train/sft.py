@@ -12,7 +12,6 @@ default, the audio projector alone is trained; `train_parts` selects other parts
 from collections.abc import Sequence
 
 from datasets import Dataset
-from torch import nn
 from transformers import set_seed
 
 from dali_llava.modeling import (
@@ -53,10 +52,10 @@ def main(argv: list[str] | None = None):
     rows = captioned_rows(arguments, arguments.split)
     evaluated = captioned_rows(arguments, arguments.eval_split) if arguments.eval_split else None
     heard_only = arguments.modalities == ["audio"]
-    captioner, processor = load_base(
-        arguments, LlavaAudioOnlyForConditionalGeneration if heard_only else LlavaAudioForConditionalGeneration
-    )
-    train_only(captioner, *trained_modules(captioner, arguments.train_parts))
+    model_class = LlavaAudioOnlyForConditionalGeneration if heard_only else LlavaAudioForConditionalGeneration
+    trained = trained_modules(arguments.train_parts)
+    captioner, processor = load_base(arguments, model_class, trained)
+    train_only(captioner, *map(captioner.get_submodule, trained))
     add_adapter(captioner, adapter, arguments.seed)
     return SupervisedTrainer(
         model=captioner,
@@ -126,10 +125,9 @@ def captioned_rows(arguments, split: str) -> Dataset:
     return rows
 
 
-def trained_modules(captioner: LlavaAudioForConditionalGeneration, parts: Sequence[str]) -> list[nn.Module]:
-    """Return the modules of the parts. The head belongs to the language model."""
-    modules = [captioner.model.get_submodule(part) for part in parts]
-    return [*modules, captioner.lm_head] if "language_model" in parts else modules
+def trained_modules(parts: Sequence[str]) -> list[str]:
+    """Return the names of the modules of the parts. The head belongs to the language model."""
+    return [f"model.{part}" for part in parts] + (["lm_head"] if "language_model" in parts else [])
 
 
 if __name__ == "__main__":

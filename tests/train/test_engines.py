@@ -9,11 +9,18 @@ import torch
 from safetensors.torch import load_file
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.train.data.collators import SupervisedCollator
 from dali_llava.train.losses import LOSSES
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS
 
 
-BEFORE = {"prefix": "captioner", "tower": "prefix", "aligned": "prefix", "distilled": "aligned"}
+BEFORE = {
+    "prefix": "captioner",
+    "tower": "prefix",
+    "aligned": "prefix",
+    "distilled": "aligned",
+    "supervised": "aligned",
+}
 COMMON = [
     *("--max_steps", "6", "--learning_rate", "2e-3", "--lr_scheduler_type", "constant", "--warmup_steps", "0"),
     # Adam divides a gradient by its magnitude. If it is as small as float32's rounding error, the error becomes a
@@ -35,6 +42,14 @@ RUNS = {
     # A process mixes the clips of its own half of the batch only.
     "tower": ("tower", ["--augmentation_mix", "0", "--max_steps", "18"]),
     "distilled": ("distilled", []),
+    # One process may have images or sounds only. DDP does not search for parameters without gradient.
+    "supervised": (
+        "supervised",
+        [
+            *("--modalities", "audio", "image", "--ddp_find_unused_parameters", "false", "--train_parts"),
+            *("audio_projector", "audio_tower", "multi_modal_projector"),
+        ],
+    ),
 } | {
     objective: ("aligned", [*ALIGNMENT, "--objective", objective, *OPTIONS.get(objective, [])]) for objective in LOSSES
 }
@@ -127,6 +142,28 @@ def test_two_processes_train_the_weights_of_one(alone, shared, run_dir, engine, 
     moved = {key: (tensor - start[key]).abs().max().item() for key, tensor in first.items()}
     # the bias of a key has no gradient except for rounding
     assert min(moved[key] for key in moved if not key.endswith("k_proj.bias")) > 1e-3
+
+
+def test_processes_of_the_supervised_run_have_other_modalities(run_dir, run_stage, tmp_path, monkeypatch):
+    """
+    In one step, one process has images only, and the other one sounds only.
+
+    In every step, the whole batch has both: one process skips the update of weights without gradient, but two
+    processes update them with a gradient of zero.
+    """
+    batches, collate = [], SupervisedCollator.__call__
+
+    def recorded(self, rows):
+        batch = collate(self, rows)
+        sounds = batch["input_ids"] == self.processor.tokenizer.convert_tokens_to_ids("<audio>")
+        batches.append(sounds.any(1).tolist())
+        return batch
+
+    monkeypatch.setattr(SupervisedCollator, "__call__", recorded)
+    words = [*COMMON, *RUNS["supervised"][1], "--per_device_train_batch_size", "4"]
+    run_stage("supervised", run_dir / "aligned", tmp_path, *words)
+    assert len(batches) >= 6 and all(len(set(batch)) == 2 for batch in batches[:6])
+    assert any(first == second != third == fourth for first, second, third, fourth in batches[:6])
 
 
 @pytest.mark.parametrize(

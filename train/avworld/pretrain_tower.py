@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> StageTrainer:
     check_base(arguments)
     rows = open_rows(arguments, pictures=arguments.cache_features == "all")
     held_out = evaluation_rows(arguments)
-    towers, processor = load_base(arguments, LlavaAudioTowers, trained="audio_tower")
+    towers, processor = load_base(arguments, LlavaAudioTowers, trained=["audio_tower"])
     rows = store_features(rows, towers, processor, arguments)
     if held_out is not None:
         held_out = store_features(held_out, towers, processor, arguments, arguments.eval_split)
