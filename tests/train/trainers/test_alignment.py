@@ -325,6 +325,7 @@ def test_objectives_without_a_schedule_are_told_no_epoch(make_trainer):
 @pytest.mark.parametrize("name", ["ot", "ot_att"])
 def test_micro_batches_give_the_loss_and_gradients_of_the_batch(towers, avworld_processor, rows, name, cached):
     batch = AlignmentCollator(avworld_processor, UNCHANGED, frame=0)(rows)
+    batch.pop("id")  # the trainer's, not the model's
     batch["input_features_mask"] = torch.arange(256)[None] < torch.tensor([[256], [96], [160], [256]])
     if cached:
         batch["image_tokens"] = towers.encode_image(batch.pop("pixel_values")).detach()
