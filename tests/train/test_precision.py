@@ -37,7 +37,7 @@ RUNS = {
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINTING = "activation_checkpointing"
 if CHECKPOINTING not in {field.name for field in fields(TrainingArguments)}:
-    CHECKPOINTING = "gradient_checkpointing"  # before transformers 5.22
+    CHECKPOINTING = "gradient_checkpointing"  # earlier versions of transformers
 
 
 @dataclass
@@ -137,7 +137,7 @@ def test_trained_part_of_a_stage_is_loaded_without_rounding(train, bases):
     folder = train("tower", bases["float16"]).folder
     stored = {name: weight for name, weight in load_file(folder / "stage.safetensors").items()}
     arguments = StageArguments(base_model=str(folder), output_dir=str(folder), use_cpu=True)
-    towers, _ = load_base(arguments, LlavaAudioTowers, trained="audio_tower")
+    towers, _ = load_base(arguments, LlavaAudioTowers, trained=["audio_tower"])
     for name, weight in towers.audio_tower.named_parameters():
         assert torch.equal(weight, stored[f"model.audio_tower.{name}"])
     assert {weight.dtype for weight in towers.vision_tower.parameters()} == {torch.float16}

@@ -34,5 +34,5 @@ class TowerObjective(nn.Module):
         self.towers.audio_tower.activation_checkpointing_enable(**kwargs)
 
     def gradient_checkpointing_enable(self, **kwargs) -> None:
-        """The name of `activation_checkpointing_enable` before transformers 5.22."""
+        """The name of `activation_checkpointing_enable` in earlier versions of transformers."""
         self.towers.audio_tower.gradient_checkpointing_enable(**kwargs)
