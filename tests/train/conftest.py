@@ -96,9 +96,7 @@ def launch_stages(datasets_cache):
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--num_processes", "2"]
         environment = os.environ | {"HF_DATASETS_CACHE": str(datasets_cache), "OMP_NUM_THREADS": "1"}
         driver = Path(__file__).with_name("engines_driver.py")
-        done = subprocess.run(
-            [*command, driver, listing], env=environment, capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run([*command, driver, listing], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
         return {line.pop("name"): line for line in lines}

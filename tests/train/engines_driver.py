@@ -30,7 +30,7 @@ def start(folder: Path) -> list[str]:
     Let the engine of the launcher's configuration run on the CPU, where accelerate would use DDP.
 
     Args:
-        folder: folder for a DeepSpeed configuration that also shards small parameters.
+        folder: folder for the DeepSpeed configuration with sizes for small models.
 
     Returns:
         arguments that the stages need.
@@ -39,7 +39,8 @@ def start(folder: Path) -> list[str]:
         os.environ["DS_ACCELERATOR"] = "cpu"
         root = Path(importlib.import_module("dali_llava.train").__file__).parents[1]
         config = json.loads((root / os.environ[DEEPSPEED_FILE]).read_text())
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        # As for a large model: weights are gathered in small parts, and none remains whole.
+        config["zero_optimization"] |= {"stage3_prefetch_bucket_size": 1000, "stage3_param_persistence_threshold": 0}
         (folder / "deepspeed.json").write_text(json.dumps(config))
         os.environ[DEEPSPEED_FILE] = str(folder / "deepspeed.json")
         PartialState(backend="gloo")

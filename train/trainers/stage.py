@@ -179,6 +179,7 @@ class StageMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the stage in `output_dir`. All ranks must call it."""
+        self._wait_for_gathers()
         whole = self.args.base_model is None  # the first stage trains a complete captioner
         weights = gather_weights(self.pretrained, keep=self.args.should_save, frozen=whole)
         objective = getattr(self.model, "objective", nn.Identity())
@@ -260,7 +261,13 @@ class StageMixin:
         self._load_scaler(resume_from_checkpoint)
         return prepared
 
+    def _wait_for_gathers(self) -> None:
+        # ZeRO-3 gathers weights in advance. Those that a step has not used are still in flight.
+        if hasattr(self.model_wrapped, "empty_partition_cache"):
+            self.model_wrapped.empty_partition_cache()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._wait_for_gathers()
         folder = Path(resume_from_checkpoint)
         whole = self.args.base_model is None
         weights = load_file(folder / SAFE_WEIGHTS_NAME) if whole else load_stage_weights(folder)
