@@ -13,7 +13,7 @@ from itertools import islice
 from transformers import set_seed
 
 from dali_llava.modeling import LlavaAudioTowers
-from dali_llava.train.avworld.statistics import StatisticsLoss
+from dali_llava.train.avworld.sound_statistics import StatisticsLoss
 from dali_llava.train.avworld.tower import SoundCollator, TowerArguments, TowerModel
 from dali_llava.train.base_model import check_base, load_base
 from dali_llava.train.command_line import parse_stage_arguments, run_stage

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.fft import dct
 
-from dali_llava.train.avworld.statistics import StatisticsLoss, spectral_statistics
+from dali_llava.train.avworld.sound_statistics import StatisticsLoss, spectral_statistics
 
 
 COEFFICIENTS, BANDS, OCTAVES = 24, 8, 7  # of 256 frames

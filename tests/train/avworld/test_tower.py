@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dali_llava.train.avworld.statistics import StatisticsLoss, spectral_statistics
+from dali_llava.train.avworld.sound_statistics import StatisticsLoss, spectral_statistics
 from dali_llava.train.avworld.tower import SoundCollator, TowerModel
 from dali_llava.train.data.augmentation import UNCHANGED
 
