@@ -1,11 +1,13 @@
 """Configuration of LLaVA-Audio: vision tower, audio tower, language model and learned prefix."""
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.llava.configuration_llava import LlavaConfig
 
 from .audio_towers import build_audio_config
+from .fusion import CONCATENATE, build_fusion
 
 
 AUTO_MAP = {
@@ -32,10 +34,15 @@ class LlavaAudioConfig(LlavaConfig):
             of 1e-4.
         prefix_modalities: modalities captioned with the prefix before the question. Distillation removes `"audio"`.
             Images alone never use the prefix, so their captions equal those of the image captioner.
+        fusion: fusion of the audio tokens and image tokens of a sample, a name in `fusion.py`. `"concatenate"` is
+            DALI: no fusion, and an MLP projector for each modality. Another fusion is followed by one linear projector.
+        fusion_options: keyword arguments of the fusion, such as `{"rescale": True}`.
+        vision_pooling: `"patches"`, or `"frame"` for one token per image: the pooled output of the vision tower,
+            projected to `vision_config.projection_dim`. The latter needs a fusion.
 
     Raises:
-        ValueError: the audio tower is unknown or unsuitable, audio tokens and image tokens differ in width, or two
-            placeholders have the same id.
+        ValueError: the audio tower or the fusion is unknown or unsuitable, audio tokens and image tokens differ in
+            width, or two placeholders have the same id.
 
     Example:
 
@@ -63,6 +70,9 @@ class LlavaAudioConfig(LlavaConfig):
     prefix_length: int = 16
     prefix_initializer_range: float = 0.01
     prefix_modalities: list[str] | tuple[str, ...] = ("audio", "audiovisual")
+    fusion: str = CONCATENATE
+    fusion_options: dict | None = None
+    vision_pooling: str = "patches"
 
     attribute_map = {
         "image_token_id": "image_token_index",
@@ -76,26 +86,53 @@ class LlavaAudioConfig(LlavaConfig):
             raise ValueError(f"fusion_mode={fusion_mode!r} is not supported by this version of the model code.")
         self.audio_config = build_audio_config(self.audio_config, self.sub_configs_defaults["audio_config"].model_type)
         super().__post_init__(**kwargs)
-        layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
-        image_width = self.vision_config.hidden_size * layers
-        if self.audio_config.output_size != image_width:
+        self._check_vision_pooling()
+        if self.audio_config.output_size != self.image_width:
             raise ValueError(
                 f"audio_config.output_size ({self.audio_config.output_size}) must equal the image tokens' width "
-                f"({image_width}): alignment compares the two."
+                f"({self.image_width}): alignment and fusion compare the two."
             )
+        with torch.device("meta"):
+            build_fusion(self.fusion, self.image_width, self.fusion_options)
         ids = (self.image_token_index, self.audio_token_index, self.prefix_token_index)
         if len(set(ids)) < 3:
             raise ValueError(
                 f"image, audio and prefix need different placeholder ids; image/audio/prefix_token_index are {ids}."
             )
 
+    def _check_vision_pooling(self) -> None:
+        if self.vision_pooling not in ("patches", "frame"):
+            raise ValueError(f"vision_pooling {self.vision_pooling!r} is unknown; choose patches or frame.")
+        if self.vision_pooling == "frame":
+            if self.fusion == CONCATENATE:
+                raise ValueError(f"vision_pooling 'frame' needs a fusion, not {CONCATENATE!r}; set fusion.")
+            if not getattr(self.vision_config, "projection_dim", None):
+                raise ValueError(
+                    f"vision_pooling 'frame' needs vision_config.projection_dim, which "
+                    f"{self.vision_config.model_type!r} does not have; use CLIP or vision_pooling 'patches'."
+                )
+
+    @property
+    def image_width(self) -> int:
+        """Width of the image tokens before the projector."""
+        if self.vision_pooling == "frame":
+            return self.vision_config.projection_dim
+        layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
+        return self.vision_config.hidden_size * layers
+
     def check_processor(self, processor) -> None:
         """
-        Check that the number of audio placeholders of a processor equals the number of tokens of the audio tower.
+        Check that the numbers of placeholders that a processor writes equal the numbers of tokens of the towers.
 
         Raises:
-            ValueError: `processor.feature_extractor` and the audio tower differ in the number of tokens or mel bins.
+            ValueError: `processor.feature_extractor` and the audio tower differ in the number of tokens or mel bins,
+                or the processor has another `vision_pooling`.
         """
+        if (pooling := getattr(processor, "vision_pooling", "patches")) != self.vision_pooling:
+            raise ValueError(
+                f"the processor has vision_pooling {pooling!r}, the model {self.vision_pooling!r}; build the "
+                f"processor with vision_pooling={self.vision_pooling!r}."
+            )
         extractor, expected = processor.feature_extractor, self.audio_config.feature_extractor_kwargs
         tower = f"the audio tower {self.audio_config.model_type!r}"
         remedy = f"build the feature extractor with audio_config.feature_extractor_kwargs: {expected}."

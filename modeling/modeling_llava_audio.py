@@ -19,8 +19,10 @@ from transformers.utils.generic import can_return_tuple
 
 from .audio_towers import build_audio_tower
 from .configuration_llava_audio import LlavaAudioConfig
+from .fusion import build_fusion
+from .fusion_inputs import FusionInputs, group_by_sample
 from .idle_modules import must_run
-from .pretrained_llava_audio import LearnedPrefix, LlavaAudioPreTrainedModel, TowerTokens
+from .pretrained_llava_audio import LearnedPrefix, LlavaAudioPreTrainedModel, TowerTokens, build_visual_projection
 
 
 @dataclass
@@ -28,9 +30,12 @@ class LlavaAudioModelOutputWithPast(LlavaModelOutputWithPast):
     r"""
     image_hidden_states: projected image tokens, (all image tokens of the batch, text width), or None.
     audio_hidden_states: projected audio tokens, (all audio tokens of the batch, text width), or None.
+    fusion_inputs: with a fusion, the encoders' tokens of the samples with audio and images, such as for a loss between
+        them: `loss(*outputs.fusion_inputs.to_tuple())`. None without such samples.
     """
 
     audio_hidden_states: torch.Tensor | None = None
+    fusion_inputs: FusionInputs | None = None
 
 
 @dataclass
@@ -38,17 +43,18 @@ class LlavaAudioCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     r"""
     loss: mean negative log-likelihood of `labels`, if given.
     logits: (B, L or `logits_to_keep`, vocabulary).
-    image_hidden_states, audio_hidden_states: see `LlavaAudioModelOutputWithPast`.
+    image_hidden_states, audio_hidden_states, fusion_inputs: see `LlavaAudioModelOutputWithPast`.
     """
 
     audio_hidden_states: torch.Tensor | None = None
+    fusion_inputs: FusionInputs | None = None
 
 
-def cast_tokens(projector: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Forward pre-hook that converts tokens to the dtype of a projector: float32 if it trains on a 16-bit tower."""
-    wide = (weight.dtype for weight in projector.parameters() if weight.dtype.itemsize > 1)  # not packed
+def cast_tokens(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Forward pre-hook that converts tokens to the dtype of a module: float32 if it trains on a 16-bit tower."""
+    wide = (weight.dtype for weight in module.parameters() if weight.dtype.itemsize > 1)  # not packed
     dtype = next((dtype for dtype in wide if dtype.is_floating_point), args[0].dtype)
-    return (args[0].to(dtype),)
+    return tuple(arg.to(dtype) if arg.is_floating_point() else arg for arg in args)
 
 
 class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
@@ -62,20 +68,56 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
     input_features -> audio_tower  -> audio_projector       -+-> placeholders of inputs_embeds -> language_model
                                       prefix                -+
     ```
+
+    With a fusion, both modalities of a sample take another way. Images alone keep theirs:
+
+    ```
+    image tokens, audio tokens -> fusion -> audio_projector -> placeholders of inputs_embeds
+    ```
     """
 
     def __init__(self, config: LlavaAudioConfig):
         super().__init__(config)
         self.audio_tower = build_audio_tower(config.audio_config)
-        self.audio_projector = LlavaMultiModalProjector(config)
+        self.fusion = build_fusion(config.fusion, config.image_width, config.fusion_options)
+        if self.fusion is None:
+            self.audio_projector = LlavaMultiModalProjector(config)
+        else:
+            self.audio_projector = nn.Linear(config.image_width, config.text_config.hidden_size)
+        if config.vision_pooling == "frame":  # no image captioner has such tokens, so audio_projector projects them
+            self.visual_projection = build_visual_projection(config)
+            self.multi_modal_projector = None
         self.prefix = LearnedPrefix(config)
-        for projector in (self.multi_modal_projector, self.audio_projector):
-            projector.register_forward_pre_hook(cast_tokens)
+        for module in (self.multi_modal_projector, self.fusion, self.audio_projector):
+            if module is not None:
+                module.register_forward_pre_hook(cast_tokens)
         self.post_init()
 
     def copy_image_projector(self) -> None:
-        """Start the audio projector as a copy of the image projector, as DALI does before stage 2."""
+        """
+        Start the audio projector as a copy of the image projector, as DALI does before stage 2.
+
+        Raises:
+            ValueError: the model has a fusion, whose projector is a linear layer.
+        """
+        if self.fusion is not None:
+            raise ValueError(
+                f"the audio projector of the fusion {self.config.fusion!r} is a linear layer, and the image projector "
+                "is not; train the audio projector from its random start."
+            )
         self.audio_projector.load_state_dict(self.multi_modal_projector.state_dict())
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """
+        See `LlavaModel.get_image_features`.
+
+        With a fusion, `pooler_output` holds the tokens of each image before the projector, (tokens, vision width).
+        """
+        if self.fusion is None:
+            return super().get_image_features(pixel_values, **kwargs)
+        tokens = self.encode_image(pixel_values)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=list(tokens))
 
     @can_return_tuple
     def get_audio_features(
@@ -90,7 +132,8 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
 
         Returns:
             `last_hidden_state` (clips, tokens, vision width) and `pooler_output`, a list with the projected tokens
-            of each clip, (tokens of the clip, text width).
+            of each clip, (tokens of the clip, text width). With a fusion, `pooler_output` holds the tokens before the
+            projector.
 
         Raises:
             ValueError: the audio tower returns another number of tokens than its configuration declares.
@@ -103,20 +146,20 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
                 f"{type(self.audio_tower).__name__} returned {returned} tokens for {frames} frames, but "
                 f"{type(self.config.audio_config).__name__}.num_audio_tokens({frames}) is {expected}."
             )
-        projected = list(self.audio_projector(outputs.last_hidden_state))
+        tokens = outputs.last_hidden_state
+        clips = list(tokens if self.fusion is not None else self.audio_projector(tokens))
         if input_features_mask is not None:
             keep = self.audio_tower.token_mask(input_features_mask)
-            projected = [tokens[mask] for tokens, mask in zip(projected, keep, strict=True)]
+            clips = [clip[mask] for clip, mask in zip(clips, keep, strict=True)]
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=projected,
+            last_hidden_state=tokens,
+            pooler_output=clips,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _scatter(self, inputs_embeds, input_ids, token_id: int, features: torch.Tensor, name: str) -> torch.Tensor:
-        """Replace the embeddings of `token_id` in `input_ids` by `features` (tokens, text width), in order."""
-        mask = input_ids == token_id
+    def _scatter(self, inputs_embeds, mask: torch.Tensor, features: torch.Tensor, name: str) -> torch.Tensor:
+        """Replace the embeddings where `mask` (B, L) is True by `features` (tokens, text width), in order."""
         torch_compilable_check(
             mask.sum() == features.shape[0],
             lambda: (
@@ -130,8 +173,9 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
     # added; see `must_run`.
 
     def _run_without_image(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        vision_tower = getattr(self, "vision_tower", None)
-        if vision_tower is None or not must_run((vision_tower, self.multi_modal_projector), self.training):
+        names = ("vision_tower", "visual_projection", "multi_modal_projector")
+        parts = [part for name in names if (part := getattr(self, name, None)) is not None]
+        if not hasattr(self, "vision_tower") or not must_run(parts, self.training):
             return inputs_embeds
         side = self.config.vision_config.image_size
         image = self.get_image_features(inputs_embeds.new_zeros(1, 3, side, side), return_dict=True)
@@ -169,32 +213,37 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
             mm_encoder_outputs: encoder outputs by modality that `generate` computes in advance.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds` are given, or the number of placeholders
-                differs from the number of tokens.
+            ValueError: neither or both of `input_ids` and `inputs_embeds` are given, the number of placeholders
+                differs from the number of tokens, or, with a fusion, a sample has images and several clips.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
-        image_features = audio_features = None
+        image_features = audio_features = fusion_inputs = None
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             image = (mm_encoder_outputs or {}).get("image")
             if image is None and pixel_values is not None:
                 image = self.get_image_features(pixel_values, return_dict=True)
-            if image is not None:
-                image_features = torch.cat(list(image.pooler_output))
-                inputs_embeds = self._scatter(
-                    inputs_embeds, input_ids, self.config.image_token_id, image_features, "image"
-                )
-            elif past_key_values is None:
+            elif image is None and past_key_values is None:
                 inputs_embeds = self._run_without_image(inputs_embeds)
+            audio = None
             if input_features is not None:
                 audio = self.get_audio_features(input_features, input_features_mask, return_dict=True)
-                audio_features = torch.cat(audio.pooler_output)
-                inputs_embeds = self._scatter(
-                    inputs_embeds, input_ids, self.config.audio_token_id, audio_features, "audio"
-                )
             elif past_key_values is None:
                 inputs_embeds = self._run_without_audio(inputs_embeds)
+            images, clips = ([] if media is None else list(media.pooler_output) for media in (image, audio))
+            image_mask, audio_mask = input_ids == self.config.image_token_id, input_ids == self.config.audio_token_id
+            if self.fusion is None:
+                image_features, audio_features = (torch.cat(media) if media else None for media in (images, clips))
+                if images:
+                    inputs_embeds = self._scatter(inputs_embeds, image_mask, image_features, "image")
+                if clips:
+                    inputs_embeds = self._scatter(inputs_embeds, audio_mask, audio_features, "audio")
+            elif images or clips or past_key_values is None:
+                images, clips = ([tokens.to(inputs_embeds.device) for tokens in media] for media in (images, clips))
+                inputs_embeds, fusion_inputs = self._insert_fused(inputs_embeds, image_mask, audio_mask, images, clips)
+                image_features = inputs_embeds[image_mask] if images else None
+                audio_features = inputs_embeds[audio_mask] if clips else None
             inputs_embeds = self._insert_prefix(inputs_embeds, input_ids)
 
         outputs = self.language_model(
@@ -211,7 +260,33 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
             audio_hidden_states=audio_features,
+            fusion_inputs=fusion_inputs,
         )
+
+    def _insert_fused(
+        self, inputs_embeds, image_mask: torch.Tensor, audio_mask: torch.Tensor, images: list, clips: list
+    ) -> tuple[torch.Tensor, FusionInputs | None]:
+        """Fuse, project and insert the tokens of `images` and `clips`. Returns the embeddings and `fusion_inputs`."""
+        image_projector, width = self.multi_modal_projector, self.config.image_width
+        alone, samples, fused = group_by_sample(images, clips, image_mask, audio_mask, image_projector is not None)
+        if alone:
+            features = image_projector(torch.cat(alone))
+            inputs_embeds = self._scatter(inputs_embeds, image_mask & ~fused[:, None], features, "image")
+        elif image_projector is not None and must_run((image_projector,), self.training):
+            inputs_embeds = inputs_embeds + 0 * image_projector(inputs_embeds.new_zeros(1, width)).mean()
+        if samples is None and must_run((self.fusion, self.audio_projector), self.training):
+            silent = [inputs_embeds.new_zeros(1, width)]
+            samples = FusionInputs.from_samples(silent, silent)
+        if samples is None:
+            return inputs_embeds, None
+        audio, image = self.fusion(*samples.to_tuple())
+        audio, image = audio[samples.audio_mask], image[samples.image_mask]
+        features = self.audio_projector(torch.cat([audio, image]))
+        if not fused.any():  # of zeros
+            return inputs_embeds + 0 * features.mean().to(inputs_embeds), None
+        audio, image = features.split([len(audio), len(image)])
+        inputs_embeds = self._scatter(inputs_embeds, audio_mask, audio, "audio")
+        return self._scatter(inputs_embeds, image_mask & fused[:, None], image, "image"), samples.with_both()
 
     def _insert_prefix(self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Replace `<prefix>` placeholders by the learned vectors. Each sample has whole prefixes or none."""
@@ -308,6 +383,7 @@ class LlavaAudioForConditionalGeneration(LlavaAudioPreTrainedModel, GenerationMi
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
+            fusion_inputs=outputs.fusion_inputs,
         )
 
 

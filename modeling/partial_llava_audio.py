@@ -5,23 +5,25 @@ from transformers import AutoModel
 from .audio_towers import build_audio_tower
 from .configuration_llava_audio import LlavaAudioConfig
 from .modeling_llava_audio import LlavaAudioForConditionalGeneration
-from .pretrained_llava_audio import LlavaAudioPreTrainedModel, TowerTokens
+from .pretrained_llava_audio import LlavaAudioPreTrainedModel, TowerTokens, build_visual_projection
 
 
 class LlavaAudioTowers(TowerTokens, LlavaAudioPreTrainedModel):
     """
-    The vision tower and the audio tower without the rest of the captioner, for the alignment.
+    The vision tower, with its projection, and the audio tower without the rest of the captioner, for the alignment.
 
     `from_pretrained` supports the same checkpoints as `LlavaAudioModel` and reads only the weights of the towers.
     `save_stage` writes a stage of the whole captioner.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?(vision_tower|audio_tower)\.)"]
+    _keys_to_ignore_on_load_unexpected = [r"^(?!(model\.)?(vision_tower|visual_projection|audio_tower)\.)"]
 
     def __init__(self, config: LlavaAudioConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.audio_tower = build_audio_tower(config.audio_config)
+        if config.vision_pooling == "frame":
+            self.visual_projection = build_visual_projection(config)
         self.post_init()
 
 
@@ -33,11 +35,13 @@ class LlavaAudioOnlyForConditionalGeneration(LlavaAudioForConditionalGeneration)
     writes a stage of the whole captioner.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_tower\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?(vision_tower|visual_projection)\."]
 
     def __init__(self, config: LlavaAudioConfig):
         super().__init__(config)
         del self.model.vision_tower
+        if config.vision_pooling == "frame":
+            del self.model.visual_projection
 
 
 __all__ = ["LlavaAudioOnlyForConditionalGeneration", "LlavaAudioTowers"]

@@ -112,11 +112,22 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         write_stage(directory, trained, base, stage, adapter=getattr(self, "peft_config", {}).get("default"))
 
 
+def build_visual_projection(config: LlavaAudioConfig) -> nn.Linear:
+    """The projection of pooled images, as in `CLIPVisionModelWithProjection`."""
+    return nn.Linear(config.vision_config.hidden_size, config.image_width, bias=False)
+
+
 class TowerTokens:
-    """Tokens before the projectors, for a model with a `vision_tower` and an `audio_tower`."""
+    """
+    Tokens before the projectors, for a model with a `vision_tower`, an `audio_tower` and, if `vision_pooling` is
+    `"frame"`, a `visual_projection`.
+    """
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Image tokens before the projector, (images, 3, H, W) -> (images, tokens, vision width)."""
+        if self.config.vision_pooling == "frame":
+            pooled = self.vision_tower(pixel_values, return_dict=True).pooler_output
+            return self.visual_projection(pooled.to(self.visual_projection.weight.dtype))[:, None]
         layers = self.config.vision_feature_layer
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
@@ -133,4 +144,4 @@ class TowerTokens:
         return self.audio_tower(input_features, input_features_mask, return_dict=True).last_hidden_state
 
 
-__all__ = ["LlavaAudioPreTrainedModel", "LearnedPrefix", "TowerTokens"]
+__all__ = ["LlavaAudioPreTrainedModel", "LearnedPrefix", "TowerTokens", "build_visual_projection"]
