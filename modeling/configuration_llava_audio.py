@@ -35,7 +35,7 @@ class LlavaAudioConfig(LlavaConfig):
         prefix_modalities: modalities captioned with the prefix before the question. Distillation removes `"audio"`.
             Images alone never use the prefix, so their captions equal those of the image captioner.
         fusion: fusion of the audio tokens and image tokens of a sample, a name in `fusion.py`. `"concatenate"` is
-            DALI: no fusion, and an MLP projector for each modality. Another fusion is followed by one linear projector.
+            DALI: no fusion, and an MLP projector for each modality. Other fusions are followed by a linear projector.
         fusion_options: keyword arguments of the fusion, such as `{"rescale": True}`.
         vision_pooling: `"patches"`, or `"frame"` for one token per image: the pooled output of the vision tower,
             projected to `vision_config.projection_dim`. The latter needs a fusion.

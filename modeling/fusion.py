@@ -112,15 +112,18 @@ class OTAttention(Fusion):
         return log_q.exp() * both[..., None]
 
 
+def check_heads(width: int, num_attention_heads: int) -> None:
+    """Raise a ValueError if the heads do not divide the width."""
+    if num_attention_heads < 1 or width % num_attention_heads:
+        raise ValueError(f"num_attention_heads ({num_attention_heads}) must divide the width of the tokens ({width}).")
+
+
 class MultiHeadCrossAttention(nn.Module):
     """Multi-head attention from queries to the tokens of another set; zero if the set is empty."""
 
     def __init__(self, width: int, num_attention_heads: int):
         super().__init__()
-        if width % num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads ({num_attention_heads}) must divide the width of the tokens ({width})."
-            )
+        check_heads(width, num_attention_heads)
         self.num_attention_heads = num_attention_heads
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
@@ -167,6 +170,7 @@ class JointEncoder(Fusion):
 
     def __init__(self, width: int, num_attention_heads: int = 12, num_layers: int = 1):
         super().__init__(width)
+        check_heads(width, num_attention_heads)
         self.config = CavMaeAudioConfig(
             hidden_size=width,
             num_attention_heads=num_attention_heads,
@@ -287,7 +291,7 @@ def build_fusion(name: str, width: int, options: dict | None = None) -> Fusion |
         )
     try:
         return FUSIONS[name](width, **options) if name in FUSIONS else None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"fusion_options of {name!r}: {error}") from error
 
 
