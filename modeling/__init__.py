@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .configuration_cav_mae import CavMaeAudioConfig
 from .configuration_llava_audio import LlavaAudioConfig
+from .fusion import Fusion, register_fusion
 from .modeling_cav_mae import CavMaeAudioModel
 from .modeling_llava_audio import LlavaAudioForConditionalGeneration, LlavaAudioModel
 from .partial_llava_audio import LlavaAudioOnlyForConditionalGeneration, LlavaAudioTowers
@@ -18,9 +19,11 @@ AutoModelForMultimodalLM.register(LlavaAudioConfig, LlavaAudioForConditionalGene
 __all__ = [
     "CavMaeAudioConfig",
     "CavMaeAudioModel",
+    "Fusion",
     "LlavaAudioConfig",
     "LlavaAudioOnlyForConditionalGeneration",
     "LlavaAudioForConditionalGeneration",
     "LlavaAudioModel",
     "LlavaAudioTowers",
+    "register_fusion",
 ]
