@@ -257,10 +257,11 @@ def register_fusion(name: str, fusion_class: type[Fusion]) -> None:
     Add a fusion, so that `LlavaAudioConfig(fusion=name)` builds it. The same class may be registered again.
 
     Raises:
-        ValueError: the name belongs to another fusion, or the class is not a `Fusion`.
+        TypeError: the class is not a subclass of `Fusion`.
+        ValueError: the name belongs to another fusion.
     """
     if not (isinstance(fusion_class, type) and issubclass(fusion_class, Fusion)):
-        raise ValueError(f"fusion {name!r}: {fusion_class!r} is not a subclass of Fusion.")
+        raise TypeError(f"fusion {name!r}: {fusion_class!r} is not a subclass of Fusion.")
     if name == CONCATENATE or FUSIONS.get(name, fusion_class) is not fusion_class:
         raise ValueError(f"fusion {name!r} is already registered; choose another name.")
     FUSIONS[name] = fusion_class

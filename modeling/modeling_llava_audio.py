@@ -274,9 +274,13 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
             inputs_embeds = self._scatter(inputs_embeds, image_mask & ~fused[:, None], features, "image")
         elif image_projector is not None and must_run((image_projector,), self.training):
             inputs_embeds = inputs_embeds + 0 * image_projector(inputs_embeds.new_zeros(1, width)).mean()
-        if samples is None and must_run((self.fusion, self.audio_projector), self.training):
-            silent = [inputs_embeds.new_zeros(1, width)]
-            samples = FusionInputs.from_samples(silent, silent)
+        if must_run((self.fusion, self.audio_projector), self.training):
+            if samples is None:
+                silent = [inputs_embeds.new_zeros(1, width)]
+                samples = FusionInputs.from_samples(silent, silent)
+            if not samples.audio_tokens.requires_grad:
+                # All ranks or none: FSDP2 reduces the gradients of a module after those of its inputs, if any.
+                samples.audio_tokens.requires_grad_()
         if samples is None:
             return inputs_embeds, None
         audio, image = self.fusion(*samples.to_tuple())

@@ -269,7 +269,7 @@ def test_another_package_registers_a_fusion(monkeypatch, tiny_config):
     for name in ("offset", "ot_attention", "concatenate"):
         with pytest.raises(ValueError, match=f"fusion '{name}' is already registered"):
             register_fusion(name, type("Other", (Fusion,), {}))
-    with pytest.raises(ValueError, match="'linear': .*Linear.* is not a subclass of Fusion"):
+    with pytest.raises(TypeError, match="'linear': .*Linear.* is not a subclass of Fusion"):
         register_fusion("linear", nn.Linear)
 
 
