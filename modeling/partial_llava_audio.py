@@ -4,7 +4,8 @@ from transformers import AutoModel
 
 from .audio_towers import build_audio_tower
 from .configuration_llava_audio import LlavaAudioConfig
-from .modeling_llava_audio import LlavaAudioForConditionalGeneration, LlavaAudioPreTrainedModel, TowerTokens
+from .modeling_llava_audio import LlavaAudioForConditionalGeneration
+from .pretrained_llava_audio import LlavaAudioPreTrainedModel, TowerTokens
 
 
 class LlavaAudioTowers(TowerTokens, LlavaAudioPreTrainedModel):

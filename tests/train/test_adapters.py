@@ -11,7 +11,7 @@ import torch
 
 from dali_llava.cli import main
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
-from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
+from dali_llava.modeling.pretrained_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.modeling.stage_checkpoint import find_stage
 from dali_llava.processing.corpora.rows import open_audio
 from dali_llava.train.adapters import adapter_config, add_adapter, target_pattern

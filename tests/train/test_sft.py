@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dali_llava.eval.runner import CaptionRunner, Sample
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
-from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
+from dali_llava.modeling.pretrained_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.processing import SEE_PROMPT, SOUND_PROMPT
 from dali_llava.processing.corpora.rows import open_audio
 from dali_llava.train import sft

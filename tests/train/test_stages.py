@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration, LlavaAudioTowers
-from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
+from dali_llava.modeling.pretrained_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.processing import SEE_PROMPT, LlavaAudioProcessor
 from dali_llava.train.align import build_objective
 from dali_llava.train.data.clips import open_frame

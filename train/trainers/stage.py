@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
+from dali_llava.modeling.pretrained_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.modeling.stage_checkpoint import load_stage_weights
 from dali_llava.train.data.collators import for_evaluation
 from dali_llava.train.data.draws import DrawsEpoch

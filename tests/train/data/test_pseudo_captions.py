@@ -19,7 +19,7 @@ from dali_llava.eval.runner import CaptionRunner
 from dali_llava.modeling import LlavaAudioForConditionalGeneration, LlavaAudioOnlyForConditionalGeneration
 from dali_llava.modeling.checkpoint_digest import checkpoint_digest
 from dali_llava.modeling.loading import find_checkpoint
-from dali_llava.modeling.modeling_llava_audio import LlavaAudioPreTrainedModel
+from dali_llava.modeling.pretrained_llava_audio import LlavaAudioPreTrainedModel
 from dali_llava.processing import SOUND_PROMPT
 from dali_llava.processing.media import MediaError
 from dali_llava.train.data import pseudo_captions
