@@ -8,8 +8,8 @@ A prompt encloses the audio and visual tokens in tags: `USER: <Audio>[tokens]</A
 from dataclasses import dataclass
 
 
-# fusions that leave the audio and the visual tokens apart, as prompt III requires
-SEPARATE_FUSIONS = ("concatenate", "ot_attention")
+# fusions whose tokens are of both modalities, which prompt III cannot separate
+JOINT_FUSIONS = ("joint_encoder", "q_former")
 
 # requests for prompt I, of which training draws one per sample
 TRAINING_REQUESTS = (
@@ -92,10 +92,10 @@ def lavcap_prompt(name: str, fusion: str = "concatenate") -> LavcapPrompt:
     """
     Return prompt `"I"`, `"II"` or `"III"` for a model with `config.fusion`.
 
-    Prompt III has the visual tokens in a tag of their own, so it requires a fusion of `SEPARATE_FUSIONS`.
+    Prompt III has the visual tokens in a tag of their own, so it excludes the fusions of `JOINT_FUSIONS`.
 
     Raises:
-        ValueError: the prompt is unknown, or the fusion does not leave audio and visual tokens apart.
+        ValueError: the prompt is unknown, or the fusion leaves no audio and visual tokens to separate.
 
     Example:
         >>> lavcap_prompt("II", fusion="q_former").request
@@ -103,9 +103,9 @@ def lavcap_prompt(name: str, fusion: str = "concatenate") -> LavcapPrompt:
     """
     if name not in LAVCAP_PROMPTS:
         raise ValueError(f"prompt {name!r} is unknown; choose {', '.join(LAVCAP_PROMPTS)}")
-    if name == "III" and fusion not in SEPARATE_FUSIONS:
+    if name == "III" and fusion in JOINT_FUSIONS:
         raise ValueError(
-            f"prompt III separates audio and visual tokens, but fusion={fusion!r} mixes them; choose prompt I or II, "
-            f"or the fusion {' or '.join(SEPARATE_FUSIONS)}"
+            f"prompt III separates audio and visual tokens, but fusion={fusion!r} joins them; choose prompt I or II, "
+            "or another fusion, such as ot_attention"
         )
     return LAVCAP_PROMPTS[name]

@@ -93,8 +93,7 @@ class LlavaAudioProcessor(ProcessorMixin):
         num_frames (`int`): maximum number of frames of a clip.
         frame_rate (`float`): maximum number of frames per second that are taken from a video.
         pad_to_square (`bool`): whether to pad images to a square with the mean colour of the image processor,
-            (122, 116, 104) for CLIP, as LLaVA-1.5 does. Square images are not changed. Without padding, the image
-            processor crops the centre if it is configured so.
+            (122, 116, 104) for CLIP, as LLaVA-1.5 does. Square images are not changed.
         image_token, audio_token, prefix_token (`str`): the placeholders. The chat template uses the default ones.
         chat_template (`str`, *optional*): Jinja template; `DALI_CHAT_TEMPLATE` by default.
 

@@ -67,10 +67,11 @@ def test_turns_in_order(with_template):
 
 
 def test_prompt_three_needs_separate_tokens():
-    assert lavcap_prompt("III", fusion="ot_attention") == lavcap_prompt("III")
-    for fusion in ("cross_attention", "joint_encoder", "q_former"):
+    for fusion in ("shared_projector", "ot_attention", "cross_attention"):
+        assert lavcap_prompt("III", fusion=fusion) == lavcap_prompt("III")
+    for fusion in ("joint_encoder", "q_former"):
         assert lavcap_prompt("II", fusion=fusion) == lavcap_prompt("II")
-        with pytest.raises(ValueError, match=f"prompt III separates .* fusion='{fusion}' mixes them"):
+        with pytest.raises(ValueError, match=f"prompt III separates .* fusion='{fusion}' joins them"):
             lavcap_prompt("III", fusion=fusion)
     with pytest.raises(ValueError, match="prompt 'IV' is unknown; choose I, II, III"):
         lavcap_prompt("IV")
