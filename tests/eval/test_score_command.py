@@ -32,7 +32,11 @@ def run(files, *options: str) -> int:
 def test_score(files, capsys):
     assert run(files) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(files[2].read_text())
+    written = json.loads(files[2].read_text())
+    assert printed == {name: value for name, value in written.items() if name in printed}
+    assert set(written) - set(printed) == {"references_digest", "clips", "statistics"}
+    assert written["clips"]["id"] == ["x", "y"] and written["clips"]["rouge_l"] == [1.0, 1.0]
+    assert printed["intervals"]["rouge_l"] == [1.0, 1.0]
     assert printed["metrics"]["rouge_l"] == 1.0 and printed["metrics"]["cider_d"] == pytest.approx(10.0)
     assert printed["metrics"]["meteor"] is None and "Java" in printed["reason"]["meteor"]
     assert (printed["n"], printed["missing"], printed["tokenizer"]) == (2, 0, "python")
