@@ -30,8 +30,5 @@ class Fense(ReferenceMetric):
         fluency_model: str = sentence_models.FLUENCY_MODEL,
     ) -> dict[str, ClipScores]:
         similarity = sentence_models.SentenceEncoder(sentence_model).similarity(predictions, references)
-        return {
-            "fense": sentence_models.penalize(
-                similarity, sentence_models.FluencyDetector(fluency_model).errors(predictions)
-            )
-        }
+        errors = sentence_models.FluencyDetector(fluency_model).errors(predictions)
+        return {"fense": sentence_models.penalize(similarity, errors)}

@@ -5,7 +5,7 @@ fluency errors.
 """
 
 import contextlib
-import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,13 +23,28 @@ BATCH_SIZE = 32
 
 @contextlib.contextmanager
 def _loading(what: str, name: str, package: str, remedy: str):
+    """Turn errors of loading a model into one that says what is missing."""
     try:
         yield
     except ImportError as error:
         raise RuntimeError(EXTRA_MISSING.format(package)) from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        cause = re.split(r"[.:]\s", " ".join(str(error).split()) or type(error).__name__)[0]
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+        cause = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
         raise RuntimeError(f"needs the {what} {name} ({cause}); {remedy}") from error
+
+
+def _folder_of(name: str) -> str:
+    """The folder of a model: `name` itself, or a snapshot from the cache of the Hub or else from the Hub."""
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # First without the network: where it is down, loading by name waits through minutes of retries.
+        return snapshot_download(name, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return snapshot_download(name, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack"])
 
 
 class SentenceEncoder:
@@ -49,7 +64,7 @@ class SentenceEncoder:
         ):
             from sentence_transformers import SentenceTransformer
 
-            self.model = SentenceTransformer(name)
+            self.model = SentenceTransformer(_folder_of(name))
 
     def similarity(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> ClipScores:
         """Mean cosine similarity of each caption and its references; the captions are not tokenized."""
@@ -82,20 +97,20 @@ class FluencyDetector:
         remedy = "run aac-metrics-download, or give its path as --fluency-model"
         with _loading("fluency model", name, "aac-metrics", remedy):
             import torch
-            from aac_metrics.functional import fer
+            from aac_metrics.functional.fer import BERTFlatClassifier, _load_echecker_and_tokenizer, fer
             from transformers import AutoTokenizer
 
-            self._fer = fer.fer
+            self._fer = fer
             if Path(name).suffix == ".ckpt":
                 content = torch.load(name, map_location="cpu", weights_only=True)
-                self.model = fer.BERTFlatClassifier(content["model_type"], content["num_classes"])
+                self.model = BERTFlatClassifier(content["model_type"], content["num_classes"])
                 # Older versions of transformers saved this buffer.
                 content["state_dict"].pop("encoder.embeddings.position_ids", None)
                 self.model.load_state_dict(content["state_dict"])
                 self.model.eval().requires_grad_(False)
                 self.tokenizer = AutoTokenizer.from_pretrained(content["model_type"])
             else:
-                self.model, self.tokenizer = fer._load_echecker_and_tokenizer(name, device="cpu")
+                self.model, self.tokenizer = _load_echecker_and_tokenizer(name, device="cpu")
 
     def errors(self, predictions: Sequence[str]) -> np.ndarray:
         """(clips,) 1.0 for each caption with a fluency error, otherwise 0.0."""
