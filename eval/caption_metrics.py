@@ -18,10 +18,7 @@ from .metrics.tokenization import JAVA_MISSING, PYTHON, find_java, tokenize
 
 
 CAPTION_METRICS = ("bleu_1", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider")
-# These need models that are not on every machine, or, as the vocabulary, say nothing about a single caption.
-FURTHER_METRICS = ("spider_fl", "fense", "sbert_sim", "vocabulary")
-# METEOR is last, because its process starts while the other metrics run.
-_ORDER = (*(name for name in (*CAPTION_METRICS, *FURTHER_METRICS) if name != "meteor"), "meteor")
+FURTHER_METRICS = ("spider_fl", "fense", "sbert_sim", "vocabulary")  # on request
 PYTHON_TOKENIZER_REASON = (
     f"captions were tokenized by the built-in Python tokenizer, because PTB {JAVA_MISSING}; scores on its tokens are "
     "close to scores on PTB tokens, but not equal"
@@ -108,11 +105,12 @@ class CaptionScorer:
         sentence_model: str = SENTENCE_MODEL,
         fluency_model: str = FLUENCY_MODEL,
     ):
-        unknown = [name for name in metrics if name not in _ORDER]
-        if unknown or not metrics:
-            raise ValueError(f"unknown metric {(unknown or [''])[0]!r}: choose from {', '.join(_ORDER)}")
+        known = (*CAPTION_METRICS, *FURTHER_METRICS)
+        unknown = [name for name in metrics if name not in known]
+        if unknown:
+            raise ValueError(f"unknown metric {unknown[0]!r}: choose from {', '.join(known)}")
         self.tokenizer: str | None = None
-        self.metrics = tuple(dict.fromkeys(metrics))
+        self.metrics = tuple(name for name in known if name in metrics)
         self.corenlp: Path | None = find_corenlp(corenlp)
         self.java = find_java(java)
         self.meteor = MeteorScorer(self.java) if self.java and "meteor" in metrics else None
@@ -187,7 +185,8 @@ class CaptionScorer:
             )
             for name, candidates in systems.items()
         }
-        steps = [(metric, run) for metric in _ORDER if metric in self.metrics for run in runs.values()]
+        # METEOR is last, because its process starts while the other metrics run.
+        steps = [(metric, run) for metric in sorted(self.metrics, key="meteor".__eq__) for run in runs.values()]
         for metric, run in tqdm(steps, desc="scoring captions", unit="step", leave=False, disable=not progress):
             run.compute(metric)
         return {name: run.result() for name, run in runs.items()}
@@ -220,12 +219,9 @@ class _Run:
     def result(self) -> Scored:
         if self.scorer.tokenizer == PYTHON:
             self.reasons["tokenizer"] = PYTHON_TOKENIZER_REASON
-        names = [name for name in (*CAPTION_METRICS, *FURTHER_METRICS) if name in self.scorer.metrics]
-        return Scored(
-            {name: self.metrics[name] for name in names},
-            self.reasons,
-            {name: self.clips[name] for name in names if name in self.clips},
-        )
+        names = self.scorer.metrics
+        clips = {name: self.clips[name] for name in names if name in self.clips}
+        return Scored({name: self.metrics[name] for name in names}, self.reasons, clips)
 
     def _parts(self, what: str, *names: str) -> list[ClipScores]:
         parts = [self.compute(name) for name in names]

@@ -25,7 +25,7 @@ VERDICTS = ("holds", "fails", "undecided")
 NOT_MEASURED = "not measured for this row"
 
 _LIBRARIES = ("dali-llava", "torch", "torchaudio", "torchvision", "transformers", "datasets", "accelerate", "numpy")
-_LOG_WIDTH = 160
+_LOG_WIDTH = 200
 _COLUMNS = ("method", "stage", "modality", "split", "seed", "n")
 
 
