@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 
 aten = torch.ops.aten
@@ -28,10 +28,10 @@ def _attention_backward_flops(gradient, query, key, *args, **kwargs) -> int:
     return _attention_flops(query, key) * 5 // 2
 
 
-# The fused attention of the CPU, for which `FlopCounterMode` has no formula.
-FLASH = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+# torch has no formula for the fused attention of the CPU.
+FLOPS = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention_flops),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward_flops),
 }
 
 
@@ -69,10 +69,8 @@ def measured(modules: Iterable[nn.Module] = (), gradient_share: float = 1.0) -> 
     with FakeTensorMode():
         for module in modules:
             make_fake(module)
-        meter = _Meter(measurement, modules, gradient_share)
-        with FlopCounterMode(display=False, custom_mapping=FLASH) as counter, meter:
+        with _Meter(measurement, modules, gradient_share):
             yield measurement
-        measurement.flops = counter.get_total_flops()
 
 
 def make_fake(module: nn.Module) -> None:
@@ -120,9 +118,15 @@ class _Meter(TorchDispatchMode):
             self.gradients += storage.nbytes()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return func(*args)
         if func is aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        # `FlopCounterMode` would keep the inputs and outputs of all modules alive.
+        if func._overloadpacket in FLOPS:
+            self.measurement.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=output)
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())

@@ -108,8 +108,8 @@ def plan_stage(
     for batch in batches:
         model = stage.on_meta(config, dtype, attention)
         parts, held = count_parts(model), held_memory(model, chosen, gpus)
-        if arguments.gradient_checkpointing:
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        if arguments.activation_checkpointing:
+            model.activation_checkpointing_enable()
         share = 1 / gpus if chosen.gradients else 1.0
         autocast = AUTOCAST.get(arguments.mixed_precision)
         measurements.append(trace_training_step(model, batch, autocast, accumulation, share))
