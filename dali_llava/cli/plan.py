@@ -1,8 +1,8 @@
 """Plan a stage: parameters, memory of a GPU, operations and hours. Reads no weights and allocates no model.
 
-CONFIG is the configuration of a stage. The stage is the one whose name starts the name of CONFIG; --stage names another.
-Further options are fields of the stage, as in its script. Of --base_model, only the configuration is read. Without a base
-model, the sizes are those of the paper: CLIP ViT-L/14@336, CAV-MAE and Vicuna-7B, in bfloat16.
+CONFIG is the configuration of a stage. The stage is the one whose name starts the name of CONFIG, or that of --stage.
+Further options are fields of the stage, as in its script. Of --base_model, only the configuration is read. Without a
+base model, the sizes are those of the paper: CLIP ViT-L/14@336, CAV-MAE and Vicuna-7B, in bfloat16.
 
 The hours are those of the arithmetic at an assumed throughput. They include neither the loading of media nor the
 solver of the transport.

@@ -12,6 +12,14 @@ from dali_llava.modeling import LlavaAudioConfig
 from dali_llava.train.base_model import train_only, whole_weights
 
 
+def build_on_meta(model_class: type, config: LlavaAudioConfig, dtype: torch.dtype, attention: str) -> nn.Module:
+    """Build a model on the meta device, with its tied weights, in `dtype`."""
+    with torch.device("meta"), init.no_init_weights(), whole_weights():
+        model = model_class._from_config(deepcopy(config), dtype=dtype, attn_implementation=attention)
+    model.tie_weights()
+    return model
+
+
 def unchanged(model: nn.Module) -> nn.Module:
     return model
 
@@ -55,7 +63,7 @@ class StageModel:
             dtype: dtype of the frozen parts.
             attention: attention implementation.
         """
+        model = build_on_meta(self.model_class, config, dtype, attention)
+        self.free(model)
         with torch.device("meta"), init.no_init_weights(), whole_weights():
-            model = self.model_class._from_config(deepcopy(config), dtype=dtype, attn_implementation=attention)
-            self.free(model)
             return self.select(model)

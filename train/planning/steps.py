@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -10,12 +9,11 @@ import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
 from transformers import DynamicCache
-from transformers import initialization as init
 
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
-from dali_llava.train.base_model import whole_weights
 from dali_llava.train.losses import TransportLoss
 from dali_llava.train.planning.meter import Measurement, measured
+from dali_llava.train.planning.stage_model import build_on_meta
 
 
 @dataclass(frozen=True)
@@ -162,9 +160,7 @@ def trace_captioning(
     Returns:
         the memory beside the weights, the cache and the operations of all tokens; and the bytes of the weights.
     """
-    with torch.device("meta"), init.no_init_weights(), whole_weights():
-        options = {"dtype": dtype, "attn_implementation": attention}
-        model = LlavaAudioForConditionalGeneration._from_config(deepcopy(config), **options).eval()
+    model = build_on_meta(LlavaAudioForConditionalGeneration, config, dtype, attention).eval()
     weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     with measured([model]) as first, torch.no_grad():
         inputs = batch.media() | batch.text() | {"use_cache": True, "logits_to_keep": 1}
