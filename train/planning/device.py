@@ -1,8 +1,9 @@
 """Compare the plan of a stage with the memory of this device, before weights are loaded."""
 
 import logging
+import os
+from pathlib import Path
 
-import psutil
 import torch
 
 from dali_llava.modeling import LlavaAudioConfig
@@ -64,4 +65,8 @@ def available_memory(device: torch.device) -> tuple[int, str]:
     """Return the bytes of memory that are free on a device, and its name."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
-    return psutil.virtual_memory().available, "the CPU"
+    meminfo = Path("/proc/meminfo")  # of Linux; elsewhere, all of the memory counts
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024, "the CPU"
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the CPU"

@@ -1,9 +1,13 @@
 """Plans of stages: counts of parameters, memory and operations against counted and known ones, and wrong inputs."""
 
 import copy
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -234,6 +238,27 @@ def test_wrong_arguments_are_named(tiny_config, options, message):
 
 
 # The check before a stage
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads the physical memory of Linux")
+def test_the_memory_of_a_cpu_is_what_is_available():
+    available, name = device.available_memory(torch.device("cpu"))
+    assert 2**24 < available < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") and name == "the CPU"
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_the_engine_of_a_deepspeed_configuration(name):
+    config = HfDeepSpeedConfig(str(CONFIGS / "deepspeed" / f"{name}.json"))
+    plugin = SimpleNamespace(hf_ds_config=config, zero_stage=None)
+    assert device.engine_name(SimpleNamespace(deepspeed_plugin=plugin)) == name
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "processes", "name"), [({"version": 2}, 2, "fsdp2"), (None, 2, "ddp"), (None, 1, "ddp")]
+)
+def test_the_engine_without_deepspeed(fsdp, processes, name):
+    given = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin_args=fsdp, world_size=processes)
+    assert device.engine_name(given) == name
 
 
 def test_a_small_stage_is_not_checked(tiny_config):
