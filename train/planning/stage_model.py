@@ -20,7 +20,7 @@ def build_on_meta(model_class: type, config: LlavaAudioConfig, dtype: torch.dtyp
     return model
 
 
-def unchanged(model: nn.Module) -> nn.Module:
+def _unchanged(model: nn.Module) -> nn.Module:
     return model
 
 
@@ -41,7 +41,7 @@ class StageModel:
     model_class: type
     trained: tuple[str, ...]
     samples: tuple[tuple[str, ...], ...]
-    finish: Callable[[nn.Module], nn.Module] = unchanged
+    finish: Callable[[nn.Module], nn.Module] = _unchanged
     freed: tuple[str, ...] = ()
 
     def select(self, model: nn.Module) -> nn.Module:
