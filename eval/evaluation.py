@@ -1,6 +1,6 @@
 """Evaluating a captioner on a split of a corpus: systems, captions and scores."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -8,11 +8,16 @@ from pathlib import Path
 from datasets import Dataset
 
 from dali_llava.eval.avworld.source_metrics import score_sources
-from dali_llava.processing.corpora.rows import open_audio, open_middle_frame
+from dali_llava.processing.corpora.rows import open_audio, open_clip_frames
 
+from .bootstrap import intervals
 from .caption_metrics import CaptionScorer
 from .results import Row
 from .runner import CaptionRunner, Sample
+from .score_files import score_record, write_scores
+
+
+SOURCES = ("labels", "seen")  # columns with the sources of a clip
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,14 @@ class Captioned:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def split_samples(rows: Dataset, system: System, sampling_rate: int = 16000) -> Iterator[Sample]:
-    """Yield the rows as samples for the system. Media are decoded when their batch starts."""
+def split_samples(rows: Dataset, system: System, processor) -> Iterator[Sample]:
+    """Yield the rows as samples for the system and a processor. Media are decoded when their batch starts."""
     for row in rows:
         yield Sample(
             id=row["id"],
             prompt=system.prompt,
-            image=None if system.modality == "audio" else partial(open_middle_frame, row),
-            audio=None if system.modality == "image" else partial(open_audio, row, sampling_rate),
+            image=None if system.modality == "audio" else partial(open_clip_frames, row, **processor.frame_options),
+            audio=None if system.modality == "image" else partial(open_audio, row),
             prefix=system.prefix,
         )
 
@@ -75,7 +80,7 @@ def caption_split(
     """Caption `rows` of `split`. With a folder `out`, captions are saved to `SPLIT-SYSTEM.jsonl` and resumed."""
     path = None if out is None else Path(out) / f"{split}-{system.name}.jsonl"
     captioned = Captioned(system, split, {})
-    for result in runner.run(split_samples(rows, system), out=path, total=len(rows)):
+    for result in runner.run(split_samples(rows, system, runner.processor), out=path, total=len(rows)):
         if result.error is None:
             captioned.captions[result.id] = result.caption
         else:
@@ -83,17 +88,13 @@ def caption_split(
     return captioned
 
 
-def source_phrases(rows: Dataset, column: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, list]:
-    """Clip id -> phrases for each source in `column` of the row (`labels` or `seen`)."""
-    return {row["id"]: [list(names(source)) for source in row[column]] for row in rows.select_columns(["id", column])}
-
-
 def score_split(
     scorer: CaptionScorer,
     rows: Dataset,
     captioned: list[Captioned],
     seed: int,
-    names: Callable[[str], tuple[str, ...]] | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None,
+    out: Path | None = None,
 ) -> list[Row]:
     """
     Score systems that captioned the same split, on the clips that all of them captioned.
@@ -103,7 +104,8 @@ def score_split(
         rows: the split, with reference captions.
         captioned: the captions of the systems.
         seed: seed of the run, for the table.
-        names: function from a source to the phrases that name it, for a corpus with known sources (AVWorld).
+        classes: class -> phrases that name it, for a corpus with known sources (AVWorld).
+        out: folder for the scores of every clip, `SPLIT-SYSTEM.scores.json`.
 
     Returns:
         One row of the table per system.
@@ -111,19 +113,31 @@ def score_split(
     Raises:
         ValueError: a clip has no reference, or no clip has captions by all systems.
     """
-    references = {row["id"]: row["captions"] for row in rows.select_columns(["id", "captions"])}
-    common = [name for name in references if all(name in one.captions for one in captioned)]
-    references = {name: references[name] for name in common}
+    names = ("captions", *(SOURCES if classes else ()))
+    columns = {name: dict(zip(rows["id"], rows[name], strict=True)) for name in names}
+    common = [name for name in rows["id"] if all(name in one.captions for one in captioned)]
+    references = {name: columns["captions"][name] for name in common}
     systems = {one.system.name: {name: one.captions[name] for name in common} for one in captioned}
     scores = scorer.score_many(systems, references, progress=True)
-    sounding = source_phrases(rows, "labels", names) if names else None
-    seen = source_phrases(rows, "seen", names) if names else None
     table = []
     for one in captioned:
-        metrics, reasons = scores[one.system.name]
-        if names:
-            found, why = score_sources(systems[one.system.name], sounding, seen)
-            metrics, reasons = {**metrics, **found}, {**reasons, **why}
-        system = one.system
-        table.append(Row(system.method, system.stage, system.modality, one.split, seed, len(common), metrics, reasons))
+        system, scored = one.system, scores[one.system.name]
+        if classes:
+            scored |= score_sources(systems[system.name], *(columns[name] for name in SOURCES), classes)
+        if out is not None:
+            record = score_record(scored, references, scorer.tokenizer)
+            write_scores(Path(out) / f"{one.split}-{system.name}.scores.json", record)
+        table.append(
+            Row(
+                system.method,
+                system.stage,
+                system.modality,
+                one.split,
+                seed,
+                len(common),
+                scored.metrics,
+                scored.reasons,
+                {name: list(interval) for name, interval in intervals(scored.clips).items()},
+            )
+        )
     return table
