@@ -16,7 +16,7 @@ from dali_llava.modeling import (
     LlavaAudioTowers,
 )
 from dali_llava.modeling.fusion_inputs import FusionInputs
-from dali_llava.processing import SOUND_PROMPT
+from dali_llava.processing import SOUND_PROMPT, LlavaAudioProcessor
 from dali_llava.train.losses import TokenAssignmentLoss
 
 
@@ -240,6 +240,28 @@ def test_samples_of_several_frames_equal_samples_one_by_one(pooled):
         with torch.no_grad():
             torch.testing.assert_close(logits[row], pooled(**single).logits[0, -1], rtol=1e-4, atol=1e-4)
         assert new_tokens(pooled, single, num_beams=2)[0] == together[row]
+
+
+def test_the_processor_writes_a_placeholder_per_frame(pooled, tiny_processor, mixed_samples, tmp_path):
+    pooled.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    processor = LlavaAudioProcessor.from_pretrained(tmp_path, num_frames=4)
+    pooled.config.check_processor(processor)
+    picture, sample = mixed_samples[1]["images"], mixed_samples[2]
+    inputs = processor(
+        text=[processor.format_prompt(SOUND_PROMPT, image=True), sample["text"]],
+        images=[[picture, sample["images"], picture], [sample["images"]]],
+        audio=[sample["audio"]],
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        outputs = pooled(**inputs)
+        frames = pooled.model.encode_image(inputs["pixel_values"])[:, 0]
+        projected = pooled.model.audio_projector(F.normalize(frames[:3], dim=1))
+    assert len(frames) == 4
+    torch.testing.assert_close(outputs.image_hidden_states[:3], projected)  # without audio
+    both = outputs.fusion_inputs
+    assert torch.equal(both.image_tokens[both.image_mask], frames[3:])
 
 
 def test_models_of_frame_vectors_have_no_image_projector(pooled, tiny_processor, tmp_path):
