@@ -14,6 +14,7 @@ from .processing_llava_audio import LlavaAudioProcessor
 
 PLACEHOLDERS = ("<image>", "<audio>", "<prefix>")
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
 
@@ -133,8 +134,13 @@ def _load(auto_class, name: str, folder: Path, **options):
     try:
         return auto_class.from_pretrained(folder, **options)
     except Exception as error:  # tokenizers and transformers raise many types of errors
-        message = " ".join(str(error).split())
-        raise ValueError(f"{folder}: the {name} cannot be loaded ({message}); copy its files there") from error
+        message, remedy = " ".join(str(error).split()), "copy its files there"
+        if name == "tokenizer" and (folder / SENTENCEPIECE_FILE).is_file():
+            remedy = (
+                f"it has only {SENTENCEPIECE_FILE}; run pip install sentencepiece protobuf, or copy {TOKENIZER_FILE} "
+                "of the same model in the format of transformers there"
+            )
+        raise ValueError(f"{folder}: the {name} cannot be loaded ({message}); {remedy}") from error
 
 
 def save_llava_processor(source: Path, folder: Path) -> None:
