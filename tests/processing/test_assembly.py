@@ -1,14 +1,19 @@
 """Assembly of a processor from the parts of released models."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoTokenizer, LlavaConfig, PreTrainedTokenizerFast
 
 from dali_llava.modeling import LlavaAudioConfig
+from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.processing.assembly import (
     add_llava_tokens,
     add_placeholders,
@@ -80,8 +85,42 @@ def test_the_parts_of_our_own_checkpoint_are_kept(tiny_model_dir, tiny_processor
     assert extractor.num_mel_bins == 64 and template == tiny_processor.chat_template
 
 
-def test_a_sentencepiece_tokenizer_without_its_library_names_the_remedy(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0b\n\x05<unk>")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    with pytest.raises(ValueError, match="has only tokenizer.model; run pip install sentencepiece protobuf, or copy"):
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory) -> Path:
+    """A folder of LLaVA with a byte-pair tokenizer like that of Llama, which tokenizer_config.json names."""
+    folder = tmp_path_factory.mktemp("llava")
+    tokenizer = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
+    trainer = BpeTrainer(vocab_size=290, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["a dog barks in the rain", "the cat sat on the mat"], trainer)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(["<image>", "<pad>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "pad_token": "<pad>"}
+    named |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    LlavaConfig().save_pretrained(folder)
+    return folder
+
+
+def test_text_has_the_tokens_that_it_has_in_llava(llama_folder, tiny_config, tiny_processor, tmp_path):
+    native = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer = load_tokenizer(llama_folder)
+    ids = {
+        f"{name}_token_index": tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("image", "audio", "prefix")
+    }
+    config = LlavaAudioConfig.from_dict(tiny_config.to_dict() | ids)
+    assemble_processor(tokenizer, tiny_processor.image_processor, None, config).save_pretrained(tmp_path)
+    saved = LlavaAudioProcessor.from_pretrained(tmp_path).tokenizer
+    for text in ("USER: <image>\nthe dog barks ASSISTANT: a cat</s>", "  ▁é <image>the\n", ""):
+        expected = native(text)["input_ids"]
+        assert expected[0] == 1
+        assert tokenizer(text)["input_ids"] == saved(text)["input_ids"] == expected
+
+
+def test_a_missing_tokenizer_file_names_the_remedy(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json in it; copy the one of llava-hf/llava-1.5-7b-hf"):
         load_tokenizer(tmp_path)
