@@ -2,7 +2,7 @@
 
 OUT contains the vision tower, the image projector and the language model with the names that LLaVA has on the Hub.
 Tensors that no stage has trained equal those of the LLaVA that the captioner was converted from, and the vocabulary
-has the same size. The processor has the tokenizer without the placeholders for audio, and the captioner's chat template.
+has the same size. The processor has the tokenizer without the placeholders for audio, and the chat template of MODEL.
 
 example:
   dali-llava export-llava captioner llava
