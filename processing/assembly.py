@@ -7,8 +7,7 @@ from tokenizers import AddedToken
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaConfig, LlavaProcessor
 from transformers.utils import PROCESSOR_NAME
 
-from .feature_extraction_llava_audio import LlavaAudioFeatureExtractor
-from .processing_llava_audio import LlavaAudioProcessor
+from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcessor  # registered with the Auto classes
 
 
 PLACEHOLDERS = ("<image>", "<audio>", "<prefix>")

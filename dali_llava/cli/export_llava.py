@@ -25,12 +25,13 @@ def run(args: argparse.Namespace) -> int:
     check_new_folder(args.out)
 
     from dali_llava.modeling.convert.download import find_source
-    from dali_llava.modeling.convert.export_llava import export_llava
+    from dali_llava.modeling.convert.export_llava import captioner_config, export_llava
     from dali_llava.processing.assembly import save_llava_processor
 
     model = find_source(args.model)
+    captioner_config(model)  # a check
     with new_folder(args.out) as folder:
-        export_llava(model, folder)
         save_llava_processor(model, folder)
+        export_llava(model, folder)
     print(f"written: {args.out}")
     return 0

@@ -26,6 +26,19 @@ VOCABULARY = (r"lm_head\.weight", r"model\.language_model\.embed_tokens\.weight"
 OWN_FIELDS = ("audio_config", "audio_token_index", "sources", "auto_map", "architectures", "model_type")
 
 
+def captioner_config(source: Path) -> LlavaAudioConfig:
+    """
+    The configuration of a captioner.
+
+    Raises:
+        FileNotFoundError: the folder has no configuration.
+        ValueError: the folder contains another model or a stage.
+    """
+    if read_config(source).get("model_type") != LlavaAudioConfig.model_type:
+        raise ValueError(f"{source}: is a LLaVA already; give a captioner of this package")
+    return LlavaAudioConfig.from_pretrained(source)
+
+
 def export_llava(source: Path, folder: Path) -> None:
     """
     Write the image captioner of a captioner, one tensor at a time.
@@ -41,10 +54,7 @@ def export_llava(source: Path, folder: Path) -> None:
         ValueError: the folder contains another model or a stage, or a weight is unknown.
         OSError: the disk is too small.
     """
-    fields = read_config(source)
-    if fields.get("model_type") != LlavaAudioConfig.model_type:
-        raise ValueError(f"{source}: is a LLaVA already; give a captioner of this package")
-    config = LlavaAudioConfig.from_pretrained(source)
+    config = captioner_config(source)
     rows = next((entry["vocabulary"] for entry in config.sources if "vocabulary" in entry), 0)
     rows = rows if rows > config.image_token_id else config.text_config.vocab_size
     weights = open_source(source)
@@ -71,4 +81,4 @@ def _exported(weights: Source, name: str, rows: int) -> LazyTensor:
     return replace(tensor, shape=torch.Size([rows, *tensor.shape[1:]]), read=lambda: weights.read(name)[:rows])
 
 
-__all__ = ["export_llava"]
+__all__ = ["captioner_config", "export_llava"]

@@ -1,6 +1,8 @@
 """LLaVA in all formats becomes a captioner with equal logits, and comes back byte for byte."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -147,3 +149,11 @@ print(json.dumps([type(model).__name__, type(processor).__name__]))
 """
     names = run_without_package(script, tmp_path, out)
     assert names == ["LlavaAudioForConditionalGeneration", "LlavaAudioProcessor"]
+
+
+def test_the_export_runs_in_a_fresh_process(write_llava, convert, tmp_path):
+    """Other tests register the classes of a checkpoint. The command registers them itself."""
+    script = "import sys; from dali_llava.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["export-llava", str(convert("llava", write_llava())), str(tmp_path / "back")]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
