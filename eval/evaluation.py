@@ -1,6 +1,6 @@
 """Evaluating a captioner on a split of a corpus: systems, captions and scores."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,14 @@ from datasets import Dataset
 from dali_llava.eval.avworld.source_metrics import score_sources
 from dali_llava.processing.corpora.rows import open_audio, open_clip_frames
 
+from .bootstrap import intervals
 from .caption_metrics import CaptionScorer
 from .results import Row
 from .runner import CaptionRunner, Sample
+from .score_files import score_record, write_scores
+
+
+SOURCES = ("labels", "seen")  # columns with the sources of a clip
 
 
 @dataclass(frozen=True)
@@ -83,17 +88,13 @@ def caption_split(
     return captioned
 
 
-def source_phrases(rows: Dataset, column: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, list]:
-    """Clip id -> phrases for each source in `column` of the row (`labels` or `seen`)."""
-    return {row["id"]: [list(names(source)) for source in row[column]] for row in rows.select_columns(["id", column])}
-
-
 def score_split(
     scorer: CaptionScorer,
     rows: Dataset,
     captioned: list[Captioned],
     seed: int,
-    names: Callable[[str], tuple[str, ...]] | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None,
+    out: Path | None = None,
 ) -> list[Row]:
     """
     Score systems that captioned the same split, on the clips that all of them captioned.
@@ -103,7 +104,8 @@ def score_split(
         rows: the split, with reference captions.
         captioned: the captions of the systems.
         seed: seed of the run, for the table.
-        names: function from a source to the phrases that name it, for a corpus with known sources (AVWorld).
+        classes: class -> phrases that name it, for a corpus with known sources (AVWorld).
+        out: folder for the scores of every clip, `SPLIT-SYSTEM.scores.json`.
 
     Returns:
         One row of the table per system.
@@ -111,19 +113,31 @@ def score_split(
     Raises:
         ValueError: a clip has no reference, or no clip has captions by all systems.
     """
-    references = {row["id"]: row["captions"] for row in rows.select_columns(["id", "captions"])}
-    common = [name for name in references if all(name in one.captions for one in captioned)]
-    references = {name: references[name] for name in common}
+    names = ("captions", *(SOURCES if classes else ()))
+    columns = {name: dict(zip(rows["id"], rows[name], strict=True)) for name in names}
+    common = [name for name in rows["id"] if all(name in one.captions for one in captioned)]
+    references = {name: columns["captions"][name] for name in common}
     systems = {one.system.name: {name: one.captions[name] for name in common} for one in captioned}
     scores = scorer.score_many(systems, references, progress=True)
-    sounding = source_phrases(rows, "labels", names) if names else None
-    seen = source_phrases(rows, "seen", names) if names else None
     table = []
     for one in captioned:
-        metrics, reasons = scores[one.system.name]
-        if names:
-            found, why = score_sources(systems[one.system.name], sounding, seen)
-            metrics, reasons = {**metrics, **found}, {**reasons, **why}
-        system = one.system
-        table.append(Row(system.method, system.stage, system.modality, one.split, seed, len(common), metrics, reasons))
+        system, scored = one.system, scores[one.system.name]
+        if classes:
+            scored |= score_sources(systems[system.name], *(columns[name] for name in SOURCES), classes)
+        if out is not None:
+            record = score_record(scored, references, scorer.tokenizer)
+            write_scores(Path(out) / f"{one.split}-{system.name}.scores.json", record)
+        table.append(
+            Row(
+                system.method,
+                system.stage,
+                system.modality,
+                one.split,
+                seed,
+                len(common),
+                scored.metrics,
+                scored.reasons,
+                {name: list(interval) for name, interval in intervals(scored.clips).items()},
+            )
+        )
     return table

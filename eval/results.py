@@ -15,17 +15,17 @@ from rich.table import Table
 from dali_llava.atomic import write_text
 from dali_llava.eval.avworld.source_metrics import SOURCE_METRICS
 
-from .caption_metrics import CAPTION_METRICS
+from .caption_metrics import CAPTION_METRICS, FURTHER_METRICS
 
 
-METRICS = (*CAPTION_METRICS, *SOURCE_METRICS)
+METRICS = (*CAPTION_METRICS, *FURTHER_METRICS, *SOURCE_METRICS)
 STAGES = ("prompt", "prefix", "aligned", "distilled", "supervised")
 MODALITIES = ("audio", "image", "audiovisual")
 VERDICTS = ("holds", "fails", "undecided")
 NOT_MEASURED = "not measured for this row"
 
 _LIBRARIES = ("dali-llava", "torch", "torchaudio", "torchvision", "transformers", "datasets", "accelerate", "numpy")
-_LOG_WIDTH = 160
+_LOG_WIDTH = 200
 _COLUMNS = ("method", "stage", "modality", "split", "seed", "n")
 
 
@@ -43,6 +43,7 @@ class Row:
         metrics: values by name from ``METRICS``. A metric that did not run is None and has a reason. A metric that is
             not given becomes None with the reason "not measured for this row".
         reason: reasons by metric for None, and remarks, such as on the Python tokenizer.
+        intervals: 95% intervals [low, high] over the clips by metric; see :func:`dali_llava.eval.bootstrap.intervals`.
 
     Raises:
         ValueError: a stage, modality or metric is unknown, a metric is not finite, or a metric is None without reason.
@@ -56,12 +57,14 @@ class Row:
     n: int
     metrics: dict[str, float | None]
     reason: dict[str, str] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _choose("stage", self.stage, STAGES)
         _choose("modality", self.modality, MODALITIES)
-        for name, value in self.metrics.items():
+        for name in (*self.metrics, *self.intervals):
             _choose("metric", name, METRICS)
+        for name, value in self.metrics.items():
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} of {self.method} is {value}: give a number, or None with a reason")
             if value is None and not self.reason.get(name):

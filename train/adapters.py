@@ -17,12 +17,13 @@ from dali_llava.train.base_model import whole_weights
 PARTS = ("language_model", "audio_tower")
 
 
-def adapter_config(arguments: AdapterArguments):
+def adapter_config(arguments: AdapterArguments, config: LlavaAudioConfig | None = None):
     """
     The adapter that the arguments of a stage describe. Call it before the weights of the base model are loaded.
 
     Args:
-        arguments: arguments of the stage, with its `base_model`.
+        arguments: arguments of the stage.
+        config: configuration of the captioner; by default that of `arguments.base_model`.
 
     Returns:
         A `peft.LoraConfig`, or None without `lora`. Its targets are a pattern of module paths.
@@ -46,8 +47,9 @@ def adapter_config(arguments: AdapterArguments):
         raise ImportError('lora: needs peft, which is not installed; run pip install "dali-llava[peft]".')
     from peft import LoraConfig
 
-    source, hub_kwargs = find_checkpoint(arguments.base_model).config
-    config = LlavaAudioConfig.from_pretrained(source, **hub_kwargs)
+    if config is None:
+        source, hub_kwargs = find_checkpoint(arguments.base_model).config
+        config = LlavaAudioConfig.from_pretrained(source, **hub_kwargs)
     with torch.device("meta"), init.no_init_weights(), whole_weights():
         captioner = LlavaAudioForConditionalGeneration(config)
     return LoraConfig(
@@ -104,7 +106,9 @@ def _numbered(path: str) -> str:
     return r"\.".join(r"\d+" if part.isdecimal() else re.escape(part) for part in path.split("."))
 
 
-def add_adapter(captioner: LlavaAudioForConditionalGeneration, config, seed: int) -> None:
+def add_adapter(
+    captioner: LlavaAudioForConditionalGeneration, config, seed: int
+) -> LlavaAudioForConditionalGeneration:
     """
     Add a new adapter to a captioner and train it, in float32, beside what the captioner trains already.
 
@@ -113,11 +117,14 @@ def add_adapter(captioner: LlavaAudioForConditionalGeneration, config, seed: int
         config: from `adapter_config`; with None, the captioner does not change.
         seed: seed of the initial values, which do not depend on the random numbers drawn before.
 
+    Returns:
+        the captioner.
+
     Raises:
         ValueError: an adapted layer is already trained in full.
     """
     if config is None:
-        return
+        return captioner
     trained = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -130,3 +137,4 @@ def add_adapter(captioner: LlavaAudioForConditionalGeneration, config, seed: int
             raise ValueError(f"lora: {layer} is already trained in full; train it in full or with an adapter.")
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+    return captioner

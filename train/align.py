@@ -21,13 +21,22 @@ from dali_llava.train.data.collators import AlignmentCollator
 from dali_llava.train.data.corpus import check_pictures, evaluation_rows, open_rows, shuffled, store_features
 from dali_llava.train.data.draws import Draws
 from dali_llava.train.losses import LOSSES, AlignmentLoss, TransportLoss
+from dali_llava.train.planning import StageModel, check_memory
 from dali_llava.train.trainers import AlignmentModel, AlignmentTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
 
 
-def check_objective(arguments: AlignmentArguments) -> None:
+def parse(argv: list[str] | None = None) -> AlignmentArguments:
+    return parse_stage_arguments(AlignmentArguments, __doc__, argv)
+
+
+def check_objective(arguments: AlignmentArguments, config: LlavaAudioConfig) -> None:
     """
     Check the objective and its options before weights are loaded.
+
+    Args:
+        arguments: arguments of the stage.
+        config: configuration of the base model.
 
     Raises:
         ValueError: if the objective or an option is unknown, a value is invalid, or a stream lacks `schedule_epochs`.
@@ -49,7 +58,6 @@ def check_objective(arguments: AlignmentArguments) -> None:
         )
     if arguments.streaming and hasattr(loss, "set_epoch") and arguments.schedule_epochs is None:
         raise ValueError("streaming: a stream has no epochs; give those of the objective, --schedule_epochs N.")
-    config = LlavaAudioConfig.from_pretrained(arguments.base_model)
     with whole_weights(), torch.device("meta"):
         build_objective(arguments, LlavaAudioTowers(config))
 
@@ -62,27 +70,45 @@ def build_objective(arguments: AlignmentArguments, towers: LlavaAudioTowers) -> 
         raise ValueError(f"objective {arguments.objective}: {error}") from error
 
 
+def stage_model(arguments: AlignmentArguments, config: LlavaAudioConfig) -> StageModel:
+    """What the stage loads and trains; see `StageModel`. Raises the errors of `check_objective`."""
+    check_objective(arguments, config)
+
+    def add_objective(towers: LlavaAudioTowers) -> AlignmentModel:
+        return AlignmentModel(towers, build_objective(arguments, towers), arguments.transport_micro_batches)
+
+    cached = arguments.cache_features != "none"
+    return StageModel(
+        LlavaAudioTowers,
+        trained=("audio_tower",),
+        samples=(("image_tokens" if cached else "image", "audio"),),
+        finish=add_objective,
+        freed=("vision_tower",) if cached else (),
+    )
+
+
 def main(argv: list[str] | None = None) -> AlignmentTrainer:
-    arguments = parse_stage_arguments(AlignmentArguments, __doc__, argv)
+    arguments = parse(argv)
     check_resume(arguments, f"align:{arguments.objective}")
     set_seed(arguments.seed)
-    check_base(arguments, after=("prefix",))
-    check_objective(arguments)
+    config = check_base(arguments, after=("prefix",))
+    stage = stage_model(arguments, config)
+    check_memory(arguments, stage, config)
     rows = open_rows(arguments, pictures=True)
     held_out = evaluation_rows(arguments)
     if held_out is not None:
         check_pictures(held_out, arguments, arguments.eval_split)
-    towers, processor = load_base(arguments, LlavaAudioTowers, trained=["audio_tower"])
-    objective = build_objective(arguments, towers)
+    towers, processor = load_base(arguments, stage.model_class, trained=stage.trained)
+    model = stage.select(towers)
     frame = arguments.frame
     if arguments.cache_features != "none":
         rows = store_features(rows, towers, processor, arguments)
         if held_out is not None:
             held_out = store_features(held_out, towers, processor, arguments, arguments.eval_split)
         frame = None  # the only one that is stored, if the arguments select one
-        towers.vision_tower = torch.nn.Identity()  # frees the memory of weights that no step uses
+        stage.free(towers)
     return AlignmentTrainer(
-        model=AlignmentModel(towers, objective, arguments.transport_micro_batches),
+        model=model,
         args=arguments,
         train_dataset=shuffled(rows, arguments),
         eval_dataset=held_out,

@@ -105,6 +105,11 @@ class StageArguments(TrainingArguments):
         },
     )
 
+    # Device
+    force: bool = field(
+        default=False, metadata={"help": "Train although the estimated memory exceeds that of the device."}
+    )
+
     # Corpus
     dataset: str = field(default="avworld", metadata={"help": "Name of the corpus in dali_llava.processing.corpora."})
     dataset_options: dict | str | None = field(

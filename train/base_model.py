@@ -20,7 +20,7 @@ from dali_llava.train.precision import check_attention, frozen_dtype
 SCRIPTS = {"prefix": "train/prefix_tune.py", "align": "train/align.py"}
 
 
-def check_base(arguments: StageArguments, after: Sequence[str] = ()) -> None:
+def check_base(arguments: StageArguments, after: Sequence[str] = ()) -> LlavaAudioConfig:
     """
     Check a stage's base model before weights are loaded. Reads only its small files.
 
@@ -28,6 +28,9 @@ def check_base(arguments: StageArguments, after: Sequence[str] = ()) -> None:
         arguments: arguments of the stage.
         after: required earlier stages, keys of `SCRIPTS`. A complete checkpoint does not record its stages and is
             accepted.
+
+    Returns:
+        the configuration of the base model.
 
     Raises:
         ValueError: if no base model is given, or it does not exist, is not a captioner, or lacks a stage of `after`.
@@ -40,15 +43,17 @@ def check_base(arguments: StageArguments, after: Sequence[str] = ()) -> None:
     if not Path(base).exists() and (Path(base).is_absolute() or Path(base).parent.is_dir()):
         raise ValueError(f"base_model {base}: no such directory; run the stage that writes it first.")
     checkpoint = find_checkpoint(base).check()
+    config = _config(checkpoint)
     if arguments.attn_implementation:
         with whole_weights():
-            check_attention(arguments.attn_implementation, _config(checkpoint))
+            check_attention(arguments.attn_implementation, config)
     names = [stage.name for stage in checkpoint.stages]
     missing = [stage for stage in after if not any(name.partition(":")[0] == stage for name in names)]
     if names and missing:
         raise ValueError(
             f"base_model {base} only has the stages {', '.join(reversed(names))}; run {SCRIPTS[missing[0]]} first."
         )
+    return config
 
 
 def load_base(

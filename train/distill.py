@@ -11,13 +11,17 @@ The audio projector alone is then trained to generate them from audio only, with
 """
 
 import logging
+from functools import partial
 
 from transformers import set_seed
 
-from dali_llava.modeling import LlavaAudioOnlyForConditionalGeneration
+from dali_llava.modeling import (
+    LlavaAudioConfig,
+    LlavaAudioOnlyForConditionalGeneration,
+)
 from dali_llava.train.adapters import adapter_config, add_adapter
 from dali_llava.train.arguments import DistillationArguments
-from dali_llava.train.base_model import check_base, load_base, train_only
+from dali_llava.train.base_model import check_base, load_base
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.captioned import with_references
 from dali_llava.train.data.clips import ClipOpener
@@ -25,6 +29,7 @@ from dali_llava.train.data.collators import CaptionCollator
 from dali_llava.train.data.corpus import evaluation_rows, load_rows
 from dali_llava.train.data.draws import Draws
 from dali_llava.train.data.pseudo_captions import PseudoCaptions
+from dali_llava.train.planning import StageModel, check_memory
 from dali_llava.train.trainers import CaptioningTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
 
@@ -32,19 +37,34 @@ from dali_llava.train.trainers.checkpoints import check_resume
 logger = logging.getLogger(__name__)
 
 
+def parse(argv: list[str] | None = None) -> DistillationArguments:
+    return parse_stage_arguments(DistillationArguments, __doc__, argv)
+
+
+def stage_model(arguments: DistillationArguments, config: LlavaAudioConfig) -> StageModel:
+    """What the stage loads and trains after captioning; see `StageModel`. Raises the errors of `adapter_config`."""
+    return StageModel(
+        LlavaAudioOnlyForConditionalGeneration,
+        trained=("model.audio_projector",),
+        samples=(("audio",),),
+        finish=partial(add_adapter, config=adapter_config(arguments, config), seed=arguments.seed),
+    )
+
+
 def main(argv: list[str] | None = None) -> CaptioningTrainer:
-    arguments = parse_stage_arguments(DistillationArguments, __doc__, argv)
+    arguments = parse(argv)
     check_resume(arguments, "distill")
     set_seed(arguments.seed)
-    check_base(arguments, after=("prefix", "align"))
-    adapter = adapter_config(arguments)
+    config = check_base(arguments, after=("prefix", "align"))
+    stage = stage_model(arguments, config)
+    check_memory(arguments, stage, config)
     rows = load_rows(arguments)
     held_out = evaluation_rows(arguments)
     pseudo_captions = PseudoCaptions(arguments, rows)
     found = pseudo_captions.find()
     complete = arguments.captions is not None or set(rows["id"]) <= set(found)
     if not complete:
-        captioner, processor = load_base(arguments, trained=["model.audio_projector"])
+        captioner, processor = load_base(arguments, trained=stage.trained)
         found = pseudo_captions.generate(captioner, processor, found)
         del captioner.model.vision_tower  # the training needs audio only
     captions = {name: found[name].caption for name in rows["id"] if name in found and found[name].caption}
@@ -54,11 +74,10 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
     if arguments.captions is not None and len(captions) < len(rows):
         logger.warning("%s: no captions for %d of %d clips", source, len(rows) - len(captions), len(rows))
     if complete:
-        captioner, processor = load_base(arguments, LlavaAudioOnlyForConditionalGeneration, ["model.audio_projector"])
+        captioner, processor = load_base(arguments, stage.model_class, stage.trained)
     rows = rows.filter(lambda name: name in captions, input_columns="id")
     rows = rows.map(lambda row: {"question": arguments.prompt, "answer": captions[row["id"]]})
-    train_only(captioner, captioner.model.audio_projector)
-    add_adapter(captioner, adapter, arguments.seed)
+    captioner = stage.select(captioner)
     captioner.config.prefix_modalities = ["audiovisual"]  # audio alone is now captioned without prefix
     return CaptioningTrainer(
         model=captioner,

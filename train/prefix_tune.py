@@ -9,22 +9,35 @@ Only the prefix (16 vectors) is trained.
 
 from transformers import set_seed
 
+from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
 from dali_llava.train.arguments import PrefixArguments
-from dali_llava.train.base_model import check_base, load_base, train_only
+from dali_llava.train.base_model import check_base, load_base
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.captioned import with_references
 from dali_llava.train.data.collators import CaptionCollator
 from dali_llava.train.data.corpus import evaluation_rows, load_rows
 from dali_llava.train.data.draws import Draws
+from dali_llava.train.planning import StageModel, check_memory
 from dali_llava.train.trainers import CaptioningTrainer
 from dali_llava.train.trainers.checkpoints import check_resume
 
 
+def parse(argv: list[str] | None = None) -> PrefixArguments:
+    return parse_stage_arguments(PrefixArguments, __doc__, argv)
+
+
+def stage_model(arguments: PrefixArguments, config: LlavaAudioConfig) -> StageModel:
+    """What the stage loads and trains; see `StageModel`."""
+    return StageModel(LlavaAudioForConditionalGeneration, trained=("model.prefix",), samples=(("image", "prefix"),))
+
+
 def main(argv: list[str] | None = None) -> CaptioningTrainer:
-    arguments = parse_stage_arguments(PrefixArguments, __doc__, argv)
+    arguments = parse(argv)
     check_resume(arguments, "prefix")
     set_seed(arguments.seed)
-    check_base(arguments)
+    config = check_base(arguments)
+    stage = stage_model(arguments, config)
+    check_memory(arguments, stage, config)
     rows = load_rows(arguments)
     if len(rows) < (arguments.max_samples or 1):
         raise ValueError(
@@ -33,10 +46,9 @@ def main(argv: list[str] | None = None) -> CaptioningTrainer:
         )
     rows = with_references(rows, arguments, arguments.split)
     held_out = evaluation_rows(arguments)
-    captioner, processor = load_base(arguments, trained=["model.prefix"])
-    train_only(captioner, captioner.model.prefix)
+    captioner, processor = load_base(arguments, trained=stage.trained)
     return CaptioningTrainer(
-        model=captioner,
+        model=stage.select(captioner),
         args=arguments,
         train_dataset=rows,
         eval_dataset=None if held_out is None else with_references(held_out, arguments, arguments.eval_split),

@@ -10,6 +10,7 @@ default, the audio projector alone is trained; `train_parts` selects other parts
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from datasets import Dataset
 from transformers import set_seed
@@ -19,14 +20,14 @@ from dali_llava.modeling import (
     LlavaAudioForConditionalGeneration,
     LlavaAudioOnlyForConditionalGeneration,
 )
-from dali_llava.modeling.loading import find_checkpoint
 from dali_llava.train.adapters import adapter_config, add_adapter
-from dali_llava.train.base_model import check_base, load_base, train_only
+from dali_llava.train.base_model import check_base, load_base
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.clips import ClipOpener
 from dali_llava.train.data.collators import MODALITIES, SupervisedCollator, row_modalities
 from dali_llava.train.data.corpus import load_rows
 from dali_llava.train.data.draws import Draws
+from dali_llava.train.planning import StageModel, check_memory
 from dali_llava.train.trainers.checkpoints import check_resume
 
 
@@ -40,25 +41,41 @@ PARTS = {
 }
 
 
-def main(argv: list[str] | None = None):
-    from dali_llava.train.trainers.supervised import SupervisedArguments, SupervisedTrainer
+def parse(argv: list[str] | None = None):
+    from dali_llava.train.trainers.supervised import SupervisedArguments
 
-    arguments = parse_stage_arguments(SupervisedArguments, __doc__, argv)
+    return parse_stage_arguments(SupervisedArguments, __doc__, argv)
+
+
+def stage_model(arguments, config: LlavaAudioConfig) -> StageModel:
+    """What the stage loads and trains; see `StageModel`. Raises the errors of `check_parts` and `adapter_config`."""
+    check_parts(arguments, config)
+    heard_only = arguments.modalities == ["audio"]
+    return StageModel(
+        LlavaAudioOnlyForConditionalGeneration if heard_only else LlavaAudioForConditionalGeneration,
+        trained=tuple(trained_modules(arguments.train_parts)),
+        samples=tuple(
+            MODALITIES[name] + (("prefix",) if name in config.prefix_modalities else ())
+            for name in arguments.modalities
+        ),
+        finish=partial(add_adapter, config=adapter_config(arguments, config), seed=arguments.seed),
+    )
+
+
+def main(argv: list[str] | None = None):
+    from dali_llava.train.trainers.supervised import SupervisedTrainer
+
+    arguments = parse(argv)
     check_resume(arguments, "sft")
     set_seed(arguments.seed)
-    check_base(arguments)
-    check_parts(arguments)
-    adapter = adapter_config(arguments)
+    config = check_base(arguments)
+    stage = stage_model(arguments, config)
+    check_memory(arguments, stage, config)
     rows = captioned_rows(arguments, arguments.split)
     evaluated = captioned_rows(arguments, arguments.eval_split) if arguments.eval_split else None
-    heard_only = arguments.modalities == ["audio"]
-    model_class = LlavaAudioOnlyForConditionalGeneration if heard_only else LlavaAudioForConditionalGeneration
-    trained = trained_modules(arguments.train_parts)
-    captioner, processor = load_base(arguments, model_class, trained)
-    train_only(captioner, *map(captioner.get_submodule, trained))
-    add_adapter(captioner, adapter, arguments.seed)
+    captioner, processor = load_base(arguments, stage.model_class, stage.trained)
     return SupervisedTrainer(
-        model=captioner,
+        model=stage.select(captioner),
         args=arguments,
         train_dataset=rows,
         eval_dataset=evaluated,
@@ -75,9 +92,13 @@ def main(argv: list[str] | None = None):
     ).train_and_save()
 
 
-def check_parts(arguments) -> None:
+def check_parts(arguments, config: LlavaAudioConfig) -> None:
     """
-    Check that the modalities use the parts to train. Reads only the configuration of the base model.
+    Check that the modalities use the parts to train.
+
+    Args:
+        arguments: arguments of the stage.
+        config: configuration of the base model.
 
     Raises:
         ValueError: a modality or a part is unknown, or no modality uses a part.
@@ -85,9 +106,7 @@ def check_parts(arguments) -> None:
     for name, known in (("modalities", MODALITIES), ("train_parts", PARTS)):
         if unknown := sorted(set(getattr(arguments, name)) - set(known)):
             raise ValueError(f"{name}: unknown {', '.join(unknown)}; choose from {', '.join(known)}.")
-    source, hub_kwargs = find_checkpoint(arguments.base_model).config
-    prefixed = LlavaAudioConfig.from_pretrained(source, **hub_kwargs).prefix_modalities
-    users = PARTS | {"prefix": [name for name in PARTS["prefix"] if name in prefixed]}
+    users = PARTS | {"prefix": [name for name in PARTS["prefix"] if name in config.prefix_modalities]}
     for field in ("train_parts", "lora"):
         for part in getattr(arguments, field) or ():
             if part in users and not set(users[part]) & set(arguments.modalities):

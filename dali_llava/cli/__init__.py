@@ -23,10 +23,12 @@ COMMANDS = {
     "caption": "caption audio, image and video files",
     "evaluate": "caption a test split and score the captions",
     "score": "score captions against references",
+    "compare": "test whether two systems differ on the same clips",
     "prepare": "convert the media of a corpus to shards for training",
     "inspect": "summarise a corpus and write a page of random clips",
     "convert": "convert released weights to a captioner",
     "export-llava": "write the LLaVA in a captioner for transformers",
+    "plan": "plan the memory and the time of a stage",
     "merge": "merge a stage with its base into one complete checkpoint",
     "figures": "draw the figures of runs and summarise seeds in one table",
 }

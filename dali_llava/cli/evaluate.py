@@ -1,7 +1,7 @@
 """Caption a test split and score the captions.
 
-Writes the results file, and all captions to the folder OUT.captions next to it. An interrupted run resumes from these
-captions.
+Writes the results file, and the captions and scores of all clips to the folder OUT.captions next to it. An interrupted
+run resumes from these captions, and `dali-llava compare` takes the scores.
 
 `dali-llava evaluate --dataset CORPUS --help` shows the options of a corpus, which are the same as for
 `dali-llava prepare`.
@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from dali_llava.atomic import write_text
+    from dali_llava.eval.avworld.source_metrics import class_phrases
     from dali_llava.eval.caption_metrics import CaptionScorer
     from dali_llava.eval.evaluation import System, caption_split, score_split
     from dali_llava.eval.results import Results, print_results, versions
     from dali_llava.eval.runner import CaptionRunner
-    from dali_llava.processing.corpora.avworld import names
     from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 
     start = time.monotonic()
@@ -76,12 +76,14 @@ def run(args: argparse.Namespace) -> int:
         model, processor, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, num_beams=args.num_beams
     )
     stage = "distilled" if "audio" not in model.config.prefix_modalities else "aligned"
+    captions = args.out.with_suffix(".captions")
     with CaptionScorer() as scorer:
         said = []
         for modality in args.modality:
             system = System(Path(args.model).resolve().name, stage, modality, SOUND_PROMPT)
-            said.append(caption_split(runner, rows, system, split, args.out.with_suffix(".captions")))
-        table = score_split(scorer, rows, said, seed=0, names=names if args.dataset == "avworld" else None)
+            said.append(caption_split(runner, rows, system, split, captions))
+        classes = class_phrases() if args.dataset == "avworld" else None
+        table = score_split(scorer, rows, said, 0, classes, captions)
     results = Results(args.dataset, time.monotonic() - start, versions(), table)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.out, json.dumps(results.to_dict(), indent=2, ensure_ascii=False) + "\n")

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from dali_llava.processing.corpora import load_corpus
-from dali_llava.processing.corpora.avworld import SOUND_WORDS, VISUAL_WORDS, names
+from dali_llava.processing.corpora.avworld import SOUND_WORDS, VISUAL_WORDS
 from dali_llava.processing.processing_llava_audio import SEE_PROMPT, SOUND_PROMPT
 
 from ..caption_metrics import CaptionScorer
@@ -20,7 +20,7 @@ from ..results import Claim, Row
 from ..runner import CaptionRunner
 from . import claims as check
 from .recordings import RECORDINGS_SPLIT, score_recordings
-from .source_metrics import visual_bias
+from .source_metrics import class_phrases, visual_bias
 
 
 BATCH_SIZE = 100
@@ -99,7 +99,9 @@ def compare(
     ).captions
 
     with CaptionScorer() as scorer:
-        rows = [row for split in SPLITS for row in score_split(scorer, splits[split], said[split], seed, names)] + rows
+        classes = class_phrases()
+        scored = [score_split(scorer, splits[split], said[split], seed, classes, captions) for split in SPLITS]
+    rows = [row for table in scored for row in table] + rows
     table = {(row.method, row.stage, row.modality, row.split): row for row in rows}
     for method, value in bias.items():
         row = table[method, "aligned", "audio", "test"]

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from dali_llava.processing.corpora.avworld import names
-from dali_llava.processing.corpora.avworld.classes import CLASSES
 from dali_llava.processing.corpora.avworld.recordings import TEST_FOLD, find_recordings, spread_crops
 
 from ..evaluation import System
 from ..results import Row
 from ..runner import CaptionRunner, Sample
-from .source_metrics import majority_source
+from .source_metrics import class_phrases, majority_source
 
 
 CROPS = 3  # per recording
@@ -42,7 +40,7 @@ def score_recordings(runner: CaptionRunner, folder: Path, system: System, seed: 
     ]
     results = list(runner.run(samples, out=out / f"{RECORDINGS_SPLIT}-{system.name}.jsonl", total=len(samples)))
     captions = {result.id: result.caption or "" for result in results}
-    phrases = {source: names(source) for source in CLASSES}
+    phrases = class_phrases()
     right = sum(
         majority_source([captions[f"{name}#{number}"] for number in range(CROPS)], phrases) == source
         for name, (source, _) in recordings.items()

@@ -1,48 +1,75 @@
-"""Metrics that need the true sources of a clip, which AVWorld provides: sound_recall, seen_recall and visual_bias."""
+"""Metrics that need the true sources of a clip, which AVWorld provides."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from ..metrics.phrases import asserting_share, contains_any, named_share
+import numpy as np
+
+from dali_llava.processing.corpora.avworld import names
+from dali_llava.processing.corpora.avworld.classes import CLASSES
+
+from ..caption_metrics import Scored
+from ..metrics.clip_scores import ClipScores
+from ..metrics.phrases import asserting_share, contains_any, count_phrase, named_counts
 
 
-SOURCE_METRICS = ("sound_recall", "seen_recall", "visual_bias")
+SOURCE_METRICS = ("sound_recall", "sound_precision", "sound_f1", "seen_recall", "visual_bias")
 
-Sources = Sequence[Sequence[str]]
+Sources = Mapping[str, Sequence[str]]
+
+
+def class_phrases() -> dict[str, tuple[str, ...]]:
+    """Every sounding class of AVWorld -> phrases that name it."""
+    return {name: names(name) for name in CLASSES}
 
 
 def score_sources(
-    candidates: Mapping[str, str],
-    sounding: Mapping[str, Sources],
-    seen: Mapping[str, Sources] | None = None,
-) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Computes the shares of sources that the captions name.
+    candidates: Mapping[str, str], sounding: Sources, seen: Sources, classes: Mapping[str, Sequence[str]]
+) -> Scored:
+    """Computes the recall, precision and F1 of the sources that the captions name, over all sources of all clips.
+
+    A caption names a class once for each time that it contains one of its phrases, so a class that is named twice
+    costs precision, as one that does not sound.
 
     Args:
         candidates: clip id -> caption.
-        sounding: clip id -> audible sources, each as a list of phrases that name it.
-        seen: clip id -> sources that sound, are visible, and look like no other class; empty for clips without any.
-            None if they are unknown.
+        sounding: clip id -> distinct classes that are audible.
+        seen: clip id -> classes that sound, are visible, and look like no other class; empty for clips without any.
+        classes: every class -> phrases that name it.
 
     Returns:
-        The metrics sound_recall and seen_recall (fractions, or None), and a reason for each None.
+        sound_recall, sound_precision, sound_f1 and seen_recall: fractions in [0, 1], or None with a reason.
 
     Raises:
-        ValueError: the sources of a clip are missing, or a source has no phrase.
+        ValueError: the sources of a clip are missing, a class is unknown, or a class has no phrase.
     """
-    metrics: dict[str, float | None] = {}
-    reasons: dict[str, str] = {}
+    captions = list(candidates.values())
+    counts = {}
     for name, sources in (("sound_recall", sounding), ("seen_recall", seen)):
-        if sources is None:
-            metrics[name], reasons[name] = None, "the seen sources of these clips are unknown"
-            continue
         missing = [clip for clip in candidates if clip not in sources]
         if missing:
             raise ValueError(f"{len(missing)} clips have no list of sources for {name}, the first is {missing[0]}")
-        metrics[name] = named_share(list(candidates.values()), [sources[clip] for clip in candidates])
-        if metrics[name] is None:
-            reasons[name] = "no clip has such a source"
-    return metrics, reasons
+        unknown = [source for clip in candidates for source in sources[clip] if source not in classes]
+        if unknown:
+            raise ValueError(f"no phrases for the class {unknown[0]!r}; known: {', '.join(classes)}")
+        counts[name] = named_counts(captions, [[classes[source] for source in sources[clip]] for clip in candidates])
+    mentions = np.array(
+        [
+            sum(count_phrase(caption, phrase) for phrases in classes.values() for phrase in phrases)
+            for caption in captions
+        ]
+    )
+    named, sources = counts["sound_recall"].T
+    clips = {
+        "sound_recall": ClipScores(counts["sound_recall"]),
+        "sound_precision": ClipScores(np.stack([named, mentions], -1)),
+        "sound_f1": ClipScores(np.stack([2 * named, mentions + sources], -1)),
+        "seen_recall": ClipScores(counts["seen_recall"]),
+    }
+    nothing = {name: "no clip has such a source" for name in clips} | {"sound_precision": "no caption names a source"}
+    reasons = {name: nothing[name] for name, scores in clips.items() if np.isnan(scores.corpus)}
+    metrics = {name: None if name in reasons else scores.corpus for name, scores in clips.items()}
+    return Scored(metrics, reasons, {name: scores for name, scores in clips.items() if name not in reasons})
 
 
 def visual_bias(answers: Sequence[str], visual_words: Sequence[str]) -> float:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import datasets
 import evaluate
 
+from .clip_scores import ClipScores
 from .tokenization import tokenize_pairs
 
 
@@ -45,25 +46,46 @@ class CaptionMetric(evaluate.Metric, ABC):
 
 
 class ReferenceMetric(CaptionMetric):
-    """A metric that compares tokenized captions with reference captions. A subclass defines `score`."""
+    """A metric that compares captions with reference captions. A subclass defines `score`.
+
+    Attributes:
+        TOKENIZED: whether the captions are tokenized. A sentence model reads them as written.
+    """
 
     FEATURES = {"predictions": CAPTION, "references": CAPTIONS}
+    TOKENIZED = True
     INPUTS = """
         Args:
             predictions: one caption per clip.
             references: the reference captions of each clip.
             tokenizer: "auto" (PTB if Java runs, else Python), "ptb", "python" or "none".
+            per_caption: whether to return the score of each caption as well.
+            corenlp (SPICE, SPIDEr, SPIDEr-FL): folder of Stanford CoreNLP 3.6.0; default: $CORENLP_HOME.
+            sentence_model (sbert_sim, FENSE): folder or Hub id of a model of sentence-transformers.
+            fluency_model (FENSE, SPIDEr-FL): path or name of the detector of fluency errors.
         Returns:
-            the scores, and `tokenizer`: the tokenizer used.
+            the scores, `tokenizer`: the tokenizer used, and with `per_caption`, `NAME_per_caption`: lists of scores.
     """
 
     @abstractmethod
-    def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        """Compute the scores of tokenized captions by name."""
+    def score(self, predictions: list[str], references: list[list[str]], **options) -> dict[str, ClipScores]:
+        """Compute the scores of captions by name."""
 
-    def _compute(self, predictions: list[str], references: list[list[str]], tokenizer: str = "auto") -> dict:
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[list[str]],
+        tokenizer: str = "auto",
+        per_caption: bool = False,
+        **options,
+    ) -> dict:
+        tokenizer = tokenizer if self.TOKENIZED else "none"
         predictions, references, used = tokenize_pairs(predictions, references, tokenizer)
-        return self.score(predictions, references) | {"tokenizer": used}
+        found = self.score(predictions, references, **options)
+        scores = {name: one.corpus for name, one in found.items()} | {"tokenizer": used}
+        if per_caption:
+            scores |= {f"{name}_per_caption": one.clips.tolist() for name, one in found.items()}
+        return scores
 
 
 class SourceMetric(CaptionMetric):

@@ -1,7 +1,8 @@
 """BLEU-1 to BLEU-4 of a corpus, as an `evaluate` module."""
 
 from dali_llava.eval.metrics.base import ReferenceMetric
-from dali_llava.eval.metrics.corpus_scores import corpus_bleu
+from dali_llava.eval.metrics.clip_scores import ClipScores
+from dali_llava.eval.metrics.corpus_scores import bleu
 
 
 class Bleu(ReferenceMetric):
@@ -19,5 +20,5 @@ class Bleu(ReferenceMetric):
           booktitle={ACL}, year={2002}}
     """
 
-    def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        return {f"bleu_{n}": score for n, score in enumerate(corpus_bleu(predictions, references), start=1)}
+    def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, ClipScores]:
+        return bleu(predictions, references)

@@ -1,6 +1,7 @@
 """CIDEr-D of captions, as an `evaluate` module."""
 
 from dali_llava.eval.metrics.base import ReferenceMetric
+from dali_llava.eval.metrics.clip_scores import ClipScores
 from dali_llava.eval.metrics.corpus_scores import cider_d
 
 
@@ -20,5 +21,5 @@ class CiderD(ReferenceMetric):
           booktitle={CVPR}, year={2015}}
     """
 
-    def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, ClipScores]:
         return {"cider_d": cider_d(predictions, references)}

@@ -1,6 +1,7 @@
 """METEOR 1.5 of captions under Java, as an `evaluate` module."""
 
 from dali_llava.eval.metrics.base import ReferenceMetric
+from dali_llava.eval.metrics.clip_scores import ClipScores
 from dali_llava.eval.metrics.meteor_process import MeteorScorer
 
 
@@ -19,9 +20,9 @@ class Meteor(ReferenceMetric):
           booktitle={EACL Workshop on Statistical Machine Translation}, year={2014}}
     """
 
-    def _compute(self, predictions: list[str], references: list[list[str]], tokenizer: str = "auto") -> dict:
+    def _compute(self, **columns) -> dict:
         with MeteorScorer() as self._scorer:  # without Java, raises before anything is tokenized
-            return super()._compute(predictions, references, tokenizer)
+            return super()._compute(**columns)
 
-    def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, ClipScores]:
         return {"meteor": self._scorer.score(predictions, references)}

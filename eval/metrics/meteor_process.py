@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from pycocoevalcap.meteor import meteor as pycoco_meteor
 
+from .clip_scores import ClipScores
 from .tokenization import JAVA_MISSING, JAVA_OPTIONS, find_java, java_message, single_line
 
 
@@ -56,7 +58,7 @@ class MeteorScorer:
         """Stops the Java process. A second call does nothing."""
         self._finalizer()
 
-    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> ClipScores:
         """Computes METEOR of a tokenized corpus (Denkowski & Lavie 2014).
 
         Raises:
@@ -67,12 +69,14 @@ class MeteorScorer:
         requests = [_request(*pair) for pair in zip(predictions, references, strict=True)]
         # Systems often give the same captions, and the statistics of a pair do not depend on the corpus.
         unseen = [request for request in dict.fromkeys(requests) if request not in self._lines]
-        self._lines.update(zip(unseen, self._exchange(unseen, len(unseen)), strict=True))
-        statistics = " ||| ".join(self._lines[request] for request in requests)
-        # The answer has one line per pair, followed by the corpus score.
-        return float(self._exchange([f"EVAL ||| {statistics}"], len(requests) + 1)[-1])
+        self._lines.update(zip(unseen, self._exchange(unseen), strict=True))
+        statistics = np.array([self._lines[request].split() for request in requests], dtype=np.float64)
+        # METEOR adds up the chunks of a corpus without those of captions that match as a whole.
+        whole = (statistics[:, 20] == 1) & (statistics[:, :2] == statistics[:, 21:23]).all(-1)
+        statistics[whole, 20] = 0
+        return ClipScores(statistics, "meteor")
 
-    def _exchange(self, requests: Sequence[str], num_answers: int) -> list[str]:
+    def _exchange(self, requests: Sequence[str]) -> list[str]:
         """Writes the requests in a thread and reads the answers in this one, so neither pipe can fill up and block."""
         writer = threading.Thread(target=self._write, args=(requests,), daemon=True)
         late = threading.Event()
@@ -87,7 +91,7 @@ class MeteorScorer:
         writer.start()
         answers = []
         try:
-            while len(answers) < num_answers:
+            while len(answers) < len(requests):
                 line = self._process.stdout.readline()
                 if not line:
                     # The output is closed, but the process may continue until the watchdog stops it.

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+import numpy as np
+
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -15,25 +17,30 @@ def _words(text: str) -> str:
 
 
 @lru_cache(maxsize=65536)
-def _forms(phrase: str) -> tuple[str, ...]:
-    """The words of the phrase and of its regular plurals, each surrounded by spaces."""
-    words = _words(phrase)
-    if not words.strip():
+def _forms(phrase: str) -> tuple[re.Pattern, ...]:
+    """Patterns of the words of the phrase and of its regular plurals, for the text of `_words`."""
+    words = _words(phrase).strip()
+    if not words:
         raise ValueError(f"the phrase {phrase!r} has no words: remove it from the list")
-    stem = words[:-1]
-    plurals = [stem + "s ", stem + "es "]
-    if stem.endswith("y"):
-        plurals.append(stem[:-1] + "ies ")
-    return (words, *plurals)
+    forms = [words, words + "s", words + "es"]
+    if words.endswith("y"):
+        forms.append(words[:-1] + "ies")
+    return tuple(re.compile(f"(?<= ){form}(?= )") for form in forms)
+
+
+def count_phrase(text: str, phrase: str) -> int:
+    """Count how often ``text`` contains ``phrase`` as consecutive whole words, ignoring case.
+
+    The last word may be singular or plural. The more frequent of the two counts, because a plural may be a verb, as in
+    "a cuckoo cuckoos".
+    """
+    words = _words(text)
+    return max(len(form.findall(words)) for form in _forms(phrase))
 
 
 def contains_phrase(text: str, phrase: str) -> bool:
-    """Return True if ``text`` contains ``phrase`` as consecutive whole words, ignoring case.
-
-    The last word may be singular or plural.
-    """
-    words = _words(text)
-    return any(form in words for form in _forms(phrase))
+    """Return True if ``text`` contains ``phrase``; see :func:`count_phrase`."""
+    return count_phrase(text, phrase) > 0
 
 
 def contains_any(text: str, phrases: Iterable[str]) -> bool:
@@ -41,15 +48,15 @@ def contains_any(text: str, phrases: Iterable[str]) -> bool:
     return any(contains_phrase(text, phrase) for phrase in phrases)
 
 
-def named_share(predictions: Sequence[str], sources: Sequence[Sequence[Sequence[str]]]) -> float | None:
-    """Share of sources that the prediction of their clip names, over all sources of all clips.
+def named_counts(predictions: Sequence[str], sources: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
+    """Count the sources that the prediction of their clip names.
 
     Args:
         predictions: one caption per clip.
         sources: list of sources per clip, each given as the list of phrases that name it.
 
     Returns:
-        A fraction in [0, 1], or None if no clip has a source.
+        (clips, 2) Named sources and all sources of each clip.
 
     Raises:
         ValueError: if the lengths differ or a source has no phrase.
@@ -58,14 +65,26 @@ def named_share(predictions: Sequence[str], sources: Sequence[Sequence[Sequence[
         raise ValueError(
             f"{len(predictions)} predictions but {len(sources)} lists of sources: give one list per prediction"
         )
-    named = total = 0
+    counts = np.zeros((len(predictions), 2))
     for index, (prediction, clip_sources) in enumerate(zip(predictions, sources, strict=True)):
         for phrases in clip_sources:
             if not phrases or isinstance(phrases, str):
                 raise ValueError(f"a source of clip {index} is {phrases!r}: give it a list of accepted phrases")
-            named += contains_any(prediction, phrases)
-            total += 1
-    return named / total if total else None
+            counts[index] += contains_any(prediction, phrases), 1
+    return counts
+
+
+def named_share(predictions: Sequence[str], sources: Sequence[Sequence[Sequence[str]]]) -> float | None:
+    """Share of sources that the prediction of their clip names, over all sources of all clips.
+
+    Returns:
+        A fraction in [0, 1], or None if no clip has a source.
+
+    Raises:
+        ValueError: see :func:`named_counts`.
+    """
+    named, total = named_counts(predictions, sources).sum(0)
+    return float(named / total) if total else None
 
 
 def asserting_share(predictions: Sequence[str], visual_words: Sequence[str]) -> float:

@@ -1,6 +1,7 @@
 """ROUGE-L of captions, as an `evaluate` module."""
 
 from dali_llava.eval.metrics.base import ReferenceMetric
+from dali_llava.eval.metrics.clip_scores import ClipScores
 from dali_llava.eval.metrics.corpus_scores import rouge_l
 
 
@@ -19,5 +20,5 @@ class RougeL(ReferenceMetric):
           booktitle={Text Summarization Branches Out}, year={2004}}
     """
 
-    def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    def score(self, predictions: list[str], references: list[list[str]]) -> dict[str, ClipScores]:
         return {"rouge_l": rouge_l(predictions, references)}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dali_llava.cli import main
+from dali_llava.eval.score_files import compare_systems, read_scores
 from dali_llava.processing.corpora import load_corpus
 from dali_llava.processing.corpora.rows import open_frames
 from dali_llava.processing.shards import prepare_shards
@@ -57,8 +58,13 @@ def test_a_folder_and_its_shards_are_captioned_and_scored(evaluate, folder, tmp_
         assert 0 <= row["metrics"]["bleu_1"] <= 1 and row["metrics"].get("sound_recall") is None
     captions = sorted((tmp_path / "out" / "results.captions").iterdir())
     assert [path.name for path in captions] == [
-        f"train-model-aligned-{name}.jsonl" for name in ("audio", "audiovisual", "image")
+        f"train-model-aligned-{name}.{suffix}"
+        for name in ("audio", "audiovisual", "image")
+        for suffix in ("jsonl", "scores.json")
     ]
+    systems = [read_scores(captions[index]) for index in (1, 3)]
+    assert systems[0].clips["bleu_1"].corpus == rows["audio"]["metrics"]["bleu_1"]
+    assert compare_systems(*systems)["bleu_1"].a == rows["audio"]["metrics"]["bleu_1"]
     assert len(captions[0].read_text().splitlines()) == CLIPS
 
     prepare_shards(load_corpus("folder", "train", data_dir=str(folder)), tmp_path / "shards", num_proc=1)
@@ -69,7 +75,10 @@ def test_a_folder_and_its_shards_are_captioned_and_scored(evaluate, folder, tmp_
 def test_options_reach_the_corpus(evaluate):
     code, rows, _ = evaluate("avworld", "--sizes", '{"test": 3}', "--modality", "audio")
     assert code == 0 and rows["audio"]["n"] == 3 and rows["audio"]["split"] == "test"
-    assert 0 <= rows["audio"]["metrics"]["sound_recall"] <= 1
+    row = rows["audio"]
+    assert 0 <= row["metrics"]["sound_recall"] <= 1
+    low, high = row["intervals"]["sound_recall"]
+    assert low <= row["metrics"]["sound_recall"] <= high and "sound_f1" in row["intervals"]
 
 
 def test_a_broken_clip_is_told_and_the_others_are_scored(evaluate, folder):

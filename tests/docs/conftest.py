@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from dali_llava.eval.caption_metrics import score_captions
+from dali_llava.eval.score_files import score_record, write_scores
+
 
 ROOT = Path(__file__).parents[2]
 AUDIOSET = ("--PJHxphWEs", "--ZhevVpy1s", "--aE2O5G5WE")
@@ -52,6 +55,10 @@ def corpora_folder(media_folder, tmp_path_factory) -> Path:
     (folder / "references.csv").write_text(
         "id,caption_1,caption_2\none,a dog barking loudly,a dog barks\ntwo,rain falling on grass,it is raining\n"
     )
+    references = {"one": ["a dog barking loudly"], "two": ["rain falling on grass"]}
+    for name, caption in (("ours", "a dog barking"), ("baseline", "a cat")):
+        scored = score_captions({"one": caption, "two": "rain falling"}, references, java=None)
+        write_scores(folder / f"{name}.json", score_record(scored, references, "python"))
     return folder
 
 

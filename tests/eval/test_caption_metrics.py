@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 from dali_llava.eval import caption_metrics
-from dali_llava.eval.caption_metrics import CAPTION_METRICS, CaptionScorer, check_ids, score_captions, score_many
-from dali_llava.eval.metrics.corpus_scores import cider_d, corpus_bleu, rouge_l
+from dali_llava.eval.caption_metrics import CAPTION_METRICS, CaptionScorer, check_ids, score_captions
+from dali_llava.eval.metrics.clip_scores import ClipScores
+from dali_llava.eval.metrics.corpus_scores import bleu, cider_d, rouge_l
 from dali_llava.eval.metrics.tokenization import ptb_tokenize, tokenize_pairs
 
 
@@ -30,7 +31,8 @@ def scorer(meteor, monkeypatch, no_corenlp):
 
 
 def test_perfect_captions(scorer):
-    metrics, reasons = scorer.score(PERFECT, REFERENCES)
+    scored = scorer.score(PERFECT, REFERENCES)
+    metrics, reasons = scored.metrics, scored.reasons
     assert tuple(metrics) == CAPTION_METRICS
     assert [metrics[name] for name in ("bleu_1", "bleu_4", "meteor", "rouge_l")] == pytest.approx([1.0] * 4, abs=1e-8)
     # The first caption shares with its second reference 5 of 5 words, 3 of 4 pairs and 1 of 3 triples, all of one idf.
@@ -61,14 +63,15 @@ def test_systems_share_one_run(scorer, audiocaps, monkeypatch):
     assert len(runs) == 1
     for name, candidates in systems.items():
         predictions, tokenized, _ = tokenize_pairs([candidates[c] for c in clips], [references[c] for c in clips])
-        metrics = together[name][0]
-        assert metrics["bleu_4"] == corpus_bleu(predictions, tokenized)[3]
-        assert metrics["rouge_l"] == rouge_l(predictions, tokenized)
-        assert metrics["cider_d"] == cider_d(predictions, tokenized)
-        assert metrics["meteor"] == scorer._meteor.score(predictions, tokenized)
+        metrics = together[name].metrics
+        assert metrics["bleu_4"] == bleu(predictions, tokenized)["bleu_4"].corpus
+        assert metrics["rouge_l"] == rouge_l(predictions, tokenized).corpus
+        assert metrics["cider_d"] == cider_d(predictions, tokenized).corpus
+        assert metrics["meteor"] == scorer.meteor.score(predictions, tokenized).corpus
     for name in ("bleu_1", "bleu_4", "meteor", "rouge_l", "cider_d"):
-        assert together["human"][0][name] > together["shuffled"][0][name] > together["silent"][0][name] - 1e-12
-    assert together["silent"][0]["meteor"] == together["silent"][0]["cider_d"] == 0.0
+        human, shuffled, silent = (together[system].metrics[name] for system in systems)
+        assert human > shuffled > silent - 1e-12
+    assert together["silent"].metrics["meteor"] == together["silent"].metrics["cider_d"] == 0.0
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="the published figure is on PTB tokens, which need Java")
@@ -83,11 +86,12 @@ def test_people_score_as_published(audiocaps):
     candidates = [clip[k % 5] for k, clip in enumerate(clips)]
     others = [clip[: k % 5] + clip[k % 5 + 1 :] for k, clip in enumerate(clips)]
     predictions, references, _ = tokenize_pairs(candidates, others, "ptb")
-    assert cider_d(predictions, references) == pytest.approx(0.909, abs=0.02)
+    assert cider_d(predictions, references).corpus == pytest.approx(0.909, abs=0.02)
 
 
 def test_without_java(no_corenlp):
-    metrics, reasons = score_captions(PERFECT, REFERENCES, java=None)
+    scored = score_captions(PERFECT, REFERENCES, java=None)
+    metrics, reasons = scored.metrics, scored.reasons
     assert metrics["rouge_l"] == 1.0 and metrics["meteor"] is None
     assert set(reasons) == {"meteor", "spice", "spider", "tokenizer"}
     assert "Java" in reasons["meteor"] and "Java" in reasons["spice"] and "Python tokenizer" in reasons["tokenizer"]
@@ -98,24 +102,28 @@ def test_java_that_does_not_run(tmp_path, no_corenlp):
     java = tmp_path / "java"
     java.write_text("#!/bin/sh\necho Unable to locate a Java Runtime >&2\nexit 1\n")
     java.chmod(0o755)
-    metrics, reasons = score_captions(PERFECT, REFERENCES, java=str(java))
+    scored = score_captions(PERFECT, REFERENCES, java=str(java))
+    metrics, reasons = scored.metrics, scored.reasons
     assert metrics["rouge_l"] == 1.0 and metrics["meteor"] is None
     assert "Unable to locate a Java Runtime" in reasons["meteor"] and "tokenizer" in reasons
 
 
 def test_one_clip_has_no_cider_d(no_corenlp):
-    metrics, reasons = score_captions({"x": "a dog"}, {"x": ["a dog"]}, java=None)
+    scored = score_captions({"x": "a dog"}, {"x": ["a dog"]}, java=None)
+    metrics, reasons = scored.metrics, scored.reasons
     assert metrics["cider_d"] is None and "two clips" in reasons["cider_d"]
     assert metrics["rouge_l"] == 1.0 and math.isclose(metrics["bleu_1"], 1.0, abs_tol=1e-8)
     assert "cider_d and spice" in reasons["spider"]
 
 
 def test_spider_is_the_mean(monkeypatch, tmp_path, scorer):
-    monkeypatch.setattr(scorer, "_corenlp", tmp_path)
-    monkeypatch.setattr(caption_metrics, "spice", lambda *args: 0.25)
-    metrics, reasons = scorer.score(PERFECT, REFERENCES)
-    assert metrics["spice"] == 0.25 and metrics["spider"] == (metrics["cider_d"] + 0.25) / 2
-    assert reasons == {}
+    monkeypatch.setattr(scorer, "corenlp", tmp_path)
+    monkeypatch.setattr(caption_metrics, "spice", lambda *args: ClipScores.mean([0.5, 0.0]))
+    scored = scorer.score(PERFECT, REFERENCES)
+    assert scored.metrics["spice"] == 0.25 and scored.reasons == {}
+    assert scored.metrics["spider"] == pytest.approx((scored.metrics["cider_d"] + 0.25) / 2, rel=1e-12)
+    cider = scored.clips["cider_d"].clips
+    assert scored.clips["spider"].clips.tolist() == [(cider[0] + 0.5) / 2, cider[1] / 2]
 
 
 @pytest.mark.parametrize(
@@ -137,4 +145,4 @@ def test_clips_that_do_not_match(candidates, references, message):
 
 def test_error_names_the_system():
     with pytest.raises(ValueError, match="1 references without a candidate of mmd: b"):
-        score_many({"ot": {"a": "x", "b": "x"}, "mmd": {"a": "x"}}, {"a": ["x"], "b": ["x"]}, java=None)
+        CaptionScorer(java=None).score_many({"ot": {"a": "x", "b": "x"}, "mmd": {"a": "x"}}, {"a": ["x"], "b": ["x"]})

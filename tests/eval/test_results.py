@@ -31,10 +31,10 @@ def test_schema(tmp_path):
     assert (path.name, page.name) == ("results.json", "results.md")
     assert list(content) == ["dataset", "seconds", "versions", "rows", "claims"]
     row = content["rows"][0]
-    assert list(row) == ["method", "stage", "modality", "split", "seed", "n", "metrics", "reason"]
+    assert list(row) == ["method", "stage", "modality", "split", "seed", "n", "metrics", "reason", "intervals"]
     assert list(row["metrics"]) == [
-        "bleu_1", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider", "sound_recall", "seen_recall",
-        "visual_bias",
+        "bleu_1", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider", "spider_fl", "fense", "sbert_sim",
+        "vocabulary", "sound_recall", "sound_precision", "sound_f1", "seen_recall", "visual_bias",
     ]  # fmt: skip
     assert {name for name, value in row["metrics"].items() if value is None} == set(row["reason"])
     assert row["reason"]["spice"] == "needs CoreNLP" and "not measured" in row["reason"]["meteor"]
@@ -115,4 +115,4 @@ def test_versions():
     found = versions()
     assert {"python", "torch", "transformers", "datasets", "torchaudio", "platform", "cpus"} <= set(found)
     assert found["cpus"] >= 1
-    assert len(METRICS) == 10
+    assert len(METRICS) == 16

@@ -32,7 +32,11 @@ def run(files, *options: str) -> int:
 def test_score(files, capsys):
     assert run(files) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(files[2].read_text())
+    written = json.loads(files[2].read_text())
+    assert printed == {name: value for name, value in written.items() if name in printed}
+    assert set(written) - set(printed) == {"references_digest", "clips", "statistics"}
+    assert written["clips"]["id"] == ["x", "y"] and written["clips"]["rouge_l"] == [1.0, 1.0]
+    assert printed["intervals"]["rouge_l"] == [1.0, 1.0]
     assert printed["metrics"]["rouge_l"] == 1.0 and printed["metrics"]["cider_d"] == pytest.approx(10.0)
     assert printed["metrics"]["meteor"] is None and "Java" in printed["reason"]["meteor"]
     assert (printed["n"], printed["missing"], printed["tokenizer"]) == (2, 0, "python")
@@ -71,6 +75,54 @@ def test_audiocaps_own_list_is_scored(files, capsys):
     assert json.loads(capsys.readouterr().out)["n"] == 2
     candidates.write_text("id,caption\nx_30,A dog barks at night.\ny_0,Rain falls on tin roofs.\n")
     assert run(files) == 0
+
+
+def test_chosen_metrics(files, capsys):
+    assert run(files, "--metrics", "vocabulary,cider_d") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["metrics"] == {"cider_d": pytest.approx(10.0), "vocabulary": 10}
+    assert set(printed["intervals"]) == {"cider_d"}
+    assert run(files, "--metrics", "spider,cider") == 1
+    error = capsys.readouterr().err
+    assert "unknown metric 'cider': choose from bleu_1, " in error and error.count("\n") == 1
+
+
+def test_unusual_captions(files, capsys):
+    """An empty caption, one of 10,000 words and one in another script have defined scores, each in its place."""
+    captions = {"x": "", "y": "rain " * 10_000, "z": "犬が吠える — café 🐶"}
+    files[0].write_text("\n".join(json.dumps({"id": i, "caption": text}) for i, text in captions.items()))
+    references = {"z": "犬が吠える café 🐶", "y": "rain falls", "x": "a dog"}
+    files[1].write_text("\n".join(json.dumps({"id": i, "caption": text}) for i, text in references.items()))
+    assert run(files) == 0
+    printed, written = json.loads(capsys.readouterr().out), json.loads(files[2].read_text())
+    scores = dict(zip(written["clips"]["id"], written["clips"]["rouge_l"], strict=True))
+    assert scores["z"] == 1.0 and scores["x"] == 0.0
+    # Precision 1 / 10000, recall 1 / 2.
+    assert scores["y"] == pytest.approx(2.44 * 1e-4 * 0.5 / (0.5 + 1.44e-4), rel=1e-9)
+    assert all(0 <= printed["metrics"][name] <= 10 for name in ("bleu_1", "bleu_4", "rouge_l", "cider_d"))
+
+
+def test_one_clip(files, capsys):
+    files[0].write_text("id,caption\nx,a dog barks\n")
+    files[1].write_text("id,caption\nx,a dog barks\n")
+    assert run(files) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["metrics"]["rouge_l"] == 1.0 and printed["intervals"] == {}
+    assert printed["metrics"]["cider_d"] is None and "two clips" in printed["reason"]["cider_d"]
+
+
+@pytest.mark.parametrize(
+    ("index", "line", "message"),
+    [
+        (0, "x,again\n", "line 4: id 'x' appears twice; remove one"),
+        (0, "z,wind\n", "1 candidates without a reference: z; remove them"),
+    ],
+)
+def test_pairs_are_not_shifted(files, capsys, index, line, message):
+    files[index].write_text(files[index].read_text() + line)
+    assert run(files) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not files[2].exists()
 
 
 def test_out_is_a_folder(files, capsys):

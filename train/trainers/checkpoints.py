@@ -21,7 +21,7 @@ MANIFEST = "checkpoint.json"
 NEWEST = ("true", "last")  # values of resume_from_checkpoint that select the newest checkpoint
 
 # What may differ in the run that resumes: it does not change the weights.
-FREE = {"base_model", "plugins", "eval_split", "feature_cache", "distance_steps", "sample_steps"}
+FREE = {"base_model", "plugins", "eval_split", "feature_cache", "distance_steps", "sample_steps", "force"}
 # The fields of `TrainingArguments` that change the weights.
 BINDING = {
     *("seed", "data_seed", "max_steps", "num_train_epochs"),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pycocoevalcap.spice import spice as pycoco_spice
 
-from .metrics.tokenization import JAVA_OPTIONS, java_message
+from .clip_scores import ClipScores
+from .tokenization import JAVA_MISSING, JAVA_OPTIONS, java_message
 
 
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -49,6 +50,17 @@ def find_corenlp(folder: str | os.PathLike | None = None) -> Path | None:
     return None
 
 
+def require_programs(java: str | None, corenlp: Path | None) -> tuple[str, Path]:
+    """The two, if neither is None.
+
+    Raises:
+        RuntimeError: Java or CoreNLP is missing.
+    """
+    if java is None or corenlp is None:
+        raise RuntimeError(CORENLP_MISSING if java else f"{JAVA_MISSING}; also {CORENLP_MISSING}")
+    return java, corenlp
+
+
 def _holder(folder: Path) -> Path | None:
     for jar in sorted(folder.rglob(CORENLP_JARS[0])):
         if jar.with_name(CORENLP_JARS[1]).is_file():
@@ -62,8 +74,8 @@ def spice(
     java: str,
     corenlp: Path,
     max_memory: str = "8G",
-) -> float:
-    """Mean F-score of SPICE over captions (Anderson et al. 2016, the authors' SPICE 1.0).
+) -> ClipScores:
+    """F-scores of SPICE of tokenized captions (Anderson et al. 2016, the authors' SPICE 1.0).
 
     Args:
         predictions: one tokenized caption per clip.
@@ -91,5 +103,7 @@ def spice(
         )
         if process.returncode or not answered.is_file():
             raise RuntimeError(f"SPICE failed under {java}: {java_message(process.stderr) or 'no message'}")
-        scores = [item["scores"]["All"]["f"] for item in json.loads(answered.read_text(encoding="utf-8"))]
-    return sum(scores) / len(scores)
+        scores = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(answered.read_text("utf-8"))}
+    if len(scores) < len(entries):
+        raise RuntimeError(f"SPICE scored {len(scores)} of {len(entries)} captions")
+    return ClipScores.mean([scores[index] for index in range(len(entries))])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dali_llava.eval.spice import CORENLP_JARS, find_corenlp, spice
+from dali_llava.eval.metrics.spice_process import CORENLP_JARS, find_corenlp, spice
 
 
 @pytest.fixture
@@ -43,11 +43,11 @@ def test_spice_process(tmp_path, corenlp):
         "import json, sys\n"
         f"json.dump(sys.argv, open({str(tmp_path / 'argv.json')!r}, 'w'))\n"
         "asked = json.load(open(sys.argv[sys.argv.index('-out') - 1]))\n"
-        "scores = [{'scores': {'All': {'f': len(e['refs']) / 4}}} for e in asked if e['test']]\n"
+        "scores = [{'image_id': e['image_id'], 'scores': {'All': {'f': len(e['refs']) / 4}}} for e in asked]\n"
         "json.dump(scores, open(sys.argv[sys.argv.index('-out') + 1], 'w'))\n"
     )
     java.chmod(0o755)
-    assert spice(["a dog", "rain"], [["a dog", "dogs"], ["rain"]], str(java), corenlp) == (2 / 4 + 1 / 4) / 2
+    assert spice(["a dog", "rain"], [["a dog", "dogs"], ["rain"]], str(java), corenlp).clips.tolist() == [2 / 4, 1 / 4]
     command = json.loads((tmp_path / "argv.json").read_text())
     assert all(str(corenlp / jar) in command[command.index("-cp") + 1] for jar in CORENLP_JARS)
     java.write_text("#!/bin/sh\necho out of memory >&2\nexit 1\n")
