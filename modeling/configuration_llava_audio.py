@@ -39,6 +39,8 @@ class LlavaAudioConfig(LlavaConfig):
         fusion_options: keyword arguments of the fusion, such as `{"rescale": True}`.
         vision_pooling: `"patches"`, or `"frame"` for one token per image: the pooled output of the vision tower,
             projected to `vision_config.projection_dim`. The latter needs a fusion.
+        sources: the released weights that the model was converted from, each a dict with `kind`, `name`, `license` and
+            where the licence was read (`license_from`).
 
     Raises:
         ValueError: the audio tower or the fusion is unknown or unsuitable, audio tokens and image tokens differ in
@@ -73,6 +75,7 @@ class LlavaAudioConfig(LlavaConfig):
     fusion: str = CONCATENATE
     fusion_options: dict | None = None
     vision_pooling: str = "patches"
+    sources: list[dict] | tuple[dict, ...] = ()
 
     attribute_map = {
         "image_token_id": "image_token_index",
