@@ -3,8 +3,10 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .configuration_cav_mae import CavMaeAudioConfig
+from .configuration_ced import CedAudioConfig
 from .configuration_llava_audio import LlavaAudioConfig
 from .modeling_cav_mae import CavMaeAudioModel
+from .modeling_ced import CedAudioModel
 from .modeling_llava_audio import LlavaAudioForConditionalGeneration, LlavaAudioModel
 from .partial_llava_audio import LlavaAudioOnlyForConditionalGeneration, LlavaAudioTowers
 
@@ -18,6 +20,8 @@ AutoModelForMultimodalLM.register(LlavaAudioConfig, LlavaAudioForConditionalGene
 __all__ = [
     "CavMaeAudioConfig",
     "CavMaeAudioModel",
+    "CedAudioConfig",
+    "CedAudioModel",
     "LlavaAudioConfig",
     "LlavaAudioOnlyForConditionalGeneration",
     "LlavaAudioForConditionalGeneration",
