@@ -48,9 +48,7 @@ class CedAudioConfig(CavMaeAudioConfig):
             self.output_size = self.hidden_size
         super().__post_init__(**kwargs)
         if self.num_joint_layers:
-            raise ValueError(
-                f"audio_config.num_joint_layers ({self.num_joint_layers}) must be 0: CED has no joint blocks."
-            )
+            raise ValueError(f"audio_config.num_joint_layers ({self.num_joint_layers}) must be 0 for CED.")
         if self.front_end not in FRONT_ENDS:
             raise ValueError(
                 f"audio_config.front_end {self.front_end!r} is unknown; choose one of {', '.join(FRONT_ENDS)}."
