@@ -121,6 +121,11 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         """Number of samples between the starts of two windows."""
         return int(self.sampling_rate * FRAME_SHIFT)
 
+    @property
+    def nats(self) -> float:
+        """One unit of the features, in nats of power."""
+        return self.std * (math.log(10) / 10 if self.front_end == "decibel" else 1.0)
+
     def num_frames(self, num_samples: int) -> int:
         """Number of frames of `num_samples` samples, before padding or cutting (10 s: 998, or 1001 in decibels)."""
         if self.front_end == "decibel":

@@ -178,6 +178,14 @@ def test_decibels_of_a_tone_and_of_padding():
     torch.testing.assert_close(loud[1003:], (loud.max() - 120).clamp(min=-100).expand(21, 64))
 
 
+@pytest.mark.parametrize("front_end", ["kaldi", "decibel"])
+def test_nats_are_the_unit_of_the_features(front_end):
+    """Half the amplitude is a quarter of the power, log(4) nats less."""
+    extractor = LlavaAudioFeatureExtractor(front_end=front_end, num_mel_bins=64, std=3.0)
+    loud, soft = (extractor(amplitude * noise(10.3))["input_features"] for amplitude in (1.0, 0.5))
+    assert extractor.nats * (loud - soft)[:, :1000, 10:].mean() == pytest.approx(math.log(4), abs=1e-3)
+
+
 def test_decibels_of_a_batch_equal_those_alone():
     extractor = LlavaAudioFeatureExtractor(front_end="decibel", num_mel_bins=64)
     clips = [0.5 * noise(2.0), noise(0.5, seed=1), noise(12.0, seed=2)]  # 201, 51 and 1201 frames
