@@ -30,15 +30,18 @@ def released(tower: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def backbone(tmp_path) -> Path:
-    """`audio_backbone.pth` with a tower that attends 128 mels and 64 frames."""
+def dali_dir(tmp_path) -> Path:
+    """A folder of DALI's code: a tower for 128 mels and 64 frames, and a prefix of 5 vectors."""
     torch.manual_seed(0)
     tower = CavMaeAudioModel(CavMaeAudioConfig(**SIZES, max_length=64, output_size=32))
     names = {"patch_embeddings": "patch_embed_a.proj", "position_embeddings": "pos_embed_a", "norm.": "norm_a."}
     names |= {"modality_embedding": "modality_a", "embeddings.": "", "joint_layers.0.norm1": "joint_layers.0.norm1_a"}
     names |= {"joint_layers.0.norm2": "joint_layers.0.norm2_a", "joint_layers": "blocks_u", "layers": "blocks_a"}
-    torch.save(released(tower, names), tmp_path / "audio_backbone.pth")
-    return tmp_path / "audio_backbone.pth"
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    torch.save(released(tower, names), folder / "audio_backbone.pth")
+    torch.save({"model.audio_tower.prefix": torch.randn(5, 32)}, folder / "prefix.bin")
+    return folder
 
 
 @pytest.fixture
@@ -50,12 +53,14 @@ def ced(tmp_path) -> Path:
     return tmp_path / "ced.pt"
 
 
-def test_convert_and_caption(backbone, ced, tiny_model_dir, media_dir, tmp_path, capsys):
+def test_convert_and_caption(dali_dir, ced, tiny_model_dir, media_dir, tmp_path, capsys):
     """One part, then another part on the result: the processor follows the tower."""
-    assert main(["convert", "dali", str(backbone), str(tmp_path / "dali"), "--base", str(tiny_model_dir)]) == 0
+    assert main(["convert", "dali", str(dali_dir), str(tmp_path / "dali"), "--base", str(tiny_model_dir)]) == 0
     report = capsys.readouterr().out
-    assert "audio_backbone.pth:\n  32 tensors used\n" in report and f"written: {tmp_path / 'dali'}" in report
-    extractor = json.loads((tmp_path / "dali" / "processor_config.json").read_text())["feature_extractor"]
+    assert "weights:\n  33 tensors used\n" in report and f"written: {tmp_path / 'dali'}" in report
+    processor = json.loads((tmp_path / "dali" / "processor_config.json").read_text())
+    assert processor["prefix_length"] == 5
+    extractor = processor["feature_extractor"]
     assert (extractor["front_end"], extractor["num_mel_bins"], extractor["max_length"]) == ("kaldi", 128, 64)
 
     assert main(["convert", "ced", str(ced), str(tmp_path / "ced"), "--base", str(tmp_path / "dali")]) == 0
@@ -68,8 +73,8 @@ def test_convert_and_caption(backbone, ced, tiny_model_dir, media_dir, tmp_path,
         assert json.loads(capsys.readouterr().out)["caption"]
 
 
-def test_both_parts_in_one_command(backbone, ced, tiny_model_dir, tmp_path, capsys):
-    words = ["dali", str(backbone), "ced", str(ced), str(tmp_path / "out"), "--base", str(tiny_model_dir)]
+def test_both_parts_in_one_command(dali_dir, ced, tiny_model_dir, tmp_path, capsys):
+    words = ["dali", str(dali_dir), "ced", str(ced), str(tmp_path / "out"), "--base", str(tiny_model_dir)]
     assert main(["convert", *words]) == 0
     assert [source["kind"] for source in json.loads((tmp_path / "out" / "config.json").read_text())["sources"]] == [
         "dali",
@@ -78,7 +83,7 @@ def test_both_parts_in_one_command(backbone, ced, tiny_model_dir, tmp_path, caps
 
 
 def test_wrong_weights_give_one_line_and_no_folder(ced, tiny_model_dir, tmp_path, capsys):
-    for kind in ("cav-mae", "dali"):
+    for kind in ("cav-mae", "dali"):  # a file of another kind
         assert main(["convert", kind, str(ced), str(tmp_path / "out"), "--base", str(tiny_model_dir)]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert "ced.pt: has no patch_embed_a.proj.weight; give the released weights of this kind of model" in line

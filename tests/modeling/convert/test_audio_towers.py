@@ -14,8 +14,11 @@ from dali_llava.modeling import (
     LlavaAudioForConditionalGeneration,
 )
 from dali_llava.modeling.convert import get_converter
-from dali_llava.modeling.convert.captioner import ConvertedCaptioner
-from dali_llava.modeling.convert.rules import Conversion, LazyTensor
+from dali_llava.modeling.convert.captioner import AUDIO_TOWER, ConvertedCaptioner, captioner_shapes
+from dali_llava.modeling.convert.cav_mae import RULES as CAV_MAE_RULES
+from dali_llava.modeling.convert.cav_mae import sizes as cav_mae_sizes
+from dali_llava.modeling.convert.rules import Conversion, LazyTensor, apply_rules
+from dali_llava.modeling.convert.sources import Source
 from dali_llava.train.losses.attentive import load_alignment_attention
 
 
@@ -128,6 +131,34 @@ def test_report_of_cav_mae_accounts_for_every_tensor(cav_mae, base, tmp_path):
         "2 dropped: norm of the joint tokens",
         "2 weights start as: random",
     ]
+
+
+def test_full_size_cav_mae_of_dali_uses_152_of_649_tensors():
+    """On the meta device, with the shapes of the released weights."""
+    three = [f"norm{number}{kind}" for number in (1, 2) for kind in ("", "_a", "_v")]
+    names = {"blocks_a": (11, 768), "blocks_v": (11, 768), "blocks_u": (1, 768), "decoder_blocks": (8, 512)}
+    shapes = {
+        f"{blocks}.{index}.{name}": shape
+        for blocks, (count, width) in names.items()
+        for index in range(count)
+        for name, shape in block(width, three).items()
+    }
+    layers = {"norm_a": (768,), "norm_v": (768,), "norm": (768,), "decoder_norm": (512,), "proj": (1024, 768)}
+    layers |= {"patch_embed_a.proj": (768, 1, 16, 16), "patch_embed_v.proj": (768, 3, 16, 16)}
+    layers |= {"decoder_embed": (512, 768), "decoder_pred_a": (256, 512), "decoder_pred_v": (768, 512)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for modality, tokens in (("a", 512), ("v", 196)):
+        shapes |= {f"pos_embed_{modality}": (1, tokens, 768), f"modality_{modality}": (1, 1, 768)}
+        shapes |= {f"decoder_pos_embed_{modality}": (1, tokens, 512), f"decoder_modality_{modality}": (1, 1, 512)}
+    shapes["mask_token"] = (1, 1, 512)
+    source = Source(Path("a.pth"), {Path("a.pth"): {k: torch.empty(v, device="meta") for k, v in shapes.items()}})
+    config = LlavaAudioConfig()
+    for name, value in cav_mae_sizes(source).items():
+        assert getattr(config.audio_config, name) == value, name
+    conversion = apply_rules(source, CAV_MAE_RULES, captioner_shapes(config, AUDIO_TOWER))
+    assert (len(shapes), len(conversion.used), len(conversion.dropped)) == (649, 152, 497)
+    assert sum(each.shape.numel() for each in conversion.tensors.values()) == 86_434_816
 
 
 def drop(weights: dict, name: str) -> dict:
