@@ -3,9 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .configuration_cav_mae import CavMaeAudioConfig
+from .configuration_ced import CedAudioConfig
 from .configuration_llava_audio import LlavaAudioConfig
 from .fusion import Fusion, register_fusion
 from .modeling_cav_mae import CavMaeAudioModel
+from .modeling_ced import CedAudioModel
 from .modeling_llava_audio import LlavaAudioForConditionalGeneration, LlavaAudioModel
 from .partial_llava_audio import LlavaAudioOnlyForConditionalGeneration, LlavaAudioTowers
 
@@ -19,6 +21,8 @@ AutoModelForMultimodalLM.register(LlavaAudioConfig, LlavaAudioForConditionalGene
 __all__ = [
     "CavMaeAudioConfig",
     "CavMaeAudioModel",
+    "CedAudioConfig",
+    "CedAudioModel",
     "Fusion",
     "LlavaAudioConfig",
     "LlavaAudioOnlyForConditionalGeneration",

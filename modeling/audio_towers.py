@@ -19,11 +19,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_cav_mae import CavMaeAudioConfig
+from .configuration_ced import CedAudioConfig
 from .modeling_cav_mae import CavMaeAudioModel
+from .modeling_ced import CedAudioModel
 
 
 AUDIO_TOWERS = {
     CavMaeAudioConfig: CavMaeAudioModel,
+    CedAudioConfig: CedAudioModel,
 }
 
 CONFIG_MEMBERS = ("output_size", "num_audio_tokens", "feature_extractor_kwargs")

@@ -125,11 +125,11 @@ class LlavaAudioConfig(LlavaConfig):
 
     def check_processor(self, processor) -> None:
         """
-        Check that the numbers of placeholders that a processor writes equal the numbers of tokens of the towers.
+        Check that a processor writes one placeholder per token of the towers, and computes the tower's spectrograms.
 
         Raises:
-            ValueError: `processor.feature_extractor` and the audio tower differ in the number of tokens or mel bins,
-                or the processor has another `vision_pooling`.
+            ValueError: `processor.feature_extractor` and the audio tower differ in the number of tokens, the mel bins
+                or the front end, or the processor has another `vision_pooling`.
         """
         if (pooling := getattr(processor, "vision_pooling", "patches")) != self.vision_pooling:
             raise ValueError(
@@ -142,6 +142,11 @@ class LlavaAudioConfig(LlavaConfig):
         mels, tower_mels = getattr(extractor, "num_mel_bins", None), expected.get("num_mel_bins")
         if None not in (mels, tower_mels) and mels != tower_mels:
             raise ValueError(f"the feature extractor has {mels} mel bins, {tower} takes {tower_mels}; {remedy}")
+        front_end, tower_front_end = getattr(extractor, "front_end", None), expected.get("front_end")
+        if None not in (front_end, tower_front_end) and front_end != tower_front_end:
+            raise ValueError(
+                f"the feature extractor has the front end {front_end!r}, {tower} takes {tower_front_end!r}; {remedy}"
+            )
         longest = expected.get("max_length", 1024)
         for frames in (longest // 4, longest // 2, longest):
             written, returned = extractor.num_audio_tokens(frames), self.audio_config.num_audio_tokens(frames)

@@ -34,6 +34,44 @@ def sincos_positions(width: int, rows: int, columns: int) -> torch.Tensor:
     return torch.cat([time, mel], dim=-1).flatten(0, 1).float()
 
 
+def positions_of_clips(
+    positions: Callable[[int], torch.Tensor], columns: int, columns_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    Positions of padded clips: each clip gets the same positions as without padding, for padding on either side.
+
+    Args:
+        positions: returns the positions (1, rows, columns, width) of a clip of a number of columns.
+        columns: number of columns of the padded clips.
+        columns_mask: (B, columns), True for valid columns; all columns are valid by default.
+
+    Returns:
+        (1 or B, rows, columns, width), 0 for padding.
+    """
+    if columns_mask is None:
+        return positions(columns)
+    lengths = columns_mask.sum(-1).tolist()
+    by_length = {length: positions(length) for length in set(lengths)}
+    index = (columns_mask.cumsum(-1) - 1).clamp(min=0)
+    clips = torch.cat([by_length[length][:, :, row] for length, row in zip(lengths, index, strict=True)])
+    return clips * columns_mask[:, None, :, None]
+
+
+def check_spectrograms(input_features: torch.Tensor, config: CavMaeAudioConfig) -> None:
+    """
+    Check the shape of spectrograms (B, frames, mels).
+
+    Raises:
+        ValueError: the shape does not fit. The message contains both shapes.
+    """
+    patch, mels = config.patch_size, config.num_mel_bins
+    if input_features.dim() != 3 or input_features.shape[2] != mels or input_features.shape[1] % patch:
+        raise ValueError(
+            f"input_features must be (batch, a multiple of {patch} frames, {mels} mel bins), got "
+            f"{tuple(input_features.shape)}."
+        )
+
+
 class CavMaeEmbeddings(nn.Module):
     """Embeddings of spectrogram patches, with positions and the learned vector of the modality."""
 
@@ -61,14 +99,7 @@ class CavMaeEmbeddings(nn.Module):
         input_features = input_features.to(self.patch_embeddings.weight.dtype)
         patches = self.patch_embeddings(input_features.transpose(1, 2).unsqueeze(1))  # (B, width, rows, columns)
         patches = patches.permute(0, 2, 3, 1)
-        if columns_mask is None:
-            positions = self.positions(patches.shape[2])
-        else:  # each clip gets the same positions as without padding, for padding on either side
-            lengths = columns_mask.sum(-1).tolist()
-            by_length = {length: self.positions(length) for length in set(lengths)}
-            index = (columns_mask.cumsum(-1) - 1).clamp(min=0)
-            positions = torch.cat([by_length[length][:, :, row] for length, row in zip(lengths, index, strict=True)])
-            positions = positions * columns_mask[:, None, :, None]
+        positions = positions_of_clips(self.positions, patches.shape[2], columns_mask)
         return (patches + positions).flatten(1, 2) + self.modality_embedding
 
 
@@ -200,15 +231,10 @@ class CavMaeAudioModel(CavMaePreTrainedModel):
             ValueError: the spectrogram is not 3-D, has the wrong number of mel bins, or its number of frames is not a
                 multiple of the patch size.
         """
-        patch, mels = self.config.patch_size, self.config.num_mel_bins
-        if input_features.dim() != 3 or input_features.shape[2] != mels or input_features.shape[1] % patch:
-            raise ValueError(
-                f"input_features must be (batch, a multiple of {patch} frames, {mels} mel bins), got "
-                f"{tuple(input_features.shape)}."
-            )
+        check_spectrograms(input_features, self.config)
         columns_mask = attention_mask = None
         if input_features_mask is not None:
-            columns_mask = input_features_mask[:, ::patch].bool()
+            columns_mask = input_features_mask[:, :: self.config.patch_size].bool()
             attention_mask = self.token_mask(input_features_mask)
         hidden_states = self.embeddings(input_features, columns_mask)
         attention_mask = create_bidirectional_mask(

@@ -1,4 +1,4 @@
-"""Feature extractor of LLaVA-Audio: converts waveforms to the normalised Kaldi filter bank of CAV-MAE."""
+"""Feature extractor of LLaVA-Audio: converts waveforms to the spectrograms of the audio towers."""
 
 import math
 import warnings
@@ -14,9 +14,11 @@ from transformers.utils import TensorType, is_torchaudio_available
 
 
 MIN_DURATION = 0.1  # seconds; shorter clips have too few frames to be useful
-FRAME_LENGTH = 0.025  # seconds
+FRAME_LENGTH = {"kaldi": 0.025, "decibel": 0.032}  # seconds, by front end
 FRAME_SHIFT = 0.010  # seconds
+STATISTICS = {"kaldi": (-5.081, 4.4849), "decibel": (0.0, 1.0)}  # default mean and std, by front end
 LOG_FLOOR = float(np.finfo(np.float32).eps)  # Kaldi's lower bound of the mel energies
+DECIBEL_FLOOR, DECIBEL_RANGE = 1e-10, 120.0  # lower bound of the mel energies of CED, and dB below the loudest one
 BACKENDS = ("auto", "torchaudio", "numpy")
 
 
@@ -34,11 +36,16 @@ def _torchaudio_fbank():
 
 class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
     r"""
-    Log-mel filter bank of a 16 kHz waveform, the input of CAV-MAE (Gong et al., 2023, section 3.1).
+    Log-mel spectrogram of a 16 kHz waveform, whose channels, in [-1, 1], are averaged, by one of two front ends:
 
-    The channels of the waveform, in [-1, 1], are averaged, its mean is removed, and Kaldi's `fbank` is applied (25 ms
-    Hanning window, 10 ms shift, `htk_compat`, no energy, no dither). The frames are padded with zeros, then normalized
-    as `(x - mean) / std`, so that padding becomes `-mean / std` (+1.133 with the defaults), as in the reference.
+    - `"kaldi"`, the input of CAV-MAE (Gong et al., 2023, section 3.1): the mean of the waveform is removed, and
+      Kaldi's `fbank` is applied (25 ms Hanning window, 10 ms shift, `htk_compat`, no energy, no dither). The frames
+      are padded with zeros, so that padding becomes `-mean / std` (+1.133 with the defaults), as in the reference.
+    - `"decibel"`, the input of CED (Dinkel et al., 2024): mel energies of centred frames (32 ms periodic Hann window,
+      10 ms shift, HTK's mel scale) in decibels, at least -100 dB and at most 120 dB below the loudest one of the clip.
+      The waveform is padded with zeros, so that padding is silence.
+
+    The features are normalised as `(x - mean) / std`.
 
     `feature_extractor_kwargs` of an audio tower's configuration contains the arguments that depend on the tower.
 
@@ -49,10 +56,13 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         patch_size (`int`): frames per column of audio tokens.
         tokens_per_column (`int`, *optional*): audio tokens that the tower returns for `patch_size` frames. The default
             for square patches is `num_mel_bins / patch_size`. A tower that averages over mel returns 1.
-        mean, std (`float`): statistics of the corpus that the tower was trained on.
-        backend (`str`): `"torchaudio"`, `"numpy"` (transformers' `audio_utils`), or `"auto"`, which uses torchaudio if
-            it loads. The two agree within 1e-3 after normalisation on recordings, noise and ordinary tones. For a pure
-            tone near full scale above about 2 kHz, torchaudio's float32 transform is off by about 5e-3 in silent bins.
+        mean, std (`float`, *optional*): statistics for normalisation; by default those of CAV-MAE's corpus for
+            `"kaldi"`, and 0 and 1 for `"decibel"`, which CED normalises itself.
+        backend (`str`): what computes Kaldi's filter bank: `"torchaudio"`, `"numpy"` (transformers' `audio_utils`), or
+            `"auto"`, which uses torchaudio if it loads. The two agree within 1e-3 after normalisation on recordings,
+            noise and ordinary tones. For a pure tone near full scale above about 2 kHz, torchaudio's float32 transform
+            is off by about 5e-3 in silent bins.
+        front_end (`str`): `"kaldi"` or `"decibel"`.
     """
 
     model_input_names = ["input_features", "input_features_mask"]
@@ -65,10 +75,11 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         max_length: int = 1024,
         patch_size: int = 16,
         tokens_per_column: int | None = None,
-        mean: float = -5.081,
-        std: float = 4.4849,
+        mean: float | None = None,
+        std: float | None = None,
         padding_value: float = 0.0,
         backend: str = "auto",
+        front_end: str = "kaldi",
         **kwargs,
     ):
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
@@ -83,6 +94,10 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         for name, value in multiples.items():
             if value < patch_size or value % patch_size:
                 raise ValueError(f"{name}={value} is not a positive multiple of patch_size={patch_size}")
+        if front_end not in STATISTICS:
+            raise ValueError(f"front_end={front_end!r} is unknown; choose one of {', '.join(STATISTICS)}")
+        mean = STATISTICS[front_end][0] if mean is None else mean
+        std = STATISTICS[front_end][1] if std is None else std
         if std <= 0:
             raise ValueError(f"std={std} must be positive")
         if backend not in BACKENDS:
@@ -93,20 +108,28 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
         self.tokens_per_column = tokens_per_column
         self.mean = mean
         self.std = std
+        self.front_end = front_end
         self.backend = backend
 
     @property
     def window_length(self) -> int:
         """Number of samples in an analysis window."""
-        return int(self.sampling_rate * FRAME_LENGTH)
+        return int(self.sampling_rate * FRAME_LENGTH[self.front_end])
 
     @property
     def hop_length(self) -> int:
         """Number of samples between the starts of two windows."""
         return int(self.sampling_rate * FRAME_SHIFT)
 
+    @property
+    def nats(self) -> float:
+        """One unit of the features, in nats of power."""
+        return self.std * (math.log(10) / 10 if self.front_end == "decibel" else 1.0)
+
     def num_frames(self, num_samples: int) -> int:
-        """Number of frames of `num_samples` samples, before padding or cutting (10 s at 16 kHz: 998)."""
+        """Number of frames of `num_samples` samples, before padding or cutting (10 s: 998, or 1001 in decibels)."""
+        if self.front_end == "decibel":
+            return 1 + num_samples // self.hop_length
         return max(0, 1 + (num_samples - self.window_length) // self.hop_length)
 
     def num_audio_tokens(self, num_frames: int) -> int:
@@ -165,9 +188,10 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f'padding={padding!r} is not supported; choose "max_length" or "longest"')
 
         features = np.full((len(waveforms), total, self.num_mel_bins), self.padding_value, dtype=np.float32)
-        for row, waveform in zip(features, waveforms, strict=True):
-            fbank = self._fbank(waveform, total)
-            row[: len(fbank)] = fbank
+        for row, waveform, length in zip(features, waveforms, lengths, strict=True):
+            compute = self._decibels if self.front_end == "decibel" else self._fbank
+            frames = compute(waveform, length)
+            row[: len(frames)] = frames
         data = {"input_features": (features - self.mean) / self.std}
         if padding != "max_length":
             data["input_features_mask"] = np.arange(total)[None, :] < np.array(lengths)[:, None]
@@ -205,6 +229,17 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"{name} lasts {duration:.3f} s: pass a waveform of at least {MIN_DURATION} s")
         return waveform
 
+    def _decibels(self, waveform: np.ndarray, num_frames: int) -> np.ndarray:
+        """Mel energies of a waveform padded or cut to `num_frames`, `(num_frames, num_mel_bins)`, in decibels."""
+        samples = torch.from_numpy(waveform)[: (num_frames - 1) * self.hop_length]
+        samples = torch.nn.functional.pad(samples, (0, (num_frames - 1) * self.hop_length - len(samples)))
+        window = torch.hann_window(self.window_length)
+        spectrum = torch.stft(samples, self.window_length, self.hop_length, window=window, return_complex=True)
+        filters = _htk_mel_filters(self.num_mel_bins, spectrum.shape[0], self.sampling_rate)
+        energies = spectrum.abs().square().T @ torch.from_numpy(filters).float()
+        decibels = 10 * energies.clamp(min=DECIBEL_FLOOR).log10()
+        return decibels.clamp(min=decibels.max() - DECIBEL_RANGE).numpy()
+
     def _fbank(self, waveform: np.ndarray, max_frames: int) -> np.ndarray:
         """Log-mel energies of the first frames of a waveform, `(frames, num_mel_bins)` float32, not normalised."""
         # the mean is computed over the whole clip, even if only its beginning is used
@@ -222,7 +257,7 @@ class LlavaAudioFeatureExtractor(SequenceFeatureExtractor):
             window_type="hanning",
             num_mel_bins=self.num_mel_bins,
             dither=0.0,
-            frame_length=1000 * FRAME_LENGTH,
+            frame_length=1000 * FRAME_LENGTH["kaldi"],
             frame_shift=1000 * FRAME_SHIFT,
         ).numpy()
 
@@ -260,6 +295,20 @@ def _kaldi_mel_filters(num_mel_bins: int, num_frequency_bins: int, sampling_rate
             mel_scale="kaldi",
             triangularize_in_mel_space=True,
         )
+
+
+@lru_cache
+def _htk_mel_filters(num_mel_bins: int, num_frequency_bins: int, sampling_rate: int) -> np.ndarray:
+    """Triangular filters on the mel scale of HTK, `(num_frequency_bins, num_mel_bins)`, up to half the rate."""
+    return mel_filter_bank(
+        num_frequency_bins=num_frequency_bins,
+        num_mel_filters=num_mel_bins,
+        min_frequency=0.0,
+        max_frequency=sampling_rate / 2,
+        sampling_rate=sampling_rate,
+        norm=None,
+        mel_scale="htk",
+    )
 
 
 LlavaAudioFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")

@@ -15,6 +15,8 @@ code. OUT is written completely or not at all.
 examples:
   dali-llava convert llava llava-hf/llava-1.5-7b-hf captioner
   dali-llava convert llava liuhaotian/llava-v1.5-7b captioner --vision openai/clip-vit-large-patch14-336
+  dali-llava convert llava llava-hf/llava-1.5-7b-hf cav-mae cav-mae-scale++.pth captioner
+  dali-llava convert dali weights/ captioner --base llava-hf/llava-1.5-7b-hf
 """
 
 import argparse
@@ -27,7 +29,11 @@ from dali_llava.atomic import check_new_folder, new_folder
 BASES = {
     "llava": "LLaVA-1.5, as saved by transformers or by the original program (with --vision)",
 }
-PARTS = {}
+PARTS = {
+    "cav-mae": "audio tower of CAV-MAE (.pth); its last linear layer starts with random weights",
+    "dali": "folder of DALI's own code: audio_backbone.pth, and if present prefix.bin and prefixMLP.bin",
+    "ced": "audio tower of CED (.pt, or a model on the Hub)",
+}
 __doc__ = __doc__.format(kinds="\n  ".join(f"{kind:<16}{line}" for kind, line in (BASES | PARTS).items()))
 
 

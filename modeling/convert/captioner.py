@@ -35,12 +35,14 @@ class ConvertedCaptioner:
         conversion: the weights.
         generation_config: defaults of `generate`, if a source has them.
         reports: name of each source -> what became of its tensors.
+        files: name of each file beside the captioner -> function that writes it.
     """
 
     config: LlavaAudioConfig
     conversion: Conversion
     generation_config: GenerationConfig | None = None
     reports: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
     def with_part(
         self, config: LlavaAudioConfig, conversion: Conversion, replaces: tuple[str, ...], source: dict
@@ -97,6 +99,8 @@ class ConvertedCaptioner:
         config.save_pretrained(folder)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
+        for name, write in self.files.items():
+            write(Path(folder) / name)
 
 
 def captioner_shapes(config: LlavaAudioConfig, part: str = "") -> dict[str, torch.Size]:

@@ -1,9 +1,11 @@
 """Fixtures for the tests of the model: the loaded tiny checkpoint of tests/conftest.py, and a mixed batch."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +62,15 @@ def encode(tiny_processor):
         )
 
     return encode
+
+
+@pytest.fixture(scope="session")
+def reference_towers():
+    """The module `reference_towers.py` beside this file."""
+    spec = importlib.util.spec_from_file_location("reference_towers", Path(__file__).with_name("reference_towers.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # The process of a user who has the checkpoint and transformers, but not this package.

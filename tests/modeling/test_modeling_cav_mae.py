@@ -35,85 +35,6 @@ def tiny_tower(seed: int = 0, **changes) -> CavMaeAudioModel:
     return CavMaeAudioModel(tiny_config(**changes)).eval()
 
 
-def cav_mae_weights(config: CavMaeAudioConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Random weights in the layout of the released checkpoint: fused qkv; norms and vectors differ from their init."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape, scale=0.15, shift=0.0):
-        return shift + scale * torch.randn(*shape, generator=generator)
-
-    width, inner = config.hidden_size, config.intermediate_size
-    rows, columns = config.grid_size
-    weights = {
-        "patch_embed_a.proj.weight": draw(width, 1, 16, 16, scale=0.05),
-        "patch_embed_a.proj.bias": draw(width),
-        "pos_embed_a": draw(1, rows * columns, width, scale=0.5),
-        "modality_a": draw(1, 1, width, scale=0.5),
-        "norm_a.weight": draw(width, shift=1.0),
-        "norm_a.bias": draw(width),
-        "proj.weight": draw(config.output_size, width),
-        "proj.bias": draw(config.output_size),
-    }
-    blocks = [(f"blocks_a.{i}", "norm1", "norm2") for i in range(config.num_hidden_layers)]
-    blocks += [(f"blocks_u.{i}", "norm1_a", "norm2_a") for i in range(config.num_joint_layers)]
-    for block, *norms in blocks:
-        for norm in norms:
-            weights |= {f"{block}.{norm}.weight": draw(width, shift=1.0), f"{block}.{norm}.bias": draw(width)}
-        for name, out, into in (
-            ("attn.qkv", 3 * width, width),
-            ("attn.proj", width, width),
-            ("mlp.fc1", inner, width),
-            ("mlp.fc2", width, inner),
-        ):
-            weights |= {f"{block}.{name}.weight": draw(out, into), f"{block}.{name}.bias": draw(out)}
-    return weights
-
-
-def cav_mae_audio_branch(weights: dict[str, torch.Tensor], fbank: torch.Tensor, heads: int) -> torch.Tensor:
-    """CAV-MAE's `forward_audio` and DALI's linear layer in float64: (B, frames, mels) -> (B, tokens, output width)."""
-    w = {name: tensor.double() for name, tensor in weights.items()}
-    x = fbank.double()
-    batch, frames, mels = x.shape
-
-    def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        variance = centred.pow(2).mean(-1, keepdim=True)
-        return centred / torch.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    kernel = w["patch_embed_a.proj.weight"][:, 0].flatten(1)  # (width, 16 mels x 16 frames)
-    tokens = []
-    for row in range(mels // 16):  # mel-major
-        for column in range(frames // 16):
-            patch = x[:, 16 * column : 16 * column + 16, 16 * row : 16 * row + 16]
-            patch = patch.transpose(1, 2).reshape(batch, -1)
-            tokens.append(patch @ kernel.T + w["patch_embed_a.proj.bias"])
-    x = torch.stack(tokens, dim=1) + w["pos_embed_a"] + w["modality_a"]
-
-    def block(x, name, norm1, norm2):
-        qkv = linear(norm(x, f"{name}.{norm1}"), f"{name}.attn.qkv")
-        query, key, value = qkv.chunk(3, dim=-1)
-        size = query.shape[-1] // heads
-        outputs = []
-        for head in range(heads):
-            part = slice(head * size, (head + 1) * size)
-            scores = query[..., part] @ key[..., part].transpose(1, 2) / size**0.5
-            weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-            outputs.append(weights / weights.sum(-1, keepdim=True) @ value[..., part])
-        x = x + linear(torch.cat(outputs, dim=-1), f"{name}.attn.proj")
-        hidden = linear(norm(x, f"{name}.{norm2}"), f"{name}.mlp.fc1")
-        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
-        return x + linear(hidden, f"{name}.mlp.fc2")
-
-    for index in range(sum(name.startswith("blocks_a.") and name.endswith("norm1.bias") for name in w)):
-        x = block(x, f"blocks_a.{index}", "norm1", "norm2")
-    for index in range(sum(name.startswith("blocks_u.") and name.endswith("norm1_a.bias") for name in w)):
-        x = block(x, f"blocks_u.{index}", "norm1_a", "norm2_a")
-    return linear(norm(x, "norm_a"), "proj")
-
-
 def load_cav_mae(tower: CavMaeAudioModel, weights: dict[str, torch.Tensor]) -> None:
     """Copy weights in the released layout to the tower, each tensor exactly once."""
     names = {
@@ -140,14 +61,14 @@ def load_cav_mae(tower: CavMaeAudioModel, weights: dict[str, torch.Tensor]) -> N
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_tower_equals_cav_mae_in_float64(seed):
+def test_tower_equals_cav_mae_in_float64(seed, reference_towers):
     tower = tiny_tower(num_hidden_layers=3, num_joint_layers=2)
-    weights = cav_mae_weights(tower.config, seed)
+    weights = reference_towers.cav_mae_weights(tower.config, seed)
     load_cav_mae(tower, weights)
     fbank = torch.randn(2, 96, 32, generator=torch.Generator().manual_seed(seed + 10))
     with torch.no_grad():
         tokens = tower(fbank).last_hidden_state
-    expected = cav_mae_audio_branch(weights, fbank, HEADS)
+    expected = reference_towers.cav_mae_audio_branch(weights, fbank, HEADS)
     assert tokens.shape == (2, 2 * 6, 32) and expected.std() > 0.3
     assert (tokens.double() - expected).abs().max() < 1e-5
 

@@ -138,6 +138,64 @@ def test_longest_pads_to_patches_and_masks_the_rest():
     assert cut["input_features"].shape == (1, 128, 64) and cut["input_features_mask"].all()
 
 
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_decibels_equal_torchaudio(signal):
+    """MelSpectrogram and AmplitudeToDB as CED uses them, on the waveform padded to 256 frames."""
+    transforms = pytest.importorskip("torchaudio.transforms", reason="torchaudio cannot be imported", exc_type=OSError)
+    spectrogram = transforms.MelSpectrogram(
+        RATE, n_fft=512, win_length=512, hop_length=160, f_min=0, f_max=8000, n_mels=64, center=True
+    )
+    waveform = torch.nn.functional.pad(torch.from_numpy(SIGNALS[signal]), (0, 255 * 160 - 2 * RATE))
+    expected = transforms.AmplitudeToDB(top_db=120)(spectrogram(waveform)).T
+    features = LlavaAudioFeatureExtractor(front_end="decibel", num_mel_bins=64, max_length=256)(SIGNALS[signal])
+    assert features["input_features"].shape == (1, 256, 64)
+    torch.testing.assert_close(features["input_features"][0], expected, rtol=0, atol=1e-3)
+
+
+def test_decibels_of_a_tone_and_of_padding():
+    """A tone of amplitude A has the power (A / 2 * sum of the window)^2 in its frequency bin."""
+    extractor = LlavaAudioFeatureExtractor(front_end="decibel", num_mel_bins=64)
+    assert (extractor.mean, extractor.std, extractor.window_length) == (0.0, 1.0, 512)
+    assert extractor.num_frames(10 * RATE) == 1001
+    tone = sine(1000.0, 10.0)  # frequency bin 32 of 31.25 Hz
+    loud, quiet = (extractor(amplitude * tone)["input_features"][0] for amplitude in (1.0, 0.1))
+    # The periodic Hann window of 512 samples sums to 256, and to -128 one bin beside the tone.
+    power = {31: 64.0**2 / 4, 32: 64.0**2, 33: 64.0**2 / 4}  # amplitude 0.5
+    edges = 700 * (10 ** (np.linspace(0, 2595 * math.log10(1 + 8000 / 700), 66) / 2595) - 1)  # HTK's mel scale
+    expected = [
+        sum(
+            value * max(0, min((31.25 * bin - low) / (centre - low), (high - 31.25 * bin) / (high - centre)))
+            for bin, value in power.items()
+        )
+        for low, centre, high in zip(edges[:-2], edges[1:-1], edges[2:], strict=True)
+    ]
+    heard = np.array(expected) > 0
+    assert 2 <= heard.sum() <= 5
+    np.testing.assert_allclose(loud[500].numpy()[heard], 10 * np.log10(np.array(expected)[heard]), atol=1e-3)
+    assert loud[500][~torch.from_numpy(heard)].max() < -40
+    # silence: -100 dB, unless that is more than 120 dB below the loudest cell
+    assert (quiet[1003:] == -100).all()
+    torch.testing.assert_close(loud[1003:], (loud.max() - 120).clamp(min=-100).expand(21, 64))
+
+
+@pytest.mark.parametrize("front_end", ["kaldi", "decibel"])
+def test_nats_are_the_unit_of_the_features(front_end):
+    """Half the amplitude is a quarter of the power, log(4) nats less."""
+    extractor = LlavaAudioFeatureExtractor(front_end=front_end, num_mel_bins=64, std=3.0)
+    loud, soft = (extractor(amplitude * noise(10.3))["input_features"] for amplitude in (1.0, 0.5))
+    assert extractor.nats * (loud - soft)[:, :1000, 10:].mean() == pytest.approx(math.log(4), abs=1e-3)
+
+
+def test_decibels_of_a_batch_equal_those_alone():
+    extractor = LlavaAudioFeatureExtractor(front_end="decibel", num_mel_bins=64)
+    clips = [0.5 * noise(2.0), noise(0.5, seed=1), noise(12.0, seed=2)]  # 201, 51 and 1201 frames
+    batch = extractor(clips, padding="longest", max_length=1024)
+    assert batch["input_features_mask"].sum(1).tolist() == [208, 64, 1024]
+    for clip, features, mask in zip(clips, batch["input_features"], batch["input_features_mask"], strict=True):
+        alone = extractor(clip, padding="longest", max_length=1024)["input_features"][0]
+        torch.testing.assert_close(features[mask], alone, rtol=0, atol=0)
+
+
 def test_accepts_arrays_tensors_lists_and_channels():
     extractor = LlavaAudioFeatureExtractor(max_length=64)
     clip = noise(0.5)
@@ -184,6 +242,8 @@ def test_bad_arguments():
         LlavaAudioFeatureExtractor(max_length=1000)
     with pytest.raises(ValueError, match="backend='librosa'"):
         LlavaAudioFeatureExtractor(backend="librosa")
+    with pytest.raises(ValueError, match="front_end='mfcc' is unknown; choose one of kaldi, decibel"):
+        LlavaAudioFeatureExtractor(front_end="mfcc")
 
 
 def test_tokens_per_column():
@@ -197,6 +257,14 @@ def test_tokens_per_column():
     assert uneven(noise(1.0), padding="longest")["input_features"].shape == (1, 100, 70)
     with pytest.raises(ValueError, match="tokens_per_column=0 must be positive"):
         LlavaAudioFeatureExtractor(tokens_per_column=0)
+
+
+def test_save_and_load_decibels(tmp_path):
+    extractor = LlavaAudioFeatureExtractor(front_end="decibel", num_mel_bins=64, max_length=256)
+    extractor.save_pretrained(tmp_path)
+    loaded = LlavaAudioFeatureExtractor.from_pretrained(tmp_path)
+    clip = noise(1.0)
+    torch.testing.assert_close(loaded(clip)["input_features"], extractor(clip)["input_features"], rtol=0, atol=0)
 
 
 def test_save_and_load(tmp_path):

@@ -44,8 +44,12 @@ class CaptionerArguments(StageArguments):
     vision_config: dict | str | None = field(default=None, metadata={"help": "Vision tower's configuration, as JSON."})
     text_config: dict | str | None = field(default=None, metadata={"help": "Language model's configuration, as JSON."})
     audio_config: dict | str | None = field(default=None, metadata={"help": "Audio tower's configuration, as JSON."})
-    audio_mean: float = field(default=-5.081, metadata={"help": "Mean of the log-mel spectrograms."})
-    audio_std: float = field(default=4.4849, metadata={"help": "Standard deviation of the log-mel spectrograms."})
+    audio_mean: float | None = field(
+        default=None, metadata={"help": "Mean of the log-mel spectrograms; by default that of the audio tower."}
+    )
+    audio_std: float | None = field(
+        default=None, metadata={"help": "Standard deviation of the log-mel spectrograms; by default as audio_mean."}
+    )
     vision_steps: int = field(default=300, metadata={"help": "Training steps of the vision tower."})
     vision_batch_size: int = field(default=64, metadata={"help": "Number of pictures per step of the vision tower."})
     vision_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of the vision tower."})
@@ -74,13 +78,13 @@ def build_captioner(arguments: CaptionerArguments) -> tuple[LlavaAudioForConditi
         prefix_token_index=prefix_id,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
     )
+    statistics = {"mean": arguments.audio_mean, "std": arguments.audio_std}
+    statistics = {name: value for name, value in statistics.items() if value is not None}
     side = vision["image_size"]
     processor = LlavaAudioProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer=tokenizer,
-        feature_extractor=LlavaAudioFeatureExtractor(
-            **config.audio_config.feature_extractor_kwargs | {"mean": arguments.audio_mean, "std": arguments.audio_std}
-        ),
+        feature_extractor=LlavaAudioFeatureExtractor(**config.audio_config.feature_extractor_kwargs | statistics),
         patch_size=vision["patch_size"],
         prefix_length=config.prefix_length,
         chat_template=PLAIN_CHAT_TEMPLATE,

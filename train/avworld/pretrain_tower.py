@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> StageTrainer:
     rows = store_features(rows, towers, processor, arguments)
     if held_out is not None:
         held_out = store_features(held_out, towers, processor, arguments, arguments.eval_split)
-    augmentation = arguments.augmentation(mix=arguments.augmentation_mix, unit=processor.feature_extractor.std)
+    augmentation = arguments.augmentation(mix=arguments.augmentation_mix, unit=processor.feature_extractor.nats)
     draws = Draws(arguments.seed, arguments.streaming)
     collator = SoundCollator(processor, augmentation, ClipOpener(rows), draws)
     train_dataset = shuffled(rows, arguments)

@@ -62,6 +62,39 @@ def equalise_spectrograms(
     return features + (gains[:, left] * (1 - share) + gains[:, left + 1] * share)[:, None]
 
 
+def mask_spectrograms(
+    features: torch.Tensor, generators: Generators, mels: int, frames: int, value: float = 0.0
+) -> torch.Tensor:
+    """
+    Mask a band of mel bins and a span of frames, as SpecAugment (Park et al., 2019, arXiv:1904.08779) does.
+
+    All widths below the limit, and all places of a mask, are equally likely.
+
+    Args:
+        features: (B, frames, mels).
+        generators: random generators of the clips.
+        mels: limit of the width of the band, at most the number of mel bins.
+        frames: limit of the length of the span, at most the number of frames.
+        value: value of the masked cells.
+
+    Returns:
+        (B, frames, mels), a new tensor.
+
+    Raises:
+        ValueError: a mask can be wider than the spectrograms.
+    """
+    masked = features.clone()
+    for axis, name, limit in ((1, "frames", frames), (2, "mel bins", mels)):
+        size = features.shape[axis]
+        if limit > size:
+            raise ValueError(f"masks of up to {limit} {name} do not fit spectrograms of {size} {name}.")
+        for clip, generator in zip(masked, generators, strict=True):
+            width = int(generator.integers(max(limit, 1)))
+            start = int(generator.integers(size - width + 1))
+            clip.narrow(axis - 1, start, width).fill_(value)
+    return masked
+
+
 def mix_spectrograms(
     features: torch.Tensor, generators: Generators, share: float, unit: float = 1.0, faintest: float = -12.0
 ) -> torch.Tensor:
@@ -94,7 +127,8 @@ def mix_spectrograms(
 @dataclass(frozen=True)
 class Augmentation:
     """
-    Augmentation of normalised spectrograms (B, frames, mels): mixing, equalising, rolling and noise, in this order.
+    Augmentation of normalised spectrograms (B, frames, mels): mixing, equalising, masking, rolling and noise, in this
+    order.
 
     Except for mixing, the augmentation of a clip depends on its own generator only.
 
@@ -104,6 +138,8 @@ class Augmentation:
         equaliser: `strength` of `equalise_spectrograms`; 0 disables it.
         mix: `share` of `mix_spectrograms`; 0 disables it.
         unit: `unit` of `mix_spectrograms`.
+        mask_mels, mask_frames: `mels` and `frames` of `mask_spectrograms`; 0 disables each. LAVCap uses 48 and 192.
+        mask_value: `value` of `mask_spectrograms`. LAVCap masks before normalisation, so its value is `-mean / std`.
     """
 
     noise: float = 0.1
@@ -111,6 +147,9 @@ class Augmentation:
     equaliser: float = 0.0
     mix: float = 0.0
     unit: float = 1.0
+    mask_mels: int = 0
+    mask_frames: int = 0
+    mask_value: float = 0.0
 
     def __call__(self, features: torch.Tensor, generators: Generators) -> torch.Tensor:
         """Augment clips (B, frames, mels) with the random `generators` of the clips."""
@@ -118,6 +157,8 @@ class Augmentation:
             features = mix_spectrograms(features, generators, self.mix, self.unit)
         if self.equaliser:
             features = equalise_spectrograms(features, generators, self.equaliser)
+        if self.mask_mels or self.mask_frames:
+            features = mask_spectrograms(features, generators, self.mask_mels, self.mask_frames, self.mask_value)
         return augment_spectrograms(features, generators, self.noise, self.roll)
 
 

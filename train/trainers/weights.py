@@ -5,18 +5,19 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def gather_weights(module: nn.Module, keep: bool = True, frozen: bool = False) -> dict[str, torch.Tensor]:
     """
-    Gather the trained weights of a module. All ranks must call it.
+    Gather the trained weights of a module, and the `batch_statistics` that training updates. All ranks must call it.
 
     Weights that DeepSpeed trains in 16 bit are returned in float32, from the optimizer's master copy.
 
     Args:
         module: a module whose parameters may be sharded by ZeRO or FSDP2.
         keep: whether to return the tensors on this rank; the ranks that do not write them need no copy.
-        frozen: whether to include weights that are not trained.
+        frozen: whether to include weights and statistics that are not trained.
 
     Returns:
         whole tensors on the CPU by name, without tied duplicates; empty if `keep` is False.
@@ -27,7 +28,28 @@ def gather_weights(module: nn.Module, keep: bool = True, frozen: bool = False) -
             whole = _whole(parameter)
             if keep:
                 weights[name] = whole.detach().to("cpu", copy=True)
+    if keep:
+        statistics = batch_statistics(module, frozen).items()
+        weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in statistics}
     return weights
+
+
+def batch_statistics(module: nn.Module, frozen: bool = False) -> dict[str, torch.Tensor]:
+    """
+    The statistics that each BatchNorm in a module stores, by name. No engine shards them.
+
+    Args:
+        module: the module.
+        frozen: whether to include what training does not need: the statistics of a BatchNorm that does not update them
+            (its attribute `frozen`), and the number of batches.
+    """
+    return {
+        f"{name}.{key}": buffer
+        for name, part in module.named_modules()
+        if isinstance(part, _BatchNorm) and (frozen or not getattr(part, "frozen", False))
+        for key, buffer in part.named_buffers(recurse=False)
+        if frozen or buffer.is_floating_point()
+    }
 
 
 @torch.no_grad()
@@ -37,12 +59,12 @@ def set_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
     Args:
         module: see `gather_weights`.
-        weights: tensors by the names of the module's parameters.
+        weights: tensors by the names of the module's parameters and statistics; see `gather_weights`.
 
     Raises:
-        ValueError: a name is not that of a parameter, or a shape differs.
+        ValueError: a name is not that of a parameter or statistic, or a shape differs.
     """
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters()) | batch_statistics(module, frozen=True)
     for name, tensor in weights.items():
         if name not in parameters or _shape(parameters[name]) != tensor.shape:
             have = f"shape {tuple(_shape(parameters[name]))}" if name in parameters else "no such weight"

@@ -8,6 +8,7 @@ from dali_llava.train.data.augmentation import (
     Augmentation,
     augment_spectrograms,
     equalise_spectrograms,
+    mask_spectrograms,
     mix_spectrograms,
 )
 
@@ -52,7 +53,7 @@ def test_augmentation_depends_on_the_generators_alone(generators):
 
 def test_a_clip_is_augmented_as_it_is_alone(generators):
     """All steps but mixing, which needs another clip."""
-    augmentation, features = Augmentation(noise=0.2, equaliser=0.4), spectrograms()
+    augmentation, features = Augmentation(noise=0.2, equaliser=0.4, mask_mels=2, mask_frames=9), spectrograms()
     together = augmentation(features, generators(6))
     for index, generator in enumerate(generators(6)):
         assert torch.equal(augmentation(features[index : index + 1], [generator])[0], together[index])
@@ -68,6 +69,31 @@ def test_equaliser_gives_each_clip_a_smooth_gain_of_the_mel_bins(generators):
         :, 0, 5
     ]  # a third of the way between knots: (1 + cos(pi / 3)) / 2 = 3/4 of one knot and 1/4 of the next
     torch.testing.assert_close(middle, 0.75 * knots[:, 0] + 0.25 * knots[:, 1], rtol=0, atol=1e-5)
+
+
+def test_masks_are_one_band_and_one_span_of_a_random_width(generators):
+    clips, frames, mels = 2000, 40, 16
+    features = torch.ones(clips, frames, mels)
+    masked = mask_spectrograms(features, generators(clips), mels=8, frames=10, value=-2.0)
+    assert set(masked.unique().tolist()) == {-2.0, 1.0} and (features == 1).all()
+    spans, bands = (masked == -2).all(2), (masked == -2).all(1)  # (clips, frames), (clips, mels)
+    assert torch.equal(masked == -2, spans[:, :, None] | bands[:, None, :])
+    for masks, limit in ((spans, 10), (bands, 8)):
+        steps = masks.float().diff(dim=1, prepend=torch.zeros(clips, 1), append=torch.zeros(clips, 1))
+        assert (steps == 1).sum(1).max() == 1  # one run of cells
+        widths = masks.sum(1)
+        assert widths.unique().tolist() == list(range(limit))
+        assert widths.float().mean() == pytest.approx((limit - 1) / 2, rel=0.05)
+        assert masks.float().mean(0).min() > 0.02  # every cell is masked in some clips
+
+
+def test_masks_of_one_axis_and_masks_that_do_not_fit(generators):
+    features = spectrograms(batch=50, frames=32, mels=8)
+    masked = Augmentation(noise=0.0, roll=0, mask_mels=8, mask_value=9.0)(features, generators(50))
+    assert ((masked == 9).all(1) == (masked == 9).any(1)).all() and (masked == 9).any()
+    assert torch.equal(masked[masked != 9], features[masked != 9])
+    with pytest.raises(ValueError, match="masks of up to 9 mel bins do not fit spectrograms of 8 mel bins"):
+        mask_spectrograms(features, generators(50), mels=9, frames=4)
 
 
 def test_mixing_adds_the_power_of_another_clip(generators):
