@@ -52,8 +52,8 @@ class LlavaAudioProcessor(ProcessorMixin):
         pad_to_square (`bool`): whether to pad images to a square with the mean colour of the image processor,
             (122, 116, 104) for CLIP, as LLaVA-1.5 does. Square images are not changed.
         image_token, audio_token, prefix_token (`str`): the placeholders. The chat template uses the default ones.
-        chat_template (`str`, *optional*): Jinja template. By default, that of the tokenizer, with the media at the start
-            of their turn; `DALI_CHAT_TEMPLATE`, the format of LLaVA-1.5, if the tokenizer has none.
+        chat_template (`str`, *optional*): Jinja template. By default, that of the tokenizer, with the media at the
+            start of their turn; `DALI_CHAT_TEMPLATE`, the format of LLaVA-1.5, if the tokenizer has none.
 
     Raises:
         ValueError: if the tokenizer lacks a placeholder token, its chat template takes no text, or the feature

@@ -9,10 +9,10 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
 from dali_llava.processing import PLAIN_CHAT_TEMPLATE, LlavaAudioFeatureExtractor, LlavaAudioProcessor
@@ -109,6 +109,67 @@ def tiny_model_dir(tiny_config, tiny_processor, tmp_path_factory) -> Path:
         model = LlavaAudioForConditionalGeneration(tiny_config)
     model.save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
+    return folder
+
+
+CHAT_ML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """
+    A tokenizer unlike Llama's: byte-level BPE with merges over line breaks and blanks, without an unknown token, with a
+    chat template of its own whose turns end with `<|im_end|>` and a line break.
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["assistant\na dog barks", "assistant\na bell rings", "user\nWhat can be heard?"], trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHAT_ML,
+    )
+
+
+@pytest.fixture(scope="session")
+def language_model_dir(byte_level_tokenizer, tmp_path_factory) -> Path:
+    """A language model with grouped queries, tied embeddings and `byte_level_tokenizer`. Read-only."""
+    folder = tmp_path_factory.mktemp("language-model")
+    config = LlamaConfig(
+        vocab_size=len(byte_level_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=byte_level_tokenizer.bos_token_id,
+        eos_token_id=byte_level_tokenizer.eos_token_id,
+        pad_token_id=byte_level_tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    byte_level_tokenizer.save_pretrained(folder)
     return folder
 
 
