@@ -123,8 +123,8 @@ CHAT_ML = (
 @pytest.fixture(scope="session")
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """
-    A tokenizer unlike Llama's: byte-level BPE with merges over line breaks and blanks, without an unknown token, with a
-    chat template of its own whose turns end with `<|im_end|>` and a line break.
+    A tokenizer unlike that of Llama: byte-level BPE with merges over line breaks and blanks, no unknown token, and a
+    chat template of its own, whose turns end with `<|im_end|>` and a line break.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,4 +1,4 @@
-"""Chat templates of language models: media at the start of a turn, one start token, and answers up to their end token."""
+"""Chat templates of language models: media at the start of a turn, one start token, and the end of an answer."""
 
 import pytest
 from tokenizers.processors import TemplateProcessing
