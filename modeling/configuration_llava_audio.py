@@ -32,6 +32,8 @@ class LlavaAudioConfig(LlavaConfig):
             of 1e-4.
         prefix_modalities: modalities captioned with the prefix before the question. Distillation removes `"audio"`.
             Images alone never use the prefix, so their captions equal those of the image captioner.
+        sources: the released weights that the model was converted from, each a dict with `kind`, `name`, `license` and
+            where the licence was read (`license_from`).
 
     Raises:
         ValueError: the audio tower is unknown or unsuitable, audio tokens and image tokens differ in width, or two
@@ -63,6 +65,7 @@ class LlavaAudioConfig(LlavaConfig):
     prefix_length: int = 16
     prefix_initializer_range: float = 0.01
     prefix_modalities: list[str] | tuple[str, ...] = ("audio", "audiovisual")
+    sources: list[dict] | tuple[dict, ...] = ()
 
     attribute_map = {
         "image_token_id": "image_token_index",
