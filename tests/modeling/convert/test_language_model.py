@@ -1,0 +1,104 @@
+"""A captioner from a language model and a vision tower: the same logits as both in LLaVA, and bad sources."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling.convert.language_model import convert
+from dali_llava.processing.assembly import add_placeholders
+
+
+WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGE = {"image_size": 48, "patch_size": 8, "initializer_range": 0.3, "initializer_factor": 3.0}
+AUDIO = {"num_mel_bins": 64, "max_length": 256, **WIDTH}
+
+
+@pytest.fixture(scope="module")
+def clip_dir(tmp_path_factory):
+    """A CLIP model with random weights."""
+    folder = tmp_path_factory.mktemp("clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        CLIPModel(CLIPConfig(text_config=WIDTH, vision_config=WIDTH | IMAGE)).save_pretrained(folder)
+    return folder
+
+
+def convert_to(folder, source, vision, **options) -> LlavaAudioForConditionalGeneration:
+    """The captioner, loaded from its folder, without missing or unused weights."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    folder.mkdir()
+    convert(source, add_placeholders(tokenizer), vision, **{"audio_config": AUDIO, **options}).save(folder)
+    model, report = LlavaAudioForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def captioner(language_model_dir, clip_dir, tmp_path_factory):
+    return convert_to(tmp_path_factory.mktemp("converted") / "model", language_model_dir, clip_dir)
+
+
+def test_text_logits_and_tokens_equal_those_of_the_language_model(captioner, language_model_dir):
+    plain = AutoModelForCausalLM.from_pretrained(language_model_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(language_model_dir)
+    inputs = tokenizer("What can be heard?", return_tensors="pt")
+    rows = plain.config.vocab_size
+    with torch.no_grad():
+        logits = captioner(**inputs).logits
+        torch.testing.assert_close(logits[..., :rows], plain(**inputs).logits, rtol=0, atol=1e-5)
+    assert logits.shape[-1] == rows + 3 and logits.std() > 0.1
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(captioner.generate(**inputs, **options), plain.generate(**inputs, **options))
+
+
+def test_tied_embeddings_stay_tied_and_new_rows_are_the_mean(captioner, language_model_dir):
+    assert captioner.config.tie_word_embeddings and captioner.config.text_config.tie_word_embeddings
+    assert captioner.lm_head.weight is captioner.get_input_embeddings().weight
+    assert captioner.config.text_config.num_key_value_heads == 2
+    embeddings = load_file(language_model_dir / "model.safetensors")["model.embed_tokens.weight"]
+    rows = captioner.lm_head.weight.detach()
+    assert torch.equal(rows[:-3], embeddings)
+    torch.testing.assert_close(rows[-3:], embeddings.mean(0).expand(3, -1), rtol=0, atol=1e-6)
+    assert captioner.config.image_token_id == len(embeddings) == captioner.config.text_config.vocab_size - 3
+    captioner.resize_token_embeddings(len(rows) + 5)
+    assert captioner.lm_head.weight is captioner.get_input_embeddings().weight
+    assert len(captioner.lm_head.weight) == captioner.config.text_config.vocab_size == len(rows) + 5
+    captioner.resize_token_embeddings(len(rows))
+
+
+def test_image_logits_equal_those_of_native_llava(captioner, clip_dir):
+    fields = {"image_token_index": captioner.config.image_token_id, "tie_word_embeddings": True}
+    vision = CLIPVisionConfig.from_pretrained(clip_dir)
+    native = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=captioner.config.text_config, **fields)
+    ).eval()
+    towers = CLIPModel.from_pretrained(clip_dir).vision_model.state_dict()
+    language_model = {
+        name: weight
+        for name, weight in captioner.state_dict().items()
+        if "language_model" in name or "lm_head" in name
+    }
+    projector = captioner.model.multi_modal_projector.state_dict()
+    native.load_state_dict(
+        language_model
+        | {f"model.vision_tower.{name}": weight for name, weight in towers.items()}
+        | {f"model.multi_modal_projector.{name}": weight for name, weight in projector.items()}
+    )
+    generator = torch.Generator().manual_seed(2)
+    input_ids = torch.randint(3, 30, (2, 50), generator=generator)
+    input_ids[:, 4:40] = captioner.config.image_token_id
+    batch = {"input_ids": input_ids, "pixel_values": torch.randn(2, 3, 48, 48, generator=generator)}
+    with torch.no_grad():
+        logits = captioner(**batch).logits
+        assert torch.equal(logits, native(**batch).logits)
+        assert not torch.equal(logits[0, -1], captioner(**batch | {"input_ids": input_ids.roll(1, 0)}).logits[1, -1])
