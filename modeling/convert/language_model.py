@@ -75,33 +75,37 @@ def open_language_model(source: Path) -> tuple[PreTrainedConfig, Source]:
 
 
 def convert(
-    source: Path, token_ids: Mapping[str, int], vision: Path, audio_config: dict | None = None
+    source: Path, tokenizer, vision: Path | None = None, audio_config: dict | None = None
 ) -> ConvertedCaptioner:
     """
     Compose a captioner from a language model and a vision tower. Embeddings of new tokens start as the mean.
 
     Args:
         source: folder or `.gguf` file of the language model.
-        token_ids: ids of the placeholders; see `add_placeholders`.
+        tokenizer: its tokenizer, with the placeholders.
         vision: folder of a CLIP or SigLIP model, or of its vision tower. Without weights in it, the tower is random.
         audio_config: configuration of the audio tower; see `LlavaAudioConfig`.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: a source, named in the message, is missing, damaged or unsuitable.
     """
+    if vision is None:
+        raise ValueError(
+            f"{source}: a language model has no vision tower; add --vision with the folder of CLIP or SigLIP"
+        )
     text_config, language_model = open_language_model(source)
     vision_config = AutoConfig.from_pretrained(vision)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     has_class_token = not vision_config.model_type.startswith("siglip")
     text_fields = {name: value for name, value in text_config.to_dict().items() if name not in FILE_FIELDS}
-    text_fields["vocab_size"] = max(text_config.vocab_size, *(index + 1 for index in token_ids.values()))
+    text_fields["vocab_size"] = max(text_config.vocab_size, len(tokenizer))
     config = LlavaAudioConfig(
         text_config=text_fields,
         vision_config=vision_config.to_dict(),
         audio_config={"output_size": vision_config.hidden_size, **(audio_config or {})},
-        image_token_index=token_ids["<image>"],
-        audio_token_index=token_ids["<audio>"],
-        prefix_token_index=token_ids["<prefix>"],
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        audio_token_index=tokenizer.convert_tokens_to_ids("<audio>"),
+        prefix_token_index=tokenizer.convert_tokens_to_ids("<prefix>"),
         vision_feature_select_strategy="default" if has_class_token else "full",
         tie_word_embeddings=text_config.tie_word_embeddings,
         dtype=text_config.dtype,

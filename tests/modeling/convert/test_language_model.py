@@ -1,8 +1,11 @@
 """A captioner from a language model and a vision tower: the same logits as both in LLaVA, and bad sources."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -11,6 +14,8 @@ from transformers import (
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
@@ -20,6 +25,7 @@ from dali_llava.processing.assembly import add_placeholders
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGE = {"image_size": 48, "patch_size": 8, "initializer_range": 0.3, "initializer_factor": 3.0}
+CLASS = "vision_model.embeddings.class_embedding"
 AUDIO = {"num_mel_bins": 64, "max_length": 256, **WIDTH}
 
 
@@ -33,11 +39,12 @@ def clip_dir(tmp_path_factory):
     return folder
 
 
-def convert_to(folder, source, vision, **options) -> LlavaAudioForConditionalGeneration:
+def convert_to(folder, source, vision) -> LlavaAudioForConditionalGeneration:
     """The captioner, loaded from its folder, without missing or unused weights."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     folder.mkdir()
-    convert(source, add_placeholders(tokenizer), vision, **{"audio_config": AUDIO, **options}).save(folder)
+    add_placeholders(tokenizer)
+    convert(source, tokenizer, vision, AUDIO).save(folder)
     model, report = LlavaAudioForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     return model.eval()
@@ -102,3 +109,78 @@ def test_image_logits_equal_those_of_native_llava(captioner, clip_dir):
         logits = captioner(**batch).logits
         assert torch.equal(logits, native(**batch).logits)
         assert not torch.equal(logits[0, -1], captioner(**batch | {"input_ids": input_ids.roll(1, 0)}).logits[1, -1])
+
+
+def test_siglip_and_a_random_tower(language_model_dir, tmp_path):
+    """SigLIP has no class token; a folder with a configuration alone gives the same random tower each time."""
+    siglip = SiglipVisionModel(
+        SiglipVisionConfig(**WIDTH | {"image_size": 48, "patch_size": 8}, vision_use_head=False)
+    )
+    siglip.save_pretrained(tmp_path / "siglip")
+    captioner = convert_to(tmp_path / "seeing", language_model_dir, tmp_path / "siglip")
+    assert captioner.config.vision_feature_select_strategy == "full"
+    expected = siglip.state_dict()
+    assert all(torch.equal(each, expected[name]) for name, each in captioner.model.vision_tower.state_dict().items())
+    (tmp_path / "siglip" / "model.safetensors").unlink()
+    first, second = (convert_to(tmp_path / name, language_model_dir, tmp_path / "siglip") for name in ("one", "two"))
+    weights, same = first.state_dict(), second.state_dict()
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    tower = first.model.vision_tower.embeddings.patch_embedding.weight
+    assert tower.std() > 0 and not torch.equal(tower, captioner.model.vision_tower.embeddings.patch_embedding.weight)
+    projectors = (first.model.multi_modal_projector, first.model.audio_projector)
+    assert torch.equal(*(projector.linear_1.weight for projector in projectors))
+
+
+@pytest.fixture
+def sources(language_model_dir, clip_dir, tmp_path) -> tuple:
+    """Copies of both sources, to damage."""
+    return tuple(shutil.copytree(each, tmp_path / each.name) for each in (language_model_dir, clip_dir))
+
+
+def drop_tensor(folder, name):
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_fields(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (
+            lambda words, clip: drop_tensor(words, "model.norm.weight"),
+            ValueError,
+            "no tensor becomes model.language_model.norm.weight",
+        ),
+        (lambda words, clip: drop_tensor(clip, CLASS), ValueError, "no tensor becomes model.vision_tower.embeddings"),
+        (lambda words, clip: set_fields(words, num_hidden_layers=1), ValueError, "layers.1.*does not have; check"),
+        (lambda words, clip: set_fields(words, intermediate_size=48), ValueError, r"\(32, 48\); check the widths"),
+        (
+            lambda words, clip: shutil.copytree(clip, words, dirs_exist_ok=True),
+            ValueError,
+            "clip is not a language model",
+        ),
+        (lambda words, clip: (words / "model.safetensors").unlink(), FileNotFoundError, "no weights in it"),
+    ],
+)
+def test_damaged_source_is_refused(sources, damage, error, message):
+    tokenizer = AutoTokenizer.from_pretrained(sources[0])
+    add_placeholders(tokenizer)
+    damage(*sources)
+    with pytest.raises(error, match=message):
+        convert(sources[0], tokenizer, sources[1], AUDIO)
+
+
+def test_other_sources_are_refused(language_model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(language_model_dir)
+    with pytest.raises(ValueError, match="has no vision tower; add --vision"):
+        convert(language_model_dir, tokenizer)
+    with pytest.raises(FileNotFoundError, match="absent: no such file or folder"):
+        convert(tmp_path / "absent", tokenizer, tmp_path)
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(ValueError, match="model.onnx: not a .gguf file"):
+        convert(tmp_path / "model.onnx", tokenizer, tmp_path)
