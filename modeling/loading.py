@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, LlavaConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -105,6 +105,17 @@ class Checkpoint:
         _weight_files(*self.base, variant=None)
         return self
 
+    def check_model_types(self) -> None:
+        """
+        Check that the configurations that exist belong to this model.
+
+        Raises:
+            ValueError: a configuration cannot be read or is for another model.
+        """
+        for source, hub_kwargs in {str(place): place for place in (self.config, self.base)}.values():
+            if (path := cached_file(source, CONFIG_NAME, **OPTIONAL, **hub_kwargs)) is not None:
+                _check_model_type(source, path)
+
 
 def find_checkpoint(name_or_path: str | os.PathLike, **hub_kwargs) -> Checkpoint:
     """
@@ -176,11 +187,19 @@ def _check_config(source: str, hub_kwargs: dict) -> None:
     path = cached_file(source, CONFIG_NAME, **OPTIONAL, **hub_kwargs)
     if path is None:
         raise FileNotFoundError(f"{source}: no {CONFIG_NAME} in it; give a folder written by save_pretrained")
+    _check_model_type(source, path)
+
+
+def _check_model_type(source: str, path: str) -> None:
     try:
         model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a JSON configuration; copy it again from the model's source") from error
     expected = LlavaAudioConfig.model_type
+    if model_type == LlavaConfig.model_type:
+        raise ValueError(
+            f"{path}: is a LLaVA without audio; run `dali-llava convert llava {source} OUT` and load OUT instead"
+        )
     if model_type != expected:
         raise ValueError(f"{path}: model_type is {model_type!r}, not {expected!r}; give a model of this package")
 

@@ -1,6 +1,7 @@
 """Base of the models of LLaVA-Audio: loads checkpoints, stages and adapters, and saves stages."""
 
 import copy
+import re
 
 import torch
 from torch import nn
@@ -12,6 +13,10 @@ from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 from .configuration_llava_audio import LlavaAudioConfig
 from .loading import HUB_OPTIONS, assembled_options, check_device_map, find_checkpoint, use_general_kernels
 from .stage_checkpoint import write_stage
+
+
+# Weights that no stage starts at random.
+IMAGE_CAPTIONER = r"(^|\.)(vision_tower|multi_modal_projector|language_model|lm_head)\."
 
 
 class LearnedPrefix(nn.Embedding):
@@ -44,7 +49,9 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
         Raises:
             FileNotFoundError: the folder, the Hub repository or the base model does not exist.
             ConnectionError: the Hub cannot be reached, and the repository is not in the cache.
-            ValueError: the weights of the stage do not match the base model. The message contains the first such name.
+            ValueError: the checkpoint is of another model, such as LLaVA without audio; weights of the image captioner
+                are missing; or the weights of the stage do not match the base model. The message contains the first
+                such name.
         """
         kwargs.setdefault("use_safetensors", True)  # weights are never unpickled
         if pretrained_model_name_or_path is None:
@@ -57,6 +64,7 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
             pretrained_model_name_or_path, kwargs["revision"] = adapter, adapter_kwargs.get("revision")
         hub_kwargs = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
         checkpoint = find_checkpoint(pretrained_model_name_or_path, **hub_kwargs)
+        checkpoint.check_model_types()
         kwargs |= checkpoint.hub_kwargs
         check_device_map(cls, checkpoint, kwargs)
         source = pretrained_model_name_or_path
@@ -65,11 +73,18 @@ class LlavaAudioPreTrainedModel(LlavaPreTrainedModel):
 
             source, unread = None, cls._keys_to_ignore_on_load_unexpected or ()
             kwargs = assembled_options(checkpoint, LlavaAudioForConditionalGeneration, kwargs, unread)
-        loaded = super().from_pretrained(source, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        wanted = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        # Audio weights may be missing, because a stage trains them. Random weights elsewhere are never intended.
+        missing = sorted(name for name in report["missing_keys"] if re.search(IMAGE_CAPTIONER, name))
+        if missing:
+            raise ValueError(
+                f"{checkpoint.source}: {len(missing)} weights of the image captioner are missing, the first is "
+                f"{missing[0]}; copy or save the model again, or run `dali-llava convert` on released weights"
+            )
         model.name_or_path = model.config.name_or_path = checkpoint.source
         use_general_kernels(model)
-        return loaded
+        return (model, report) if wanted else model
 
     def enable_input_require_grads(self) -> None:
         """See `PreTrainedModel.enable_input_require_grads`. Frozen parts still build no autograd graph."""

@@ -1,12 +1,21 @@
 """Assembling the processor of a captioner from the tokenizer and the image processor of a released model."""
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from tokenizers import AddedToken
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import PROCESSOR_NAME
 
 from .feature_extraction_llava_audio import LlavaAudioFeatureExtractor
 from .processing_llava_audio import LlavaAudioProcessor
 
 
 PLACEHOLDERS = ("<image>", "<audio>", "<prefix>")
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
 
@@ -25,6 +34,19 @@ def add_placeholders(tokenizer) -> dict[str, int]:
     new = [AddedToken(token, special=True, normalized=False) for token in PLACEHOLDERS if token not in known]
     tokenizer.add_tokens(new, special_tokens=True)
     return {token: tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS}
+
+
+def add_llava_tokens(tokenizer) -> dict[str, int]:
+    """
+    Add the tokens that LLaVA-1.5 has in transformers, `<image>` and `<pad>`, and the other placeholders.
+
+    The tokenizer of an original LLaVA, with 32000 tokens, gets the same ids as one of transformers' LLaVA, so stages
+    fit both. See `add_placeholders` for the arguments.
+    """
+    if "<image>" not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return add_placeholders(tokenizer)
 
 
 def assemble_processor(
@@ -66,3 +88,76 @@ def assemble_processor(
             )
     config.check_processor(processor)
     return processor
+
+
+@dataclass
+class ProcessorParts:
+    """The parts of the processor of a released model, or of a captioner of this package. None: the default."""
+
+    tokenizer: Any
+    image_processor: Any
+    feature_extractor: Any = None
+    chat_template: str | None = None
+
+
+def load_parts(folder: Path, vision: Path | None = None) -> ProcessorParts:
+    """
+    Load the tokenizer, with placeholders, and the image processor of a LLaVA or of a captioner of this package.
+
+    Args:
+        folder: folder of the model.
+        vision: folder of its vision tower, if the model does not contain one.
+
+    Raises:
+        ValueError: the tokenizer or the image processor is missing or cannot be read.
+    """
+    path = folder / PROCESSOR_NAME
+    if path.is_file() and json.loads(path.read_text()).get("processor_class") == LlavaAudioProcessor.__name__:
+        processor = LlavaAudioProcessor.from_pretrained(folder)
+        return ProcessorParts(
+            processor.tokenizer, processor.image_processor, processor.feature_extractor, processor.chat_template
+        )
+    # A default configuration: the one in the folder may be of another program.
+    tokenizer = _load(AutoTokenizer, "tokenizer", folder, config=PreTrainedConfig())
+    tokenizer.chat_template = None  # that of LLaVA's processor, which has no audio and no prefix
+    add_llava_tokens(tokenizer)
+    return ProcessorParts(tokenizer, _load(AutoImageProcessor, "image processor", vision or folder))
+
+
+def _load(auto_class, name: str, folder: Path, **options):
+    try:
+        return auto_class.from_pretrained(folder, **options)
+    except Exception as error:  # tokenizers and transformers raise many types of errors
+        message = " ".join(str(error).split())
+        raise ValueError(f"{folder}: the {name} cannot be loaded ({message}); copy its files there") from error
+
+
+def save_llava_processor(source: Path, folder: Path) -> None:
+    """
+    Save the processor of the image captioner in a captioner, without the placeholders for audio.
+
+    Args:
+        source: folder of the captioner.
+        folder: folder to write to.
+    """
+    processor = LlavaAudioProcessor.from_pretrained(source)
+    exported = LlavaProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=processor.tokenizer,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        num_additional_image_tokens=processor.num_additional_image_tokens,
+        image_token=processor.image_token,
+        chat_template=processor.chat_template,
+    )
+    exported.save_pretrained(folder)
+    for path in (folder / PROCESSOR_NAME, folder / TOKENIZER_CONFIG_FILE):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for part in (content, *filter(lambda value: isinstance(value, dict), content.values())):
+            part.pop("auto_map", None)  # the code of the captioner
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = folder / TOKENIZER_FILE
+    content = json.loads(path.read_text(encoding="utf-8"))
+    unused = (processor.audio_token, processor.prefix_token)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in unused]
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -17,7 +17,7 @@ import warnings
 from dali_llava import __version__
 
 
-# Help of each command in `dali-llava --help`. The module of a command is dali_llava.cli.<command>.
+# Help of each command in `dali-llava --help`. The module of a command is dali_llava.cli.<command>, with `_` for `-`.
 COMMANDS = {
     "quickstart": "run the whole pipeline on the built-in AVWorld",
     "caption": "caption audio, image and video files",
@@ -25,6 +25,8 @@ COMMANDS = {
     "score": "score captions against references",
     "prepare": "convert the media of a corpus to shards for training",
     "inspect": "summarise a corpus and write a page of random clips",
+    "convert": "convert released weights, such as those of LLaVA, to a captioner",
+    "export-llava": "write the image captioner in a captioner as a LLaVA of transformers",
     "merge": "merge a stage with its base into one complete checkpoint",
     "figures": "draw the figures of runs and summarise seeds in one table",
 }
@@ -109,7 +111,7 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 def _command_module(name: str):
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
 def _quieten_libraries() -> None:

@@ -11,8 +11,9 @@ examples:
 
 import argparse
 import os
-import tempfile
 from pathlib import Path
+
+from dali_llava.atomic import check_new_folder, new_folder
 
 from .loading import check_model
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merge the stage and print the folder that was written."""
     check_model(args.model)
-    check_out(args.out)
+    check_new_folder(args.out)
 
     from transformers import logging
 
@@ -34,17 +35,6 @@ def run(args: argparse.Namespace) -> int:
     merge_checkpoint(args.model, args.out)
     print(f"written: {args.out}")
     return 0
-
-
-def check_out(out: Path) -> None:
-    """
-    Check that `out` does not exist or is an empty folder.
-
-    Raises:
-        FileExistsError: if `out` is a file, or a folder that is not empty.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out}: already exists; choose another folder, or remove it first")
 
 
 def merge_checkpoint(name: str | os.PathLike, out: Path, replace: bool = False) -> None:
@@ -63,14 +53,8 @@ def merge_checkpoint(name: str | os.PathLike, out: Path, replace: bool = False) 
     from dali_llava.eval.captioner import load_captioner
 
     if not replace:
-        check_out(out)
+        check_new_folder(out)
     model, processor = load_captioner(str(name))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        merged = Path(scratch) / "merged"
-        merged.mkdir()  # default permissions, since the temporary folder is private
-        model.save_pretrained(merged)
-        processor.save_pretrained(merged)
-        if out.exists():
-            out.rename(Path(scratch) / "replaced")
-        merged.rename(out)
+    with new_folder(out, replace) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)

@@ -4,37 +4,22 @@ Conversion of released weights to our checkpoint.
     source files -> sources.py -> rules.py -> captioner.py -> writer.py -> folder
                     tensors       names       parts           one tensor at a time
 
-A converter is a module with a function `convert`, listed below by its kind. One that starts a captioner is in `BASES`:
+A converter is the function `convert` of the module with the name of its kind (`cav-mae`: cav_mae.py). One kind of
+converter starts a captioner, the other replaces parts of it:
 
-    convert(source: Path, token_ids: dict[str, int], **options) -> ConvertedCaptioner
-
-One that replaces parts of a captioner is in `PARTS`:
-
+    convert(source: Path, tokenizer, vision: Path | None = None) -> ConvertedCaptioner
     convert(source: Path, captioner: ConvertedCaptioner) -> ConvertedCaptioner
+
+The kinds are listed with their help in dali_llava/cli/convert.py.
 """
 
 import importlib
 from collections.abc import Callable
 
 
-# kind -> module
-BASES = {
-    "llava": "llava",
-}
-PARTS = {}
-
-
 def get_converter(kind: str) -> Callable:
-    """
-    The function `convert` of a kind of source.
-
-    Raises:
-        ValueError: the kind is unknown.
-    """
-    modules = BASES | PARTS
-    if kind not in modules:
-        raise ValueError(f"{kind}: unknown kind of weights; choose one of {', '.join(modules)}")
-    return importlib.import_module(f".{modules[kind]}", __name__).convert
+    """The function `convert` of a kind of source."""
+    return importlib.import_module(f".{kind.replace('-', '_')}", __name__).convert
 
 
-__all__ = ["BASES", "PARTS", "get_converter"]
+__all__ = ["get_converter"]

@@ -43,26 +43,33 @@ class ConvertedCaptioner:
     reports: dict[str, str] = field(default_factory=dict)
 
     def with_part(
-        self, config: LlavaAudioConfig, conversion: Conversion, replaces: tuple[str, ...]
+        self, config: LlavaAudioConfig, conversion: Conversion, replaces: tuple[str, ...], source: dict
     ) -> "ConvertedCaptioner":
         """
         The captioner with other weights for some of its parts.
 
         Args:
-            config: the configuration with these parts. Add the source to its `sources`; see `with_source`.
+            config: the configuration with these parts.
             conversion: the weights of the parts, named as in the captioner.
-            replaces: prefixes of the names of the weights that are replaced, such as `AUDIO_TOWER`.
+            replaces: prefixes of the names of the weights that are replaced, such as `(AUDIO_TOWER,)`.
+            source: the entry of the source in `config.sources`; see `describe_source`.
+
+        Raises:
+            ValueError: the weights together are not those of `config`. The message contains the first such name.
         """
         kept = {name: each for name, each in self.conversion.tensors.items() if not name.startswith(replaces)}
         weights = kept | conversion.tensors
         expected = captioner_shapes(config)
-        for name, shape in expected.items():
-            if name not in weights or weights[name].shape != shape:
-                have = f"shape {tuple(weights[name].shape)}" if name in weights else "no such weight"
-                raise ValueError(f"{name} has shape {tuple(shape)} in the model, but the sources give {have}")
-        reports = self.reports | {config.sources[-1]["name"]: conversion.report()}
-        tensors = {name: weights[name] for name in expected}
-        return replace(self, config=config, conversion=Conversion(tensors), reports=reports)
+        for name in [*expected, *weights]:
+            needed, given = expected.get(name), weights[name].shape if name in weights else None
+            if needed != given:
+                raise ValueError(f"{source['name']}: {name} is {given}, but the configuration needs {needed}")
+        return replace(
+            self,
+            config=with_fields(config, sources=[*self.config.sources, source]),
+            conversion=Conversion({name: weights[name] for name in expected}),
+            reports=self.reports | {source["name"]: conversion.report()},
+        )
 
     def to(self, dtype: torch.dtype) -> "ConvertedCaptioner":
         """The captioner with all floating point weights in `dtype`."""
@@ -124,11 +131,6 @@ def with_fields(config: LlavaAudioConfig, **fields) -> LlavaAudioConfig:
     return type(config).from_dict({**config.to_dict(), **fields})
 
 
-def with_source(config: LlavaAudioConfig, **source) -> LlavaAudioConfig:
-    """A copy of `config` with one more entry in `sources`: `kind`, `name`, `license` and others."""
-    return with_fields(config, sources=[*config.sources, source])
-
-
 __all__ = [
     "AUDIO_PROJECTOR",
     "AUDIO_TOWER",
@@ -137,5 +139,4 @@ __all__ = [
     "captioner_shapes",
     "new_audio_weights",
     "with_fields",
-    "with_source",
 ]
