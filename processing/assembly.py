@@ -124,6 +124,42 @@ def load_parts(folder: Path, vision: Path | None = None) -> ProcessorParts:
     return ProcessorParts(tokenizer, _load(AutoImageProcessor, "image processor", vision or folder))
 
 
+def load_language_model_parts(source: Path, vision: Path | None = None) -> ProcessorParts:
+    """
+    Load the tokenizer of a language model, with placeholders and its own chat template, and the image processor of a
+    vision tower.
+
+    Args:
+        source: folder or `.gguf` file of the language model.
+        vision: folder of the vision tower.
+
+    Raises:
+        ValueError: `vision` is missing, or the tokenizer or the image processor is missing or cannot be read.
+    """
+    if vision is None:
+        raise ValueError(f"{source}: a language model has no vision tower; add --vision with that of CLIP or SigLIP")
+    options = {"gguf_file": source.name} if source.is_file() else {}
+    tokenizer = _load(AutoTokenizer, "tokenizer", source.parent if source.is_file() else source, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, and labels are known by their position
+    add_placeholders(tokenizer)
+    return ProcessorParts(tokenizer, _load(AutoImageProcessor, "image processor", vision))
+
+
+def end_token_ids(processor: LlavaAudioProcessor, known: int | list[int] | None) -> int | list[int]:
+    """
+    The tokens that end an answer: the known ones, and the one that the chat template writes.
+
+    Args:
+        processor: processor of the captioner.
+        known: `eos_token_id` of the generation config.
+    """
+    answer_ids = processor.tokenizer(processor.format_prompt("?", answer="!"))["input_ids"]
+    known = [known] if isinstance(known, int) else list(known or ())
+    ids = list(dict.fromkeys([*known, answer_ids[-1]]))
+    return ids[0] if len(ids) == 1 else ids
+
+
 def _load(auto_class, name: str, folder: Path, **options):
     try:
         return auto_class.from_pretrained(folder, **options)

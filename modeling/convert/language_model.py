@@ -10,26 +10,25 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.utils import CONFIG_NAME
 
 from ..configuration_llava_audio import LlavaAudioConfig
-from .captioner import AUDIO_PROJECTOR, SEED, ConvertedCaptioner, captioner_shapes, new_audio_weights, with_source
-from .rules import Conversion, Drop, Grow, Rename, Start, apply_rules
-from .sources import Source, open_source
+from .captioner import AUDIO_PROJECTOR, SEED, ConvertedCaptioner, captioner_shapes, new_audio_weights, with_fields
+from .llava import CLIP_RULES, CONSTANTS, PROJECTOR, VISION_TOWER, _captioner, _rules, _start_config
+from .provenance import describe_source
+from .rules import Conversion, Grow, Rename, Start, apply_rules
+from .sources import PICKLED, Source, open_source
 
 
-LANGUAGE_MODEL, HEAD = "model.language_model.", "lm_head."
-VISION_TOWER, IMAGE_PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
-# without the fields that refer to the file, not to the model
-FILE_FIELDS = ("quantization_config", "_name_or_path", "architectures", "transformers_version")
-VISION_RULES = [
-    Drop(r".*position_ids", "computed from the image size"),
-    Drop(r"(?:text_model|text_projection)\..*|logit_scale|logit_bias", "of the text tower"),
-    Drop(r"visual_projection\..*", "projection for the comparison with texts"),
-    Rename(r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm|head)\..*)", VISION_TOWER + r"\1"),
+UNKNOWN = "unknown"  # licence
+EMBEDDINGS = "model.embed_tokens.weight"
+RULES = [
+    CONSTANTS,
+    Grow(r"lm_head\.weight", "lm_head.weight"),
+    Grow(r"model\.embed_tokens\.weight", "model.language_model.embed_tokens.weight"),
+    Rename(r"model\.(.*)", r"model.language_model.\1"),
 ]
 
 
@@ -93,62 +92,41 @@ def convert(
         raise ValueError(
             f"{source}: a language model has no vision tower; add --vision with the folder of CLIP or SigLIP"
         )
-    text_config, language_model = open_language_model(source)
+    text_config, words = open_language_model(source)
+    if EMBEDDINGS not in words.names():
+        raise ValueError(f"{source}: has no {EMBEDDINGS}; only language models with the names of Llama are supported")
     vision_config = AutoConfig.from_pretrained(vision)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     has_class_token = not vision_config.model_type.startswith("siglip")
-    text_fields = {name: value for name, value in text_config.to_dict().items() if name not in FILE_FIELDS}
-    text_fields["vocab_size"] = max(text_config.vocab_size, len(tokenizer))
-    config = LlavaAudioConfig(
-        text_config=text_fields,
+    native = LlavaConfig(
         vision_config=vision_config.to_dict(),
-        audio_config={"output_size": vision_config.hidden_size, **(audio_config or {})},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        audio_token_index=tokenizer.convert_tokens_to_ids("<audio>"),
-        prefix_token_index=tokenizer.convert_tokens_to_ids("<prefix>"),
+        # without the format of the file that the weights come from
+        text_config={k: v for k, v in text_config.to_dict().items() if k != "quantization_config"},
+        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
         vision_feature_select_strategy="default" if has_class_token else "full",
         tie_word_embeddings=text_config.tie_word_embeddings,
         dtype=text_config.dtype,
     )
-    config = with_source(config, kind="language-model", name=source.name)
-    config = with_source(config, kind="vision", name=vision.name)
+    config = _start_config(native, words, tokenizer, audio_config, describe_source(source, "language-model", UNKNOWN))
+    config = with_fields(config, sources=[*config.sources, describe_source(vision, "vision", UNKNOWN)])
     expected = captioner_shapes(config)
-    words = _convert_language_model(language_model, config)
-    image = _convert_vision_tower(vision, config)
-    rest = {name: shape for name, shape in expected.items() if name not in words.tensors | image.tensors}
-    initial = {
-        r"model\.(audio_tower|prefix)\..*": Start(new_audio_weights(config)),
-        r".*": Start(_new_weights(config)),
-    }
-    new = apply_rules(Source(source, {}), [], rest, initial)
-    tensors = words.tensors | image.tensors | new.tensors
-    return ConvertedCaptioner(
-        config=config,
-        conversion=Conversion({name: tensors[name] for name in expected}),
-        generation_config=_generation_config(source, text_config),
-        reports={source.name: words.report(), vision.name: image.report(), "new weights": new.report()},
-    )
+    text = apply_rules(words, _rules(RULES, config), _named(expected, "model.language_model.", "lm_head."))
+    image = _convert_vision_tower(vision, _named(expected, VISION_TOWER))
+    rest = {name: shape for name, shape in expected.items() if name not in text.tensors | image.tensors}
+    audio = {r"model\.(audio_tower|prefix)\..*": Start(new_audio_weights(config))}
+    new = apply_rules(Source(source, {}), [], rest, audio | {r".*": Start(_new_weights(config))})
+    return _captioner(source, config, text | image | new, tokenizer)
 
 
-def _convert_language_model(source: Source, config: LlavaAudioConfig) -> Conversion:
-    head = Grow(r"lm_head\.weight", "lm_head.weight")
-    if config.tie_word_embeddings:
-        head = Drop(r"lm_head\.weight", "tied to the embeddings")
-    rules = [
-        Drop(r".*\.rotary_emb\.inv_freq", "computed from the configuration"),
-        Grow(r"model\.(embed_tokens\.weight)", LANGUAGE_MODEL + r"\1"),
-        Rename(r"model\.(.*)", LANGUAGE_MODEL + r"\1"),
-        head,
-    ]
-    expected = captioner_shapes(config, LANGUAGE_MODEL) | captioner_shapes(config, HEAD)
-    return apply_rules(source, rules, expected)
+def _named(expected: Mapping[str, torch.Size], *prefixes: str) -> dict[str, torch.Size]:
+    return {name: shape for name, shape in expected.items() if name.startswith(prefixes)}
 
 
-def _convert_vision_tower(folder: Path, config: LlavaAudioConfig) -> Conversion:
-    """The vision tower; no weights if the folder has a configuration alone."""
-    if [file.name for file in folder.iterdir() if file.suffix != ".md"] == [CONFIG_NAME]:
+def _convert_vision_tower(folder: Path, expected: Mapping[str, torch.Size]) -> Conversion:
+    """The vision tower; no weights if the folder has none."""
+    if not any(ending in file.name for file in folder.iterdir() for ending in (".safetensors", *PICKLED)):
         return Conversion({})
-    return apply_rules(open_source(folder), VISION_RULES, captioner_shapes(config, VISION_TOWER))
+    return apply_rules(open_source(folder), CLIP_RULES, expected)
 
 
 def _new_weights(config: LlavaAudioConfig) -> Callable[[], Mapping[str, torch.Tensor]]:
@@ -160,18 +138,10 @@ def _new_weights(config: LlavaAudioConfig) -> Callable[[], Mapping[str, torch.Te
             torch.manual_seed(SEED)
             tower = AutoModel.from_config(config.vision_config)
             projector = LlavaMultiModalProjector(config)
-        parts = {VISION_TOWER: tower.float(), IMAGE_PROJECTOR: projector.float(), AUDIO_PROJECTOR: projector}
+        parts = {VISION_TOWER: tower.float(), PROJECTOR: projector.float(), AUDIO_PROJECTOR: projector}
         return {start + name: each for start, part in parts.items() for name, each in part.state_dict().items()}
 
     return weights
-
-
-def _generation_config(source: Path, text_config: PreTrainedConfig) -> GenerationConfig:
-    folder, _ = language_model_file(source)
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except OSError:
-        return GenerationConfig.from_model_config(text_config)
 
 
 __all__ = ["convert", "language_model_file", "open_language_model"]

@@ -188,6 +188,15 @@ class Conversion:
         """Name and tensor of each weight. Only one tensor is in memory at a time, if the caller keeps none."""
         return ((name, tensor.read()) for name, tensor in self.tensors.items())
 
+    def __or__(self, other: "Conversion") -> "Conversion":
+        """The weights of both, such as those of two parts of a model."""
+        return Conversion(
+            self.tensors | other.tensors,
+            self.used + other.used,
+            self.dropped | other.dropped,
+            self.started | other.started,
+        )
+
     def to(self, dtype: torch.dtype) -> "Conversion":
         """All weights with floating point numbers in another dtype."""
         return replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
