@@ -28,11 +28,11 @@ def test_text_is_generated_token_for_token_as_by_the_language_model(captioner, p
     plain = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32).eval()
     for question in ("What does a dog sound like?", "Name three things that ring."):
         inputs = processor(text=processor.format_prompt(question))
-        options = {"max_new_tokens": 40, "do_sample": False}
+        options = {"max_new_tokens": 20, "do_sample": False}
         tokens = captioner.generate(**inputs, **options)
         assert torch.equal(tokens, plain.generate(**inputs, **options))
         answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert len(answer.split()) > 10
+        assert len(answer.split()) > 5
     text = plain.config
     assert text.num_key_value_heads == 3 and text.num_attention_heads == 9 and text.tie_word_embeddings
 
