@@ -1,14 +1,12 @@
 """Assembling the processor of a captioner from the tokenizer and the image processor of a released model."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import PROCESSOR_NAME
+from transformers.utils import PROCESSOR_NAME, is_gguf_available
 
 from .feature_extraction_llava_audio import LlavaAudioFeatureExtractor
 from .processing_llava_audio import LlavaAudioProcessor
@@ -90,60 +88,68 @@ def assemble_processor(
     return processor
 
 
-@dataclass
-class ProcessorParts:
-    """The parts of the processor of a released model, or of a captioner of this package. None: the default."""
-
-    tokenizer: Any
-    image_processor: Any
-    feature_extractor: Any = None
-    chat_template: str | None = None
-
-
-def load_parts(folder: Path, vision: Path | None = None) -> ProcessorParts:
+def load_tokenizer(folder: Path):
     """
-    Load the tokenizer, with placeholders, and the image processor of a LLaVA or of a captioner of this package.
-
-    Args:
-        folder: folder of the model.
-        vision: folder of its vision tower, if the model does not contain one.
+    Load the tokenizer of a LLaVA or of a captioner of this package, with the placeholders.
 
     Raises:
-        ValueError: the tokenizer or the image processor is missing or cannot be read.
+        ValueError: it is missing or cannot be read.
     """
-    path = folder / PROCESSOR_NAME
-    if path.is_file() and json.loads(path.read_text()).get("processor_class") == LlavaAudioProcessor.__name__:
-        processor = LlavaAudioProcessor.from_pretrained(folder)
-        return ProcessorParts(
-            processor.tokenizer, processor.image_processor, processor.feature_extractor, processor.chat_template
-        )
+    if _is_own(folder):
+        return LlavaAudioProcessor.from_pretrained(folder).tokenizer
     # A default configuration: the one in the folder may be of another program.
     tokenizer = _load(AutoTokenizer, "tokenizer", folder, config=PreTrainedConfig())
     tokenizer.chat_template = None  # that of LLaVA's processor, which has no audio and no prefix
     add_llava_tokens(tokenizer)
-    return ProcessorParts(tokenizer, _load(AutoImageProcessor, "image processor", vision or folder))
+    return tokenizer
 
 
-def load_language_model_parts(source: Path, vision: Path | None = None) -> ProcessorParts:
+def load_image_processor(folder: Path):
     """
-    Load the tokenizer of a language model, with placeholders and its own chat template, and the image processor of a
-    vision tower.
+    Load the image processor of a LLaVA, of its vision tower, or of a captioner of this package.
+
+    Raises:
+        ValueError: it is missing or cannot be read.
+    """
+    if _is_own(folder):
+        return LlavaAudioProcessor.from_pretrained(folder).image_processor
+    return _load(AutoImageProcessor, "image processor", folder)
+
+
+def load_audio_settings(folder: Path) -> tuple:
+    """The feature extractor and the chat template of a captioner of this package; (None, None) for a LLaVA."""
+    if not _is_own(folder):
+        return None, None
+    processor = LlavaAudioProcessor.from_pretrained(folder)
+    return processor.feature_extractor, processor.chat_template
+
+
+def _is_own(folder: Path) -> bool:
+    path = folder / PROCESSOR_NAME
+    return path.is_file() and json.loads(path.read_text()).get("processor_class") == LlavaAudioProcessor.__name__
+
+
+def load_language_model_tokenizer(source: Path):
+    """
+    Load the tokenizer of a language model, with the placeholders. It keeps its chat template.
 
     Args:
         source: folder or `.gguf` file of the language model.
-        vision: folder of the vision tower.
 
     Raises:
-        ValueError: `vision` is missing, or the tokenizer or the image processor is missing or cannot be read.
+        ImportError: a `.gguf` file is given, and the package gguf is missing.
+        ValueError: the tokenizer is missing or cannot be read.
     """
-    if vision is None:
-        raise ValueError(f"{source}: a language model has no vision tower; add --vision with that of CLIP or SigLIP")
-    options = {"gguf_file": source.name} if source.is_file() else {}
-    tokenizer = _load(AutoTokenizer, "tokenizer", source.parent if source.is_file() else source, **options)
+    if source.is_dir():
+        tokenizer = _load(AutoTokenizer, "tokenizer", source)
+    elif is_gguf_available():
+        tokenizer = _load(AutoTokenizer, "tokenizer", source.parent, gguf_file=source.name)
+    else:
+        raise ImportError(f'{source}: reading it needs the package gguf; run pip install "dali-llava[gguf]"')
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, and labels are known by their position
     add_placeholders(tokenizer)
-    return ProcessorParts(tokenizer, _load(AutoImageProcessor, "image processor", vision))
+    return tokenizer
 
 
 def end_token_ids(processor: LlavaAudioProcessor, known: int | list[int] | None) -> int | list[int]:

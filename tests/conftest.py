@@ -15,11 +15,11 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dali_llava.cli.convert import write_captioner
+from dali_llava.atomic import new_folder
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
 from dali_llava.modeling.convert import language_model
 from dali_llava.processing import PLAIN_CHAT_TEMPLATE, LlavaAudioFeatureExtractor, LlavaAudioProcessor
-from dali_llava.processing.assembly import load_language_model_parts
+from dali_llava.processing.assembly import assemble_processor, load_image_processor, load_language_model_tokenizer
 
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<audio>", "<prefix>"]
@@ -186,10 +186,13 @@ def convert_language_model(tmp_path_factory):
     CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
 
     def convert_language_model(source: Path, out: Path) -> None:
-        parts = load_language_model_parts(source, folder)
+        tokenizer = load_language_model_tokenizer(source)
         audio_config = {"num_mel_bins": 64, "max_length": 256, **width}
-        captioner = language_model.convert(source, parts.tokenizer, folder, audio_config)
-        write_captioner(captioner, parts, out, keep_extractor=False)
+        captioner = language_model.convert(source, tokenizer, folder, audio_config)
+        processor = assemble_processor(tokenizer, load_image_processor(folder), None, captioner.config)
+        with new_folder(out) as new:
+            captioner.save(new)
+            processor.save_pretrained(new)
 
     return convert_language_model
 

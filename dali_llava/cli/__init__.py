@@ -25,8 +25,8 @@ COMMANDS = {
     "score": "score captions against references",
     "prepare": "convert the media of a corpus to shards for training",
     "inspect": "summarise a corpus and write a page of random clips",
-    "convert": "convert released weights, such as those of LLaVA, to a captioner",
-    "export-llava": "write the image captioner in a captioner as a LLaVA of transformers",
+    "convert": "convert released weights to a captioner",
+    "export-llava": "write the LLaVA in a captioner for transformers",
     "merge": "merge a stage with its base into one complete checkpoint",
     "figures": "draw the figures of runs and summarise seeds in one table",
 }

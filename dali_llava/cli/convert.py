@@ -79,37 +79,32 @@ def run(args: argparse.Namespace) -> int:
 
     from dali_llava.modeling.convert import get_converter
     from dali_llava.modeling.convert.download import find_source
-    from dali_llava.processing.assembly import load_language_model_parts, load_parts
+    from dali_llava.processing import assembly
 
     (kind, first), *others = [(kind, find_source(source)) for kind, source in pairs]
     vision = None if args.vision is None else find_source(args.vision)
-    processor = (load_language_model_parts if kind == "language-model" else load_parts)(first, vision)
-    captioner = get_converter(kind)(first, processor.tokenizer, vision=vision)
+    load_tokenizer = assembly.load_language_model_tokenizer if kind == "language-model" else assembly.load_tokenizer
+    tokenizer = load_tokenizer(first)
+    captioner = get_converter(kind)(first, tokenizer, vision=vision)
     for kind, source in others:
         captioner = get_converter(kind)(source, captioner)
     if args.dtype is not None:
         captioner = captioner.to(getattr(torch, args.dtype))
-    write_captioner(captioner, processor, out, keep_extractor=not others)
+    feature_extractor, chat_template = assembly.load_audio_settings(first)
+    processor = assembly.assemble_processor(
+        tokenizer,
+        assembly.load_image_processor(vision or first),
+        None if others else feature_extractor,  # another audio tower has another one
+        captioner.config,
+        chat_template,
+    )
+    generation = captioner.generation_config
+    generation.eos_token_id = assembly.end_token_ids(processor, generation.eos_token_id)
+    with new_folder(out) as folder:
+        captioner.save(folder)
+        processor.save_pretrained(folder)
     for name, report in captioner.reports.items():
         print(f"{name}:")
         print("\n".join(f"  {line}" for line in report.splitlines()))
     print(f"written: {out}")
     return 0
-
-
-def write_captioner(captioner, parts, out: Path, keep_extractor: bool) -> None:
-    """Write the model, and the processor that fits it from `parts`. OUT is written completely or not at all."""
-    from dali_llava.processing.assembly import assemble_processor, end_token_ids
-
-    processor = assemble_processor(
-        parts.tokenizer,
-        parts.image_processor,
-        parts.feature_extractor if keep_extractor else None,
-        captioner.config,
-        parts.chat_template,
-    )
-    generation = captioner.generation_config
-    generation.eos_token_id = end_token_ids(processor, generation.eos_token_id)
-    with new_folder(out) as folder:
-        captioner.save(folder)
-        processor.save_pretrained(folder)

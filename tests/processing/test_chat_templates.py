@@ -10,6 +10,7 @@ from dali_llava.processing import (
     LlavaAudioFeatureExtractor,
     LlavaAudioProcessor,
 )
+from dali_llava.processing.assembly import end_token_ids
 from dali_llava.processing.chat_templates import with_media
 
 
@@ -22,6 +23,8 @@ INST = (
     "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}"
     "{% endfor %}"
 )
+# an end token that is not that of the tokenizer
+CHAT_TURNS = "{% for message in messages %}{{ message['content'] + '<turn>' }}{% endfor %}"
 
 
 @pytest.fixture
@@ -95,6 +98,19 @@ def test_template_with_a_start_token_gives_one_start_token(tokenizer):
 def test_answer_ends_with_the_end_token_where_the_template_writes_none(tokenizer):
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
     assert make_processor(tokenizer).format_prompt("Q", answer="A") == "Q\nA<|im_end|>"
+
+
+def test_end_tokens_include_that_of_the_template(tokenizer):
+    end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
+    assert [end_token_ids(make_processor(tokenizer), known) for known in (None, end, [start, end])] == [
+        *[end] * 2,
+        [start, end],
+    ]
+    tokenizer.add_tokens(["<turn>"], special_tokens=True)
+    tokenizer.chat_template = CHAT_TURNS
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    assert make_processor(tokenizer).format_prompt("Q", answer="A") == "Q<turn>A<turn>"
+    assert end_token_ids(make_processor(tokenizer), end) == [end, turn]
 
 
 @pytest.mark.parametrize(

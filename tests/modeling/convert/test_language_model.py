@@ -20,7 +20,7 @@ from transformers import (
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
 from dali_llava.modeling.convert.language_model import convert
-from dali_llava.processing.assembly import add_placeholders, load_language_model_parts
+from dali_llava.processing.assembly import add_placeholders, load_language_model_tokenizer
 
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -179,11 +179,17 @@ def test_damaged_source_is_refused(sources, damage, error, message):
 
 def test_other_sources_are_refused(language_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(language_model_dir)
-    for load in (convert, load_language_model_parts):
-        with pytest.raises(ValueError, match="has no vision tower; add --vision"):
-            load(language_model_dir, *[tokenizer] * (load is convert))
+    with pytest.raises(ValueError, match="has no vision tower; add --vision"):
+        convert(language_model_dir, tokenizer)
     with pytest.raises(FileNotFoundError, match="absent: no such file or folder"):
         convert(tmp_path / "absent", tokenizer, tmp_path)
     (tmp_path / "model.onnx").touch()
     with pytest.raises(ValueError, match="model.onnx: not a .gguf file"):
         convert(tmp_path / "model.onnx", tokenizer, tmp_path)
+
+
+def test_gguf_without_its_package_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr("dali_llava.processing.assembly.is_gguf_available", lambda: False)
+    with pytest.raises(ImportError, match=r"model.gguf: reading it needs.*dali-llava\[gguf\]"):
+        load_language_model_tokenizer(tmp_path / "model.gguf")
