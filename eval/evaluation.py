@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from dali_llava.eval.avworld.source_metrics import score_sources
-from dali_llava.processing.corpora.rows import open_audio, open_middle_frame
+from dali_llava.processing.corpora.rows import open_audio, open_clip_frames
 
 from .caption_metrics import CaptionScorer
 from .results import Row
@@ -57,14 +57,14 @@ class Captioned:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def split_samples(rows: Dataset, system: System, sampling_rate: int = 16000) -> Iterator[Sample]:
-    """Yield the rows as samples for the system. Media are decoded when their batch starts."""
+def split_samples(rows: Dataset, system: System, processor) -> Iterator[Sample]:
+    """Yield the rows as samples for the system and a processor. Media are decoded when their batch starts."""
     for row in rows:
         yield Sample(
             id=row["id"],
             prompt=system.prompt,
-            image=None if system.modality == "audio" else partial(open_middle_frame, row),
-            audio=None if system.modality == "image" else partial(open_audio, row, sampling_rate),
+            image=None if system.modality == "audio" else partial(open_clip_frames, row, **processor.frame_options),
+            audio=None if system.modality == "image" else partial(open_audio, row),
             prefix=system.prefix,
         )
 
@@ -75,7 +75,7 @@ def caption_split(
     """Caption `rows` of `split`. With a folder `out`, captions are saved to `SPLIT-SYSTEM.jsonl` and resumed."""
     path = None if out is None else Path(out) / f"{split}-{system.name}.jsonl"
     captioned = Captioned(system, split, {})
-    for result in runner.run(split_samples(rows, system), out=path, total=len(rows)):
+    for result in runner.run(split_samples(rows, system, runner.processor), out=path, total=len(rows)):
         if result.error is None:
             captioned.captions[result.id] = result.caption
         else:

@@ -27,16 +27,18 @@ from .sampling import IndependentSampling
 SAMPLING_RATE = 16_000  # Hz, of every sample's audio
 LINE_START = b'{"id": '  # start of each line in a results file
 
+Picture = Image.Image | list[Image.Image]  # a picture, or the frames of a clip
+
 
 @dataclass
 class Sample:
-    """A picture, a sound or both to caption.
+    """A picture or frames, a sound, or both to caption.
 
     Attributes:
         id: identifies the sample in the results. In a results file, it also stands for the media: if the media change,
             the sample needs another id.
         prompt: the question, without template or placeholders.
-        image: RGB picture, or a function that decodes it when its batch starts.
+        image: RGB picture or list of frames, or a function that decodes it when its batch starts.
         audio: mono waveform (samples,) at 16 kHz in [-1, 1], or a function that decodes it.
         prefix: whether the learned prefix precedes the question. By default, the checkpoint decides: its
             `config.prefix_modalities` lists the modalities that it captions with the prefix.
@@ -44,7 +46,7 @@ class Sample:
 
     id: str
     prompt: str
-    image: Image.Image | Callable[[], Image.Image] | None = None
+    image: Picture | Callable[[], Picture] | None = None
     audio: np.ndarray | Callable[[], np.ndarray] | None = None
     prefix: bool | None = None
 
@@ -232,11 +234,11 @@ class CaptionRunner:
             )
             for sample, (image, audio), _ in decoded
         ]
-        images = [image for _, (image, _), _ in decoded if image is not None]
+        images = [frames_of(image) for _, (image, _), _ in decoded]
         audio = [audio for _, (_, audio), _ in decoded if audio is not None]
         inputs = self.processor(
             text=text,
-            images=images or None,
+            images=images if any(images) else None,
             audio=audio or None,
             sampling_rate=SAMPLING_RATE,
             return_tensors="pt",
@@ -255,6 +257,13 @@ class CaptionRunner:
         if self.sampling:
             settings.append(self.sampling)
         return json.dumps(settings, sort_keys=True, default=str)
+
+
+def frames_of(image: Picture | None) -> list[Image.Image]:
+    """Return the frames of a picture, a clip or nothing as a list, which the processor takes for each text."""
+    if image is None:
+        return []
+    return image if isinstance(image, list) else [image]
 
 
 def _is_partitioned(model: torch.nn.Module) -> bool:
@@ -354,7 +363,7 @@ class _ResultFile:
             file.write(line.encode())
 
 
-def _decode(sample: Sample) -> tuple[Image.Image | None, np.ndarray | None]:
+def _decode(sample: Sample) -> tuple[Picture | None, np.ndarray | None]:
     image = sample.image() if callable(sample.image) else sample.image
     audio = sample.audio() if callable(sample.audio) else sample.audio
     return image, audio

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 from tokenizers import AddedToken
-from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
-from transformers.configuration_utils import PreTrainedConfig
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaConfig, LlavaProcessor
 from transformers.utils import PROCESSOR_NAME, is_gguf_available
 
 from .feature_extraction_llava_audio import LlavaAudioFeatureExtractor
@@ -93,12 +92,19 @@ def load_tokenizer(folder: Path):
     Load the tokenizer of a LLaVA or of a captioner of this package, with the placeholders.
 
     Raises:
-        ValueError: it is missing or cannot be read.
+        FileNotFoundError: it is missing.
+        ValueError: it cannot be read.
     """
     if _is_own(folder):
         return LlavaAudioProcessor.from_pretrained(folder).tokenizer
-    # A default configuration: the one in the folder may be of another program.
-    tokenizer = _load(AutoTokenizer, "tokenizer", folder, config=PreTrainedConfig())
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder}: no {TOKENIZER_FILE} in it; copy the one of llava-hf/llava-1.5-7b-hf there, if it has the "
+            "vocabulary of LLaVA-1.5"
+        )
+    # With the configuration of LLaVA, transformers reads the file as it is and ignores the class that
+    # tokenizer_config.json names. The configuration in the folder may be of the original program.
+    tokenizer = _load(AutoTokenizer, "tokenizer", folder, config=LlavaConfig())
     tokenizer.chat_template = None  # that of LLaVA's processor, which has no audio and no prefix
     add_llava_tokens(tokenizer)
     return tokenizer

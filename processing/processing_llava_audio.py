@@ -2,7 +2,7 @@
 
 import json
 import re
-from itertools import repeat
+from itertools import chain, islice, repeat
 
 from transformers import processing_utils
 from transformers.configuration_utils import PreTrainedConfig
@@ -24,6 +24,8 @@ SEE_PROMPT = "What can you see ?"
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
+MODEL_FIELDS = ("prefix_modalities", "vision_pooling")  # read from the model's configuration in the same folder
+
 # keyword arguments that apply only to the text if they are passed outside `audio_kwargs`
 TEXT_ONLY_KWARGS = ("padding", "max_length", "truncation", "pad_to_multiple_of", "return_attention_mask")
 
@@ -35,6 +37,10 @@ class LlavaAudioProcessor(ProcessorMixin):
     In the text, each `<image>` is repeated once per image token (576 at full size), each `<audio>` once per audio
     token (512), and each `<prefix>` `prefix_length` times (16). Batches are padded on the left; the processor sets
     `tokenizer.padding_side`.
+
+    If `num_frames` is more than 1, a text with one `<image>` takes a picture or the frames of a clip. The frames are
+    nested by text, `images=[[frame, frame, ...], [], [picture]]`. The `<image>` is then repeated for all frames, and
+    `pixel_values` contains all frames of the batch in order.
 
     Args:
         image_processor (`BaseImageProcessor`): the image processor of the vision tower.
@@ -49,6 +55,10 @@ class LlavaAudioProcessor(ProcessorMixin):
         prefix_length (`int`): number of learned prefix vectors of the model.
         prefix_modalities (`list[str]`): modalities (`"audio"`, `"audiovisual"`) that get the prefix by default.
             `from_pretrained` reads it from the model's configuration in the same folder.
+        vision_pooling (`str`): `"patches"` for one token per patch, `"frame"` for one per image. `from_pretrained`
+            reads it from the model's configuration in the same folder.
+        num_frames (`int`): maximum number of frames of a clip.
+        frame_rate (`float`): maximum number of frames per second that are taken from a video.
         pad_to_square (`bool`): whether to pad images to a square with the mean colour of the image processor,
             (122, 116, 104) for CLIP, as LLaVA-1.5 does. Square images are not changed.
         image_token, audio_token, prefix_token (`str`): the placeholders. The chat template uses the default ones.
@@ -56,8 +66,8 @@ class LlavaAudioProcessor(ProcessorMixin):
             start of their turn; `DALI_CHAT_TEMPLATE`, the format of LLaVA-1.5, if the tokenizer has none.
 
     Raises:
-        ValueError: if the tokenizer lacks a placeholder token, its chat template takes no text, or the feature
-            extractor lacks `num_audio_tokens`.
+        ValueError: if the tokenizer lacks a placeholder token, its chat template takes no text, the feature extractor
+            lacks `num_audio_tokens`, or an option is out of its range.
     """
 
     text_kwargs = {"padding": True, "return_tensors": "pt"}
@@ -79,10 +89,19 @@ class LlavaAudioProcessor(ProcessorMixin):
         prefix_token: str = "<prefix>",
         chat_template: str | None = None,
         prefix_modalities: list[str] | tuple[str, ...] = (),
+        vision_pooling: str = "patches",
+        num_frames: int = 1,
+        frame_rate: float = 2.0,
     ):
         if vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(
                 f"vision_feature_select_strategy={vision_feature_select_strategy!r} is unknown; choose default or full"
+            )
+        if vision_pooling not in ("patches", "frame"):
+            raise ValueError(f"vision_pooling={vision_pooling!r} is unknown; choose patches or frame")
+        if num_frames < 1 or not frame_rate > 0:
+            raise ValueError(
+                f"num_frames={num_frames}, frame_rate={frame_rate}; give at least 1 frame and a rate above 0"
             )
         if not hasattr(feature_extractor, "num_audio_tokens"):
             raise ValueError(
@@ -99,6 +118,9 @@ class LlavaAudioProcessor(ProcessorMixin):
         self.prefix_length = prefix_length
         self.prefix_modalities = list(prefix_modalities)
         self.pad_to_square = pad_to_square
+        self.vision_pooling = vision_pooling
+        self.num_frames = num_frames
+        self.frame_rate = frame_rate
         self.image_token, self.image_token_id = image_token, self._token_id(image_token)
         self.audio_token, self.audio_token_id = audio_token, self._token_id(audio_token)
         self.prefix_token, self.prefix_token_id = prefix_token, self._token_id(prefix_token)
@@ -118,7 +140,7 @@ class LlavaAudioProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """See `ProcessorMixin.get_processor_dict`. Adds `prefix_modalities` of the model in the same folder."""
+        """See `ProcessorMixin.get_processor_dict`. Adds `MODEL_FIELDS` of the model in the same folder."""
         hub_kwargs = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
         processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         path = cached_file(
@@ -131,8 +153,7 @@ class LlavaAudioProcessor(ProcessorMixin):
         if path is not None:
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)
-            if "prefix_modalities" in config:
-                processor_dict["prefix_modalities"] = config["prefix_modalities"]
+            processor_dict |= {name: config[name] for name in MODEL_FIELDS if name in config}
         return processor_dict, kwargs
 
     def _token_id(self, token: str) -> int:
@@ -143,6 +164,13 @@ class LlavaAudioProcessor(ProcessorMixin):
                 f' tokenizer.add_special_tokens({{"additional_special_tokens": ["{token}"]}})'
             )
         return token_id
+
+    @property
+    def frame_options(self) -> dict:
+        """Arguments of the functions that open frames of clips. Several frames are shrunk, which saves memory."""
+        size = self.image_processor.size
+        side = None if self.num_frames == 1 else size.get("shortest_edge") or min(size["height"], size["width"])
+        return {"num_frames": self.num_frames, "frame_rate": self.frame_rate, "shorter_side": side}
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -164,6 +192,7 @@ class LlavaAudioProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if isinstance(images, (list, tuple)):
+            images = self._group_clips(images, text)
             self._check_nested("images", self.image_token, images, text)
             images = [image for group in images for image in (group if isinstance(group, (list, tuple)) else [group])]
             images = images or None
@@ -172,6 +201,26 @@ class LlavaAudioProcessor(ProcessorMixin):
                 self._check_nested("clips", self.audio_token, audio, text)
             audio = audio or None
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _group_clips(self, images: list, text: str | list[str] | None) -> list:
+        """Make the frames of each text with one placeholder a single item of its list, if there are several."""
+        if self.num_frames == 1 or text is None:
+            return images
+        if isinstance(text, str):
+            text = [text]
+            images = images if any(isinstance(item, (list, tuple)) for item in images) else [images]
+        if len(text) != len(images) or not all(isinstance(frames, (list, tuple)) for frames in images):
+            return images
+        groups = []
+        for index, (sample, frames) in enumerate(zip(text, images, strict=True)):
+            is_clip = sample.count(self.image_token) == 1 and len(frames) > 1
+            if is_clip and len(frames) > self.num_frames:
+                raise ValueError(
+                    f"text {index} has {len(frames)} frames, but the processor takes at most "
+                    f"num_frames={self.num_frames} per clip; pass fewer frames"
+                )
+            groups.append([frames] if is_clip else frames)
+        return groups
 
     @staticmethod
     def _check_nested(name: str, token: str, groups: list, text: str | list[str] | None) -> None:
@@ -184,14 +233,22 @@ class LlavaAudioProcessor(ProcessorMixin):
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if videos is not None:
-            raise ValueError("videos are not supported: pass one frame as `images` and the sound as `audio`")
+            raise ValueError("videos are not supported: pass frames as `images` and the sound as `audio`")
+        if isinstance(images, (list, tuple)):  # one image per placeholder
+            images = [item[0] if isinstance(item, (list, tuple)) else item for item in images]
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def _process_images(self, images, **kwargs) -> tuple[BatchFeature, list[str]]:
-        images = make_flat_list_of_images(images)
+        if isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images):
+            clips = [item if isinstance(item, (list, tuple)) else [item] for item in images]
+        else:
+            clips = [[image] for image in make_flat_list_of_images(images)]
+        images = list(chain.from_iterable(clips))
         if self.pad_to_square:
             images = [self._pad_to_square(image) for image in images]
-        return super()._process_images(images, **kwargs)
+        inputs, replacements = super()._process_images(images, **kwargs)
+        replacements = iter(replacements)
+        return inputs, ["".join(islice(replacements, len(clip))) for clip in clips]
 
     def _pad_to_square(self, image):
         """Centre the image on a square of the mean colour. Returns an RGB image, or a square array unchanged."""
@@ -210,6 +267,8 @@ class LlavaAudioProcessor(ProcessorMixin):
         return ImageOps.expand(image, (left, top, side - width - left, side - height - top), fill=colour)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        if self.vision_pooling == "frame":
+            return self.image_token
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         num_tokens = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
         if self.vision_feature_select_strategy == "default":

@@ -1,10 +1,10 @@
 """Caption audio, image and video files: print one line per file, `FILE<TAB>CAPTION`.
 
 By default, the caption uses all that a file contains: its sound, its picture, or for a video with sound both, with the
-frame in the middle of the captioned part. For a folder, all media files in it are captioned, recursively and in sorted
-order. The audio window of a model is limited (10.24 s at full size): of a longer file, only the beginning is
-captioned, or every window with --timestamps. A file that cannot be captioned is reported on stderr, the other files
-are still captioned, and the exit code is 1.
+frame in the middle of the captioned part, or with several frames of it if the model takes several. For a folder, all
+media files in it are captioned, recursively and in sorted order. The audio window of a model is limited (10.24 s at
+full size): of a longer file, only the beginning is captioned, or every window with --timestamps. A file that cannot be
+captioned is reported on stderr, the other files are still captioned, and the exit code is 1.
 
 examples:
   dali-llava caption runs/quickstart/model clip.mp4 bark.wav photo.jpg
@@ -39,10 +39,6 @@ class Span:
 
     start: float
     end: float | None
-
-    @property
-    def middle(self) -> float:
-        return self.start if self.end is None else (self.start + self.end) / 2
 
     @property
     def length(self) -> float | None:
@@ -99,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     )
     extractor = processor.feature_extractor
     window = extractor.max_length * extractor.hop_length / extractor.sampling_rate
-    session = _Session(args, window)
+    session = _Session(args, window, processor.frame_options)
     total = None if args.timestamps else len(session.files)
     for result in runner.run(session.samples(), total=total):
         session.report(result)
@@ -109,9 +105,10 @@ def run(args: argparse.Namespace) -> int:
 class _Session:
     """One call of the command: converts the inputs to samples and prints the results."""
 
-    def __init__(self, args: argparse.Namespace, window: float):
+    def __init__(self, args: argparse.Namespace, window: float, frame_options: dict):
         self.args = args
         self.window = window
+        self.frame_options = frame_options
         self.failed = False
         self.numbers = count()
         self.files = self._files()
@@ -169,16 +166,16 @@ class _Session:
         return files
 
     def _whole(self, file: str, info: "MediaInfo", modality: str) -> "Sample":
-        """Return the sample of a whole file, with the frame in the middle of the sound that fits the window.
+        """Return the sample of a whole file, with frames of the part whose sound fits the window.
 
         The media are decoded when the batch of the sample is processed.
         """
         from dali_llava.eval.runner import SAMPLING_RATE
-        from dali_llava.processing.media import load_audio, load_frames, load_image
+        from dali_llava.processing.media import load_audio, load_clip_frames, load_image
 
         if modality == "image":
             span = Span(0.0, info.duration)
-        else:  # The frame of a long video comes from the part that fits the window.
+        else:  # The frames of a long video come from the part that fits the window.
             span = Span(0.0, self.window if info.duration is None else min(self.window, info.duration))
         image = audio = None
         if modality != "image":
@@ -187,7 +184,7 @@ class _Session:
         if info.kind == "image":
             image = partial(load_image, file)
         elif modality != "audio":
-            image = partial(_frame, load_frames, file, span.middle)
+            image = partial(load_clip_frames, file, span.start, span.end, **self.frame_options)
         return self._sample(file, span, modality, image, audio)
 
     def _windows(self, file: str, info: "MediaInfo", modality: str) -> Iterator["Sample"]:
@@ -198,9 +195,9 @@ class _Session:
         if info.kind == "image":
             raise ValueError(f"{file}: a picture has no windows; leave out --timestamps")
         hears, sees = modality != "image", modality != "audio"
-        for window in load_windows(file, self.window, SAMPLING_RATE, audio=hears, image=sees):
+        for window in load_windows(file, self.window, SAMPLING_RATE, audio=hears, image=sees, **self.frame_options):
             seen = "image" if window.audio is None else modality
-            yield self._sample(file, Span(window.start, window.end), seen, window.image, window.audio)
+            yield self._sample(file, Span(window.start, window.end), seen, list(window.frames) or None, window.audio)
 
     def _sample(self, file: str, span: Span, modality: str, image, audio) -> "Sample":
         from dali_llava.eval.runner import Sample
@@ -223,10 +220,6 @@ class _Session:
         if " ".join(file.split()) not in message:
             message = f"{file}: {message}"
         _print(f"dali-llava: error: {_on_one_line(message)}", stream=sys.stderr)
-
-
-def _frame(load_frames, file: str, time: float):
-    return load_frames(file, time)[0]
 
 
 def _is_text(name: str) -> bool:

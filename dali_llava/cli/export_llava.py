@@ -1,8 +1,8 @@
 """Write the image captioner in a captioner as a LLaVA that transformers loads without this package.
 
 OUT contains the vision tower, the image projector and the language model with the names that LLaVA has on the Hub.
-Each tensor equals that of the LLaVA that the captioner was converted from, and the vocabulary has the same size. The
-processor has the tokenizer without the placeholders for audio, and the chat template of the captioner.
+Tensors that no stage has trained equal those of the LLaVA that the captioner was converted from, and the vocabulary
+has the same size. The processor has the tokenizer without the placeholders for audio, and the chat template of MODEL.
 
 example:
   dali-llava export-llava captioner llava

@@ -63,7 +63,11 @@ class ConvertedCaptioner:
         for name in [*expected, *weights]:
             needed, given = expected.get(name), weights[name].shape if name in weights else None
             if needed != given:
-                raise ValueError(f"{source['name']}: {name} is {given}, but the configuration needs {needed}")
+                needed, given = ("none" if shape is None else tuple(shape) for shape in (needed, given))
+                raise ValueError(
+                    f"{source['name']}: the shape of {name} is {given} in the sources and {needed} in the "
+                    "configuration; give weights that belong together"
+                )
         return replace(
             self,
             config=with_fields(config, sources=[*self.config.sources, source]),

@@ -169,16 +169,9 @@ def _convert_original(source: Path, fields: dict, tokenizer, vision: Path | None
     expected = captioner_shapes(config)
     of_clip = {name: shape for name, shape in expected.items() if name.startswith(VISION_TOWER)}
     of_llava = {name: shape for name, shape in expected.items() if name not in of_clip}
-    seen = apply_rules(clip, CLIP_RULES, of_clip)
-    conversion = apply_rules(weights, _rules(ORIGINAL_RULES, config), of_llava, _initial(config))
-    tensors = seen.tensors | conversion.tensors
-    whole = Conversion(
-        {name: tensors[name] for name in expected},
-        seen.used + conversion.used,
-        seen.dropped | conversion.dropped,
-        conversion.started,
-    )
-    return _captioner(source, config, whole, tokenizer)
+    rules = _rules(ORIGINAL_RULES, config)
+    conversion = apply_rules(clip, CLIP_RULES, of_clip) | apply_rules(weights, rules, of_llava, _initial(config))
+    return _captioner(source, config, conversion, tokenizer)
 
 
 def _token_ids(tokenizer) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dali_llava.processing.media import MediaError, load_audio, load_frames, load_image, probe
+from dali_llava.processing.media import MediaError, load_audio, load_clip_frames, load_frames, load_image, probe
 
 from .members import read_member
 
@@ -72,7 +72,7 @@ def open_frames(
             of range. The message names the id.
     """
     with _naming(row):
-        count, start = _frames(row)
+        count, start, _ = _frames(row)
         if seconds is None:
             seconds = range(_known(count, row) if most is None else int(min(count, most)))
         for second in seconds:
@@ -105,25 +105,54 @@ def open_middle_frame(row: Mapping[str, Any]) -> Image.Image:
     return open_frames(row, [count_frames(row) // 2])[0]
 
 
-def _frames(row: Mapping[str, Any]) -> tuple[float, float | None]:
-    """The number of frames of a row (infinity if unknown), and the time of the first frame of a video, else None."""
+def open_clip_frames(
+    row: Mapping[str, Any], num_frames: int, frame_rate: float, shorter_side: int | None = None
+) -> list[Image.Image]:
+    """
+    Frames that are spread evenly over a clip, as RGB images. One frame is that of `open_middle_frame`.
+
+    The arguments are `frame_options` of a processor.
+
+    Args:
+        row: a row of a corpus.
+        num_frames: maximum number of frames. A clip with fewer pictures has all of them.
+        frame_rate: maximum number of frames per second of a video, see `frame_times`. Pictures have no rate.
+        shorter_side: length in pixels of the shorter side; larger frames are shrunk to it.
+
+    Raises:
+        MediaError: see `open_frames`.
+    """
+    if num_frames == 1:
+        return [open_middle_frame(row)]
+    with _naming(row):
+        count, start, end = _frames(row)
+        if start is not None:
+            _known(count, row)
+            return load_clip_frames(row["frames"][0], start, end, num_frames, frame_rate, shorter_side)
+    shown = min(num_frames, count)
+    return open_frames(row, [(2 * i + 1) * count // (2 * shown) for i in range(shown)], shorter_side=shorter_side)
+
+
+def _frames(row: Mapping[str, Any]) -> tuple[float, float | None, float | None]:
+    """The number of frames of a row (infinity if unknown), and the start and end of its video, None for pictures."""
     frames = row["frames"]
     if not frames:
         raise MediaError("the row has no frames; add a video or pictures")
     if len(frames) > 1:
-        return len(frames), None
+        return len(frames), None, None
     source = read_member(frames[0])
     info = probe(source)
     if info.kind == "image":
-        return 1, None
+        return 1, None, None
     start, end = (0.0, None) if source["bytes"] is not None else (row["start"] or 0.0, row["end"])
     if info.duration is not None and start >= info.duration:
         raise MediaError(f"{source['path']}: the clip starts at {start:g} s, the video ends at {info.duration:.2f} s")
-    known = [time for time in (end, info.duration) if time is not None]
-    count = math.floor(min(known) - start + 0.5) if known else math.inf
+    end = min(math.inf if time is None else time for time in (end, info.duration))
+    count = math.inf if end == math.inf else math.floor(end - start + 0.5)
     if info.picture_duration is not None:
         count = min(count, math.ceil(info.picture_duration - start - TIME_ROUNDING))
-    return max(1, count), start
+        end = max(start, min(end, info.picture_duration))
+    return max(1, count), start, end
 
 
 def _lasts(source: Mapping[str, Any], end: float) -> bool:

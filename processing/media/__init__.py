@@ -1,6 +1,7 @@
 """Load waveforms and images from media files."""
 
-from .load import MediaInfo, load_audio, load_frames, load_image, probe
+from .frames import frame_times
+from .load import MediaInfo, load_audio, load_clip_frames, load_frames, load_image, probe
 from .names import find_file, media_files
 from .source import MediaError, MediaSource
 from .windows import Window, load_windows
@@ -12,7 +13,9 @@ __all__ = [
     "MediaSource",
     "Window",
     "find_file",
+    "frame_times",
     "load_audio",
+    "load_clip_frames",
     "load_frames",
     "load_image",
     "load_windows",

@@ -34,6 +34,28 @@ TIME_ROUNDING = 1e-6  # seconds
 WIDEST_PIXEL = 16  # a sample aspect ratio above it, or below its inverse, is treated as an error in the file
 
 
+def frame_times(start: float, end: float, num_frames: int = 1, frame_rate: float = 2.0) -> list[float]:
+    """
+    Return the times of frames that are spread evenly over a part of a video: the middles of parts of equal length.
+
+    Args:
+        start, end: the part of the video in seconds.
+        num_frames: maximum number of frames; 1 is the middle frame.
+        frame_rate: frames per second, as long as they are at most `num_frames`.
+
+    Returns:
+        Ascending times in seconds, at least one.
+
+    Example:
+        >>> frame_times(1.0, 3.0, num_frames=20)
+        [1.25, 1.75, 2.25, 2.75]
+        >>> frame_times(0.0, 60.0, num_frames=3)
+        [10.0, 30.0, 50.0]
+    """
+    count = min(num_frames, max(1, round((end - start) * frame_rate)))
+    return [start + (number + 0.5) * (end - start) / count for number in range(count)]
+
+
 def read_frames(
     name: str, handle: BinaryIO, times: Sequence[float], shorter_side: int | None = None
 ) -> Iterator[Image.Image]:

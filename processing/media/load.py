@@ -18,7 +18,7 @@ from PIL import Image
 from dali_llava.processing.feature_extraction_llava_audio import MIN_DURATION
 
 from .containers import audio_stream, declared_end, file_length, open_container, video_stream
-from .frames import read_frames
+from .frames import frame_times, read_frames
 from .images import read_image
 from .ogg import open_sounds
 from .sound import read_sound
@@ -163,6 +163,35 @@ def load_frames(
             raise MediaError(f"{name}: contains sound only, no picture; use it as audio, or pass a video")
         shown = dict(zip(ascending, read_frames(name, handle, ascending, shorter_side), strict=True))
     return [shown[time] for time in times]
+
+
+def load_clip_frames(
+    path: MediaSource,
+    start: float = 0.0,
+    end: float | None = None,
+    num_frames: int = 1,
+    frame_rate: float = 2.0,
+    shorter_side: int | None = None,
+) -> list[Image.Image]:
+    """
+    Load frames that are spread evenly over a part of a video, decoded in one pass; see `frame_times`.
+
+    Args:
+        path: a video.
+        start, end: the part in seconds. By default, it ends with the video. If the length of the video is unknown, the
+            only frame is the one at `start`.
+        num_frames: maximum number of frames; 1 is the middle frame.
+        frame_rate: maximum number of frames per second.
+        shorter_side: see `load_frames`.
+
+    Raises:
+        MediaError: see `load_frames`; or if `end` is before `start`.
+    """
+    end = probe(path).duration if end is None else end
+    end = start if end is None else end
+    if end < start:
+        raise MediaError(f"{source_name(path)}: start={start:g} s is after the end, {end:g} s; give a start before it")
+    return load_frames(path, frame_times(start, end, num_frames, frame_rate), shorter_side)
 
 
 def load_image(path: MediaSource, shorter_side: int | None = None) -> Image.Image:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 from PIL import Image
 
 from dali_llava.processing.feature_extraction_llava_audio import MIN_DURATION
 
-from .frames import read_frames
+from .frames import frame_times, read_frames
 from .load import check_finite, probe, short_error
 from .sound import read_sound, resample
 from .source import MediaError, MediaSource, open_source, sniff
@@ -26,30 +27,39 @@ class Window:
     Attributes:
         audio: mono sound of the window and up to WINDOW_MARGIN more, (samples,) float32; None if the sound has ended
             or is not requested.
-        image: RGB frame shown in the middle of the window; None if it is not requested.
+        frames: RGB frames at `frame_times` of the window, by default the one in the middle; empty if not requested.
     """
 
     start: float
     end: float
     audio: np.ndarray | None = None
-    image: Image.Image | None = None
+    frames: tuple[Image.Image, ...] = ()
 
 
 def load_windows(
-    path: MediaSource, seconds: float, sampling_rate: int = 16000, audio: bool = True, image: bool = False
+    path: MediaSource,
+    seconds: float,
+    sampling_rate: int = 16000,
+    audio: bool = True,
+    image: bool = False,
+    num_frames: int = 1,
+    frame_rate: float = 2.0,
+    shorter_side: int | None = None,
 ) -> Iterator[Window]:
     """
     Yield consecutive windows that cover a sound or video file to its true end.
 
     A last window shorter than 0.1 s is dropped. If the sound of a video ends before the picture, the windows after it
-    only have an image. If the picture ends first, its last frame stays.
+    only have frames. If the picture ends first, its last frame stays.
 
     Args:
         path: a sound or video file.
         seconds: length of a window.
         sampling_rate: sampling rate of the sound in Hz.
         audio: whether to read the sound.
-        image: whether to read a frame per window.
+        image: whether to read frames.
+        num_frames, frame_rate: maximum number of frames per window and per second, see `frame_times`.
+        shorter_side: see `load_frames`.
 
     Raises:
         MediaError: as in `load_audio` and `load_frames`, when the window with the error is reached.
@@ -76,10 +86,12 @@ def load_windows(
     spans = [(number * seconds, min((number + 1) * seconds, info.duration)) for number in range(count)]
     sounds = _sound_windows(path, seconds, sampling_rate) if audio else iter(())
     with open_source(path) as (name, handle):
-        images = read_frames(name, handle, [(start + end) / 2 for start, end in spans])
-        for (start, end), frame in zip(spans, images, strict=True):
+        times = [frame_times(start, end, num_frames, frame_rate) for start, end in spans]
+        frames = read_frames(name, handle, list(chain.from_iterable(times)), shorter_side)
+        for (start, end), own in zip(spans, times, strict=True):
+            shown = tuple(islice(frames, len(own)))
             sound = next(sounds, None)
-            yield Window(start, end, None if sound is None else sound.audio, frame)
+            yield Window(start, end, None if sound is None else sound.audio, shown)
 
 
 def _sound_windows(path: MediaSource, seconds: float, sampling_rate: int) -> Iterator[Window]:

@@ -12,6 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dali_llava.cli import main
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.processing import SEE_PROMPT, SOUND_PROMPT, LlavaAudioProcessor
+from dali_llava.processing.media import load_audio, load_frames, probe
 
 
 @pytest.fixture
@@ -297,17 +300,51 @@ def test_a_wrong_extension_does_not_matter(caption, media_dir, tmp_path):
 
 @pytest.mark.parametrize(("modality", "time"), [("audiovisual", 1.28), ("image", 1.5)])
 def test_the_frame_is_the_one_in_the_middle(media_dir, monkeypatch, caption, modality, time):
-    from dali_llava.processing import media
+    from dali_llava.processing.media import load
 
     asked = []
 
-    def load_frames(path, times):
-        asked.append(times)
+    def load_frames(path, times, shorter_side):
+        asked.append((times, shorter_side))
         return [Image.new("RGB", (48, 48))]
 
-    monkeypatch.setattr(media, "load_frames", load_frames)
+    monkeypatch.setattr(load, "load_frames", load_frames)
     assert caption(media_dir / "clip.mp4", "--modality", modality)[0] == 0
-    assert asked == [pytest.approx(time, abs=0.05)]
+    assert asked == [([pytest.approx(time, abs=0.05)], None)]
+
+
+@pytest.fixture
+def model_of_frames(tiny_model_dir, tmp_path) -> Path:
+    """The tiny model with a processor that takes up to three frames, at most one per second."""
+    folder = tmp_path / "model-of-frames"
+    shutil.copytree(tiny_model_dir, folder)
+    processor = LlavaAudioProcessor.from_pretrained(folder)
+    processor.num_frames, processor.frame_rate = 3, 1.0
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_several_frames_sees_the_whole_window(caption, model_of_frames, media_dir):
+    """Its captions are those of the model for the frames at known times."""
+    model = LlavaAudioForConditionalGeneration.from_pretrained(model_of_frames)
+    processor = LlavaAudioProcessor.from_pretrained(model_of_frames)
+
+    def expected(prompt: str, times: list[float], sound: np.ndarray | None = None) -> str:
+        frames = load_frames(media_dir / "clip.mp4", times, shorter_side=48)
+        text = processor.format_prompt(prompt, image=True, audio=sound is not None)
+        inputs = processor(text=text, images=frames, audio=sound, return_tensors="pt")
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == 36 * len(times)
+        tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        return processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+
+    path = media_dir / "clip.mp4"
+    whole = expected(SOUND_PROMPT, [2.56 / 6, 1.28, 5 * 2.56 / 6], load_audio(path, duration=2.61))
+    assert caption(path, model=model_of_frames) == (0, [f"{path}\t{whole}"], [])
+    end = probe(path).duration
+    parts = expected(SEE_PROMPT, [2.56 / 6, 1.28, 5 * 2.56 / 6]), expected(SEE_PROMPT, [(2.56 + end) / 2])
+    code, out, err = caption(path, "--timestamps", "--modality", "image", model=model_of_frames)
+    assert (code, err) == (0, [])
+    assert [line.split("\t")[2] for line in out] == list(parts)
 
 
 def test_real_clips_get_a_caption_each(caption, shared_data):

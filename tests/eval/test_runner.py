@@ -52,6 +52,30 @@ def test_batched_captions_equal_captions_one_by_one(captioner, num_beams):
     assert len({caption for _, _, caption, _ in alone}) >= 6
 
 
+def test_samples_of_several_frames(tiny_model_dir):
+    """One frame is a picture; more frames change the caption, but not the captions of the other samples."""
+    model = LlavaAudioForConditionalGeneration.from_pretrained(tiny_model_dir)
+    processor = LlavaAudioProcessor.from_pretrained(tiny_model_dir)
+    samples = make_samples()
+    options = {"batch_size": 8, "max_new_tokens": 10}
+    plain = content(CaptionRunner(model, processor, **options).run(samples))
+    processor.num_frames = 3
+    assert content(CaptionRunner(model, processor, **options).run(samples)) == plain
+    noise = np.random.default_rng(1).integers(0, 256, (5, 48, 48, 3), dtype=np.uint8)
+    frames = [Image.fromarray(each) for each in noise]
+    samples[1] = replace(samples[1], image=[samples[1].image])
+    samples[2] = replace(samples[2], image=lambda: frames[:3])
+    samples[5] = replace(samples[5], image=frames[:2])
+    together = content(CaptionRunner(model, processor, **options).run(samples))
+    assert together == content(CaptionRunner(model, processor, **{**options, "batch_size": 1}).run(samples))
+    assert [index for index in range(8) if together[index] != plain[index]] == [2, 5]
+    samples[5], samples[6] = replace(samples[5], image=frames), replace(samples[6], image=[])
+    results = content(CaptionRunner(model, processor, **options).run(samples))
+    assert results[:5] + results[7:] == together[:5] + together[7:]
+    assert "has 5 frames, but the processor takes at most num_frames=3" in results[5][3]
+    assert "1 <image> tokens in the text but no images were passed" in results[6][3]
+
+
 def test_order_and_ids_are_those_of_the_samples(captioner):
     runner = CaptionRunner(*captioner, batch_size=3, max_new_tokens=2)
     results = list(runner.run(make_samples(7)))

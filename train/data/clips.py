@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from dali_llava.processing.corpora.rows import count_frames, open_audio, open_frames
+from dali_llava.processing.corpora.rows import count_frames, open_audio, open_clip_frames, open_frames
 from dali_llava.processing.media import MediaError
 
 
@@ -29,10 +29,10 @@ def open_frame(row: Row, second: int | np.random.Generator) -> Image.Image:
 
 @dataclass
 class OpenedClip:
-    """An opened row, with `image` (RGB) and `audio` (samples,) float32, or None if not requested."""
+    """An opened row: `image` (RGB, or a list of frames) and `audio` (samples,) float32, or None if not requested."""
 
     row: Row
-    image: Image.Image | None = None
+    image: Image.Image | list[Image.Image] | None = None
     audio: np.ndarray | None = None
 
 
@@ -67,6 +67,7 @@ class ClipOpener:
         image: bool = False,
         audio: bool = False,
         second: int | None = None,
+        frame_options: Mapping[str, Any] | None = None,
         sampling_rate: int = 16_000,
     ) -> list[OpenedClip]:
         """
@@ -75,9 +76,10 @@ class ClipOpener:
         Args:
             rows: rows of a corpus.
             generators: random generators of the rows, for the frame and the replacement of a broken clip.
-            image: whether to open a frame.
+            image: whether to open a frame, or several.
             audio: whether to open the audio.
             second: time of the frame in seconds, random by default. A clip that ends before it is broken.
+            frame_options: options of `open_clip_frames`, to open frames of the whole clip; one frame by default.
             sampling_rate: sampling rate of the audio in Hz.
 
         Raises:
@@ -85,8 +87,12 @@ class ClipOpener:
         """
 
         def opened(row: Row, generator: np.random.Generator) -> OpenedClip:
-            frame = open_frame(row, generator if second is None else second) if image else None
-            return OpenedClip(row, frame, open_audio(row, sampling_rate) if audio else None)
+            picture = None
+            if image and frame_options is not None:
+                picture = open_clip_frames(row, **frame_options)
+            elif image:
+                picture = open_frame(row, generator if second is None else second)
+            return OpenedClip(row, picture, open_audio(row, sampling_rate) if audio else None)
 
         return [self._try(opened, row, generator) for row, generator in zip(rows, generators, strict=True)]
 

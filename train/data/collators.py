@@ -1,6 +1,6 @@
 """Collators that turn rows of a corpus into batches for captioning and for alignment."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,9 +11,9 @@ from datasets import Dataset
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from dali_llava.eval.runner import Sample
+from dali_llava.eval.runner import Picture, Sample, frames_of
 from dali_llava.processing import LlavaAudioProcessor
-from dali_llava.processing.corpora.rows import open_audio
+from dali_llava.processing.corpora.rows import open_audio, open_clip_frames
 from dali_llava.train.data.augmentation import UNCHANGED, Augmentation
 from dali_llava.train.data.clips import ClipOpener, Row, open_frame
 from dali_llava.train.data.draws import Draws
@@ -93,11 +93,14 @@ def for_evaluation(collator, rows: Dataset):
 
 @dataclass
 class Turn:
-    """A question and its answer about an image (RGB), a sound (samples,), or both; `prefix` as in `format_prompt`."""
+    """
+    A question and its answer about an image (RGB) or frames, a sound (samples,), or both; `prefix` as in
+    `format_prompt`.
+    """
 
     question: str
     answer: str
-    image: Image.Image | None = None
+    image: Picture | None = None
     audio: np.ndarray | None = None
     prefix: bool | None = None
 
@@ -110,9 +113,10 @@ def collate_turns(turns: list[Turn], processor: LlavaAudioProcessor) -> dict[str
     pairs = list(zip(turns, media, strict=True))
     prompts = [processor.format_prompt(turn.question, **own) for turn, own in pairs]
     texts = [processor.format_prompt(turn.question, answer=turn.answer, **own) for turn, own in pairs]
+    images = [frames_of(turn.image) for turn in turns]
     batch = processor(
         text=prompts,
-        images=[turn.image for turn in turns if turn.image is not None] or None,
+        images=images if any(images) else None,
         audio=[turn.audio for turn in turns if turn.audio is not None] or None,
         sampling_rate=processor.feature_extractor.sampling_rate,
         padding=True,
@@ -128,6 +132,17 @@ def row_modalities(row: Row, wanted: Sequence[str] = tuple(MODALITIES)) -> list[
     return [name for name in wanted if all(has[kind] for kind in MODALITIES[name])]
 
 
+def several_frames(processor: LlavaAudioProcessor, frame: int | None) -> dict[str, Any] | None:
+    """Return `frame_options` of a processor that takes several frames, unless the index of one frame is given."""
+    return processor.frame_options if processor.num_frames > 1 and frame is None else None
+
+
+def picture_opener(row: Row, processor: LlavaAudioProcessor, frame: int | None) -> Callable[[], Picture]:
+    """Return a function that opens what a sample of a row shows: its frames, or the one of an index, by default 0."""
+    options = several_frames(processor, frame)
+    return partial(open_frame, row, frame or 0) if options is None else partial(open_clip_frames, row, **options)
+
+
 @dataclass
 class CaptionCollator:
     """
@@ -140,7 +155,8 @@ class CaptionCollator:
         image: whether the image precedes the question; rows then need `frames`.
         audio: whether the audio precedes the question; rows then need `audio`.
         prefix: whether the prefix precedes the question.
-        frame: index of the frame to show; random by default.
+        frame: index of the frame to show; by default a random one, or frames of the whole clip if `num_frames` of the
+            processor is more than 1.
         opener: opens the media and replaces broken rows.
         draws: random generators of the rows.
     """
@@ -156,14 +172,20 @@ class CaptionCollator:
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         rate = self.processor.feature_extractor.sampling_rate
         clips = self.opener(
-            rows, self.draws(rows), image=self.image, audio=self.audio, second=self.frame, sampling_rate=rate
+            rows,
+            self.draws(rows),
+            image=self.image,
+            audio=self.audio,
+            second=self.frame,
+            frame_options=several_frames(self.processor, self.frame),
+            sampling_rate=rate,
         )
         turns = [Turn(clip.row["question"], clip.row["answer"], clip.image, clip.audio, self.prefix) for clip in clips]
         return {"id": [clip.row["id"] for clip in clips], **collate_turns(turns, self.processor)}
 
     def sample(self, row: Row) -> tuple[Sample, str]:
         """Return the question about a row, to generate a caption from, and the answer to it."""
-        image = partial(open_frame, row, self.frame or 0) if self.image else None
+        image = picture_opener(row, self.processor, self.frame) if self.image else None
         audio = partial(open_audio, row) if self.audio else None
         return Sample(row["id"], row["question"], image, audio, self.prefix), row["answer"]
 
@@ -181,7 +203,8 @@ class SupervisedCollator:
         processor: processor of the model to train.
         question: the question.
         modalities: names of `MODALITIES`.
-        frame: index of the frame to show; random by default.
+        frame: index of the frame to show; by default a random one, or frames of the whole clip if `num_frames` of the
+            processor is more than 1.
         opener: opens the media and replaces broken rows.
         draws: random generators of the rows.
     """
@@ -195,11 +218,15 @@ class SupervisedCollator:
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         clips, turns = [], []
-        rate = self.processor.feature_extractor.sampling_rate
+        options = {
+            "second": self.frame,
+            "frame_options": several_frames(self.processor, self.frame),
+            "sampling_rate": self.processor.feature_extractor.sampling_rate,
+        }
         for row, generator in zip(rows, self.draws(rows), strict=True):
             modalities = row_modalities(row, self.modalities)
             media = dict.fromkeys(MODALITIES[modalities[generator.integers(len(modalities))]], True)
-            (clip,) = self.opener([row], [generator], second=self.frame, sampling_rate=rate, **media)
+            (clip,) = self.opener([row], [generator], **options, **media)
             captions = clip.row["captions"]
             turns.append(Turn(self.question, captions[generator.integers(len(captions))], clip.image, clip.audio))
             clips.append(clip)
@@ -208,7 +235,7 @@ class SupervisedCollator:
     def sample(self, row: Row) -> tuple[Sample, str]:
         """Return the question about a row in its first modality, to generate a caption from, and its first caption."""
         media = MODALITIES[row_modalities(row, self.modalities)[0]]
-        image = partial(open_frame, row, self.frame or 0) if "image" in media else None
+        image = picture_opener(row, self.processor, self.frame) if "image" in media else None
         audio = partial(open_audio, row) if "audio" in media else None
         return Sample(row["id"], self.question, image, audio), row["captions"][0]
 

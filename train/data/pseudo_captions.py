@@ -23,7 +23,7 @@ from dali_llava import __version__
 from dali_llava.eval.runner import CaptionRunner, Sample, read_results
 from dali_llava.modeling.checkpoint_digest import checkpoint_digest
 from dali_llava.modeling.loading import find_checkpoint
-from dali_llava.processing.corpora.rows import open_audio, open_middle_frame
+from dali_llava.processing.corpora.rows import open_audio, open_clip_frames
 from dali_llava.train.arguments import DistillationArguments
 from dali_llava.train.data.caption_file import (
     CAPTIONS,
@@ -147,8 +147,9 @@ class PseudoCaptions:
             for row in rows:
                 if (self.parts / STOP).exists():
                     return
-                media = {"image": partial(open_middle_frame, row), "audio": partial(open_audio, row)}
-                yield Sample(id=row["id"], prompt=arguments.prompt, prefix=True, **media)
+                image = partial(open_clip_frames, row, **processor.frame_options)
+                audio = partial(open_audio, row)
+                yield Sample(row["id"], arguments.prompt, image, audio, prefix=True)
 
         runner = CaptionRunner(
             captioner,

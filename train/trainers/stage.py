@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object, save_fsdp_optimizer
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -179,7 +180,7 @@ class StageMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the stage in `output_dir`. All ranks must call it."""
-        self._wait_for_gathers()
+        self._release_gathered_weights()
         whole = self.args.base_model is None  # the first stage trains a complete captioner
         weights = gather_weights(self.pretrained, keep=self.args.should_save, frozen=whole)
         objective = getattr(self.model, "objective", nn.Identity())
@@ -261,13 +262,18 @@ class StageMixin:
         self._load_scaler(resume_from_checkpoint)
         return prepared
 
-    def _wait_for_gathers(self) -> None:
+    def _release_gathered_weights(self) -> None:
+        """Let each rank have its shards only. The optimizer's state belongs to them, and weights are set in them."""
         # ZeRO-3 gathers weights in advance. Those that a step has not used are still in flight.
         if hasattr(self.model_wrapped, "empty_partition_cache"):
             self.model_wrapped.empty_partition_cache()
+        # FSDP2 shards the root's weights after a backward pass, which an evaluation does not have.
+        for module in self.model_wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._wait_for_gathers()
+        self._release_gathered_weights()
         folder = Path(resume_from_checkpoint)
         whole = self.args.base_model is None
         weights = load_file(folder / SAFE_WEIGHTS_NAME) if whole else load_stage_weights(folder)

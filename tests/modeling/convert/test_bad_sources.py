@@ -154,14 +154,13 @@ def test_a_stage(write_llava, refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "name"),
-    [(("tokenizer.json", "tokenizer_config.json"), "tokenizer"), (("processor_config.json",), "image processor")],
+    ("file", "message"),
+    [("tokenizer.json", "no tokenizer.json in it"), ("processor_config.json", "the image processor cannot be loaded")],
 )
-def test_a_missing_tokenizer_or_image_processor(files, name, write_llava, refused, tmp_path):
+def test_a_missing_tokenizer_or_image_processor(file, message, write_llava, refused, tmp_path):
     folder = write_llava()
-    for file in files:
-        (folder / file).unlink()
-    assert f"{folder}: the {name} cannot be loaded" in refused("llava", folder, tmp_path / "out")
+    (folder / file).unlink()
+    assert f"{folder}: {message}" in refused("llava", folder, tmp_path / "out")
 
 
 def test_a_disk_that_is_too_small(write_llava, refused, tmp_path, monkeypatch):

@@ -19,6 +19,39 @@ GIGABYTE = 10**9
 LIMIT = 4 * GIGABYTE
 VOCABULARY = 32064
 SHARDS = 3
+# The fields of llava-hf/llava-1.5-7b-hf, which transformers 4.36 wrote.
+CONFIG = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "bfloat16",
+        "vocab_size": VOCABULARY,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": VOCABULARY,
+}
 # Runs a command and prints the largest anonymous memory of the process in bytes, sampled every 10 ms.
 MEASURED = """
 import re, sys, threading
@@ -67,8 +100,8 @@ def llava_7b(tmp_path, base_tokenizer) -> tuple[Path, dict[str, torch.Tensor]]:
         pytest.skip("reads the memory of a process from /proc")
     folder = tmp_path / "llava"
     folder.mkdir()
-    config = LlavaConfig(text_config={"model_type": "llama", "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5})
-    config.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    config = LlavaConfig.from_dict(CONFIG)
     with torch.device("meta"):
         weights = LlavaForConditionalGeneration(config).state_dict()
     names = {
@@ -124,7 +157,8 @@ def test_a_7b_model_is_converted_and_exported_in_little_memory(llava_7b, tmp_pat
     assert peak_of("convert", "llava", source, tmp_path / "captioner") < LIMIT
     config = LlavaAudioConfig.from_pretrained(tmp_path / "captioner")
     assert (config.image_token_id, config.audio_token_id, config.prefix_token_id) == (32000, 32002, 32003)
-    assert config.text_config.vocab_size == VOCABULARY and config.audio_config.grid_size == (8, 64)
+    assert (config.dtype, config.text_config.vocab_size) == (torch.bfloat16, VOCABULARY)
+    assert config.audio_config.grid_size == (8, 64)
     files = tensors_of(tmp_path / "captioner")
     assert files.keys() == captioner_shapes(config).keys()
     assert max(file.stat().st_size for file in files.values()) < 5.01 * GIGABYTE

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dali_llava.processing.corpora import load_corpus
 from dali_llava.processing.corpora.avworld.avworld import make_row
-from dali_llava.processing.corpora.rows import open_audio, open_frames
+from dali_llava.processing.corpora.rows import open_audio, open_clip_frames, open_frames, open_middle_frame
 from dali_llava.processing.media import MediaError, load_audio, load_frames
 
 
@@ -104,6 +104,46 @@ def test_frames_of_a_video_are_the_first_of_each_second(media_dir):
     assert equal(open_frames(row(frames=[path], start=1.0, end=1.2)), [1])
     assert equal(open_frames(row(frames=[path], start=1.0, end=3.9)), [1, 2])  # the video ends first
     assert equal(open_frames(row(frames=[path], start=1.0), seconds=[1, 0, 1]), [2, 1, 2])
+
+
+def test_frames_of_a_whole_clip_are_spread_evenly(media_dir):
+    path = media_dir / "silent.mp4"  # 2 s
+
+    def times(clip, **options) -> list[float]:
+        """Times whose frames are those of the clip."""
+        shown = open_clip_frames(clip, **{"num_frames": 20, "frame_rate": 2.0, **options})
+        known = {np.asarray(load_frames(path, time)[0]).tobytes(): time for time in (0.25, 0.75, 1.0, 1.25, 1.75)}
+        return [known[np.asarray(frame).tobytes()] for frame in shown]
+
+    assert times(row(frames=[path])) == [0.25, 0.75, 1.25, 1.75]
+    assert times(row(frames=[path], start=0.5, end=1.5)) == [0.75, 1.25]
+    assert times(row(frames=[path], start=1.0, end=9.0)) == [1.25, 1.75]  # the video ends first
+    assert times(row(frames=[path]), num_frames=1) == [1.0]
+    in_bytes = row(start=5.0, end=7.0) | {"frames": [{"path": "silent.mp4", "bytes": path.read_bytes()}]}
+    assert times(in_bytes) == [0.25, 0.75, 1.25, 1.75]
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "shown"), [(1, [5]), (2, [2, 7]), (4, [1, 3, 6, 8]), (10, range(10)), (20, range(10))]
+)
+def test_pictures_of_a_whole_clip_are_spread_evenly(tmp_path, num_frames, shown):
+    paths = [tmp_path / f"{number}.png" for number in range(10)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (8, 6), (20 * number,) * 3).save(path)
+    clip = row(frames=paths, end=10.0)
+    frames = open_clip_frames(clip, num_frames, frame_rate=0.1)
+    assert [frame.getpixel((0, 0))[0] // 20 for frame in frames] == list(shown)
+    if num_frames == 1:
+        assert frames == [open_middle_frame(clip)]
+    else:
+        shrunk = open_clip_frames(clip, num_frames, frame_rate=0.1, shorter_side=3)
+        assert {frame.size for frame in shrunk} == {(4, 3)}
+
+
+def test_a_row_without_frames_has_no_clip(media_dir):
+    for clip, message in ((row(), "has no frames"), (row(frames=[media_dir / "bark.wav"]), "sound only, no picture")):
+        with pytest.raises(MediaError, match=f"^clip 'this': .*{message}"):
+            open_clip_frames(clip, 4, 2.0)
 
 
 def test_frames_of_a_video_in_bytes(media_dir):

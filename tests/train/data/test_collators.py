@@ -1,5 +1,6 @@
 """Batches: labels cover exactly the answer, audio and image belong to the same clip, and audio is augmented."""
 
+import copy
 import io
 
 import pytest
@@ -11,7 +12,13 @@ from dali_llava.train.avworld.token_views import TokenViewCollator
 from dali_llava.train.avworld.tower import SoundCollator
 from dali_llava.train.data.augmentation import UNCHANGED, Augmentation
 from dali_llava.train.data.clips import open_frame
-from dali_llava.train.data.collators import IGNORED, AlignmentCollator, CaptionCollator, pixel_values
+from dali_llava.train.data.collators import (
+    IGNORED,
+    AlignmentCollator,
+    CaptionCollator,
+    SupervisedCollator,
+    pixel_values,
+)
 from dali_llava.train.data.draws import Draws
 
 
@@ -66,6 +73,29 @@ def test_caption_batches_hold_the_rows_own_media(avworld_processor, rows):
         )
         assert torch.equal(batch["pixel_values"][index], alone["pixel_values"][0])
         assert torch.equal(batch["input_features"][index], alone["input_features"][0])
+
+
+@pytest.mark.parametrize("kind", ["caption", "supervised"])
+def test_batches_of_several_frames_show_the_whole_clip(avworld_processor, rows, kind):
+    """Three of the four stored frames of each row, in the order of the rows."""
+    processor = copy.copy(avworld_processor)
+    processor.num_frames = 3
+    if kind == "caption":
+        collator = CaptionCollator(processor, image=True, audio=True)
+    else:
+        collator = SupervisedCollator(processor, "what ?", ("audiovisual",))
+    batch = collator(rows)
+    shown = [Image.open(io.BytesIO(row["frames"][index]["bytes"])) for row in rows for index in (0, 2, 3)]
+    assert torch.equal(batch["pixel_values"], pixel_values(shown, avworld_processor))
+    assert (batch["input_ids"] == processor.image_token_id).sum(-1).tolist() == [3 * GRID] * len(rows)
+    assert (batch["labels"][batch["input_ids"] == processor.image_token_id] == IGNORED).all()
+    if kind == "caption":
+        assert_labels_are_the_answers(batch, rows, processor)
+    sample, _ = collator.sample(rows[1])
+    assert torch.equal(pixel_values(sample.image(), avworld_processor), batch["pixel_values"][3:6])
+    collator.frame = 1  # one frame that is asked for
+    second = [Image.open(io.BytesIO(row["frames"][1]["bytes"])) for row in rows]
+    assert torch.equal(collator(rows)["pixel_values"], pixel_values(second, avworld_processor))
 
 
 def test_random_frame_reaches_every_frame(rows, generators):
