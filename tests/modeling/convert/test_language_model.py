@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling.convert.export_llava import export_llava
 from dali_llava.modeling.convert.language_model import convert
-from dali_llava.processing.assembly import add_placeholders, load_language_model_tokenizer
+from dali_llava.processing.assembly import load_language_model_tokenizer
 
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -41,18 +42,21 @@ def clip_dir(tmp_path_factory):
 
 def convert_to(folder, source, vision) -> LlavaAudioForConditionalGeneration:
     """The captioner, loaded from its folder, without missing or unused weights."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
     folder.mkdir()
-    add_placeholders(tokenizer)
-    convert(source, tokenizer, vision, AUDIO).save(folder)
+    convert(source, load_language_model_tokenizer(source), vision, AUDIO).save(folder)
     model, report = LlavaAudioForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def captioner(language_model_dir, clip_dir, tmp_path_factory):
-    return convert_to(tmp_path_factory.mktemp("converted") / "model", language_model_dir, clip_dir)
+def captioner_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("converted") / "model"
+
+
+@pytest.fixture(scope="module")
+def captioner(language_model_dir, clip_dir, captioner_dir):
+    return convert_to(captioner_dir, language_model_dir, clip_dir)
 
 
 def test_text_logits_and_tokens_equal_those_of_the_language_model(captioner, language_model_dir):
@@ -113,6 +117,29 @@ def test_image_logits_equal_those_of_native_llava(captioner, clip_dir):
         assert not torch.equal(logits[0, -1], captioner(**batch | {"input_ids": input_ids.roll(1, 0)}).logits[1, -1])
 
 
+def test_sources_are_named_with_their_licences(language_model_dir, clip_dir, captioner, tmp_path):
+    entries = [(entry["kind"], entry["name"], entry["license"]) for entry in captioner.config.sources]
+    assert entries == [
+        ("language-model", language_model_dir.name, "unknown"),
+        ("vision", clip_dir.name, "unknown"),
+    ]
+    licensed = shutil.copytree(language_model_dir, tmp_path / "licensed")
+    (licensed / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    entry, _ = convert(licensed, load_language_model_tokenizer(licensed), clip_dir, AUDIO).config.sources
+    assert (entry["license"], entry["license_from"]) == ("apache-2.0", "README.md")
+
+
+def test_exported_llava_has_the_same_logits(captioner, captioner_dir, tmp_path):
+    """It keeps the rows of the placeholders, because the image token is one of them."""
+    export_llava(captioner_dir, tmp_path)
+    native = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert native.lm_head.weight is native.get_input_embeddings().weight
+    inputs = {"input_ids": torch.tensor([[*[captioner.config.image_token_id] * 36, 40, 41]])}
+    inputs["pixel_values"] = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(native(**inputs).logits, captioner(**inputs).logits)
+
+
 def test_siglip_and_a_random_tower(language_model_dir, tmp_path):
     """SigLIP has no class token; a folder with a configuration alone gives the same random tower each time."""
     siglip = SiglipVisionModel(
@@ -170,8 +197,7 @@ def set_fields(folder, **fields):
     ],
 )
 def test_damaged_source_is_refused(sources, damage, error, message):
-    tokenizer = AutoTokenizer.from_pretrained(sources[0])
-    add_placeholders(tokenizer)
+    tokenizer = load_language_model_tokenizer(sources[0])
     damage(*sources)
     with pytest.raises(error, match=message):
         convert(sources[0], tokenizer, sources[1], AUDIO)
