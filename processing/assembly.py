@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaConfig, LlavaProcessor
-from transformers.utils import PROCESSOR_NAME
+from transformers.utils import PROCESSOR_NAME, is_gguf_available
 
 from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcessor  # registered with the Auto classes
 
@@ -132,6 +132,43 @@ def load_audio_settings(folder: Path) -> tuple:
 def _is_own(folder: Path) -> bool:
     path = folder / PROCESSOR_NAME
     return path.is_file() and json.loads(path.read_text()).get("processor_class") == LlavaAudioProcessor.__name__
+
+
+def load_language_model_tokenizer(source: Path):
+    """
+    Load the tokenizer of a language model, with the placeholders. It keeps its chat template.
+
+    Args:
+        source: folder or `.gguf` file of the language model.
+
+    Raises:
+        ImportError: a `.gguf` file is given, and the package gguf is missing.
+        ValueError: the tokenizer is missing or cannot be read.
+    """
+    if source.is_dir():
+        tokenizer = _load(AutoTokenizer, "tokenizer", source)
+    elif is_gguf_available():
+        tokenizer = _load(AutoTokenizer, "tokenizer", source.parent, gguf_file=source.name)
+    else:
+        raise ImportError(f'{source}: reading it needs the package gguf; run pip install "dali-llava[gguf]"')
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, and labels are known by their position
+    add_placeholders(tokenizer)
+    return tokenizer
+
+
+def end_token_ids(processor: LlavaAudioProcessor, known: int | list[int] | None) -> int | list[int]:
+    """
+    The tokens that end an answer: the known ones, and the one that the chat template writes.
+
+    Args:
+        processor: processor of the captioner.
+        known: `eos_token_id` of the generation config.
+    """
+    answer_ids = processor.tokenizer(processor.format_prompt("?", answer="!"))["input_ids"]
+    known = [known] if isinstance(known, int) else list(known or ())
+    ids = list(dict.fromkeys([*known, answer_ids[-1]]))
+    return ids[0] if len(ids) == 1 else ids
 
 
 def _load(auto_class, name: str, folder: Path, **options):

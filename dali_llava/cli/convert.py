@@ -17,6 +17,7 @@ examples:
   dali-llava convert llava liuhaotian/llava-v1.5-7b captioner --vision openai/clip-vit-large-patch14-336
   dali-llava convert llava llava-hf/llava-1.5-7b-hf cav-mae cav-mae-scale++.pth captioner
   dali-llava convert dali weights/ captioner --base llava-hf/llava-1.5-7b-hf
+  dali-llava convert language-model SmolLM2-135M-Instruct.gguf captioner --vision openai/clip-vit-base-patch32
 """
 
 import argparse
@@ -28,6 +29,7 @@ from dali_llava.atomic import check_new_folder, new_folder
 # Kinds that start a captioner, and kinds that replace parts of one. modeling/convert/ has a module for each.
 BASES = {
     "llava": "LLaVA-1.5, as saved by transformers or by the original program (with --vision)",
+    "language-model": "language model like Llama, folder or .gguf file (with --vision); its projectors are random",
 }
 PARTS = {
     "cav-mae": "audio tower of CAV-MAE (.pth); its last linear layer starts with random weights",
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words", nargs="+", metavar="KIND SOURCE [KIND SOURCE ...] OUT", help="sources, and the result"
     )
     parser.add_argument("--base", metavar="MODEL", help="captioner or LLaVA whose parts the sources replace")
-    parser.add_argument("--vision", metavar="CLIP", help="vision tower of an original LLaVA: folder or ORG/NAME")
+    parser.add_argument("--vision", metavar="CLIP", help="vision tower of a source without one: folder or ORG/NAME")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of all weights of OUT")
     parser.set_defaults(usage_error=parser.error)
 
@@ -87,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
 
     (kind, first), *others = [(kind, find_source(source)) for kind, source in pairs]
     vision = None if args.vision is None else find_source(args.vision)
-    tokenizer = assembly.load_tokenizer(first)
+    load_tokenizer = assembly.load_language_model_tokenizer if kind == "language-model" else assembly.load_tokenizer
+    tokenizer = load_tokenizer(first)
     captioner = get_converter(kind)(first, tokenizer, vision=vision)
     for kind, source in others:
         captioner = get_converter(kind)(source, captioner)
@@ -101,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         captioner.config,
         chat_template,
     )
+    generation = captioner.generation_config
+    generation.eos_token_id = assembly.end_token_ids(processor, generation.eos_token_id)
     with new_folder(out) as folder:
         captioner.save(folder)
         processor.save_pretrained(folder)

@@ -93,9 +93,11 @@ def convert(
     if model_type == LlavaAudioConfig.model_type:
         return _open_own(weights, tokenizer)
     native = LlavaConfig.from_dict(fields)
-    config = _start_config(native, weights, tokenizer, audio_config, describe_source(source, "llava", LICENSE))
-    conversion = apply_rules(weights, _rules(TRANSFORMERS_RULES, config), captioner_shapes(config), _initial(config))
-    return _captioner(source, config, conversion, tokenizer)
+    config = start_config(native, weights, tokenizer, audio_config, describe_source(source, "llava", LICENSE))
+    conversion = apply_rules(
+        weights, tied_rules(TRANSFORMERS_RULES, config), captioner_shapes(config), _initial(config)
+    )
+    return new_captioner(source, config, conversion, tokenizer)
 
 
 def read_config(folder: Path) -> dict:
@@ -130,8 +132,8 @@ def _open_own(weights: Source, tokenizer) -> ConvertedCaptioner:
                 f"{weights.path}: {name} is {getattr(config, name)} in config.json, but {token_id} in the tokenizer; "
                 "copy the whole folder again"
             )
-    rules = _rules([Rename(r"(.*)", r"\1")], config)
-    return _captioner(weights.path, config, apply_rules(weights, rules, captioner_shapes(config)), tokenizer)
+    rules = tied_rules([Rename(r"(.*)", r"\1")], config)
+    return new_captioner(weights.path, config, apply_rules(weights, rules, captioner_shapes(config)), tokenizer)
 
 
 def _convert_original(source: Path, fields: dict, tokenizer, vision: Path | None, audio_config) -> ConvertedCaptioner:
@@ -164,14 +166,14 @@ def _convert_original(source: Path, fields: dict, tokenizer, vision: Path | None
     )
     entry = describe_source(source, "llava", LICENSE)
     weights, clip = open_source(source), open_source(vision)
-    config = _start_config(native, weights, tokenizer, audio_config, entry)
+    config = start_config(native, weights, tokenizer, audio_config, entry)
     config = with_fields(config, sources=[*config.sources, describe_source(vision, "clip", CLIP_LICENSE)])
     expected = captioner_shapes(config)
     of_clip = {name: shape for name, shape in expected.items() if name.startswith(VISION_TOWER)}
     of_llava = {name: shape for name, shape in expected.items() if name not in of_clip}
-    rules = _rules(ORIGINAL_RULES, config)
+    rules = tied_rules(ORIGINAL_RULES, config)
     conversion = apply_rules(clip, CLIP_RULES, of_clip) | apply_rules(weights, rules, of_llava, _initial(config))
-    return _captioner(source, config, conversion, tokenizer)
+    return new_captioner(source, config, conversion, tokenizer)
 
 
 def _token_ids(tokenizer) -> dict[str, int]:
@@ -179,7 +181,7 @@ def _token_ids(tokenizer) -> dict[str, int]:
     return {f"{name}_token_index": tokenizer.convert_tokens_to_ids(f"<{name}>") for name in tokens}
 
 
-def _start_config(native: LlavaConfig, weights: Source, tokenizer, audio_config: dict | None, entry: dict):
+def start_config(native: LlavaConfig, weights: Source, tokenizer, audio_config: dict | None, entry: dict):
     """The configuration of a new captioner from a LLaVA, and `entry` as its source."""
     embeddings = next((name for name in EMBEDDINGS if name in weights.names()), None)
     if embeddings is None:
@@ -199,7 +201,7 @@ def _start_config(native: LlavaConfig, weights: Source, tokenizer, audio_config:
     )
 
 
-def _rules(rules: list, config: LlavaAudioConfig) -> list:
+def tied_rules(rules: list, config: LlavaAudioConfig) -> list:
     """The rules, with one for the head of a language model that shares its weights with the embeddings."""
     if config.tie_word_embeddings:
         return [Drop(r"(?:language_model\.)?lm_head\.weight", "shares its weights with the embeddings"), *rules]
@@ -211,7 +213,8 @@ def _initial(config: LlavaAudioConfig) -> dict:
     return {rf"{AUDIO_PROJECTOR}(.*)": Copy(rf"{PROJECTOR}\1"), rf"{AUDIO_TOWER}.*": new, rf"{PREFIX}.*": new}
 
 
-def _captioner(source: Path, config: LlavaAudioConfig, conversion: Conversion, tokenizer) -> ConvertedCaptioner:
+def new_captioner(source: Path, config: LlavaAudioConfig, conversion: Conversion, tokenizer) -> ConvertedCaptioner:
+    """The captioner with the generation config of its source, or the special tokens of the tokenizer."""
     defaults = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if (Path(source) / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(source)
@@ -223,4 +226,4 @@ def _captioner(source: Path, config: LlavaAudioConfig, conversion: Conversion, t
     return ConvertedCaptioner(config, conversion, generation_config, {Path(source).name: conversion.report()})
 
 
-__all__ = ["convert", "read_config"]
+__all__ = ["convert", "new_captioner", "read_config", "start_config", "tied_rules"]

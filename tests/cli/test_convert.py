@@ -95,3 +95,9 @@ def test_only_the_files_that_are_needed_are_downloaded(monkeypatch, tmp_path):
     assert find_source("org/new") == find_source("org/old") == tmp_path
     assert "*.safetensors" in asked["org/new"] and "*.bin" not in asked["org/new"]
     assert "*.bin" in asked["org/old"] and "*.json" in asked["org/old"]
+
+
+def test_a_language_model_needs_a_vision_tower(language_model_dir, tmp_path, capsys):
+    assert main(["convert", "language-model", str(language_model_dir), str(tmp_path / "out")]) == 1
+    assert "a language model has no vision tower; add --vision" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

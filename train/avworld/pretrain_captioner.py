@@ -19,8 +19,8 @@ from transformers import CLIPImageProcessor, set_seed
 
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
 from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcessor
+from dali_llava.processing.chat_templates import PLAIN_CHAT_TEMPLATE
 from dali_llava.processing.corpora.avworld.vocabulary import build_tokenizer
-from dali_llava.processing.processing_llava_audio import PLAIN_CHAT_TEMPLATE
 from dali_llava.train.arguments import StageArguments
 from dali_llava.train.avworld.token_views import TokenViewCollator, TokenViewTrainer
 from dali_llava.train.avworld.unlikelihood import seldom_repeated

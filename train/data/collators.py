@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from dali_llava.eval.runner import Picture, Sample, frames_of
 from dali_llava.processing import LlavaAudioProcessor
@@ -34,27 +35,42 @@ def input_features(sounds: list[np.ndarray], processor: LlavaAudioProcessor) -> 
     return extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
 
 
-def answer_labels(input_ids: torch.Tensor, tokenizer, prompts: list[str], texts: list[str]) -> torch.Tensor:
+def append_answers(
+    input_ids: list[torch.Tensor], tokenizer, prompts: list[str], texts: list[str]
+) -> dict[str, torch.Tensor]:
     """
-    Build labels for the answers in left-padded `input_ids`, with -100 at all other positions.
+    Append the tokens of the answers to those of the prompts, and build labels with -100 at all other positions.
 
-    Prompts and texts contain the same placeholders, so their expansion does not change the length of the answer.
+    The tokens of a prompt are those that generation starts from, even where a tokenizer would merge the last of them
+    with the first of the answer.
 
     Args:
-        input_ids: (B, L), the ids of `texts` after placeholders are expanded.
+        input_ids: (L,) per prompt, its ids after placeholders are expanded, without padding.
         tokenizer: tokenizer of the texts.
         prompts: the prompts without answers.
         texts: the same prompts with answers.
 
     Returns:
-        (B, L) labels.
+        `input_ids`, `attention_mask` and `labels`, each (B, L), padded on the left.
+
+    Raises:
+        ValueError: a text does not start with its prompt.
     """
-    labels = torch.full_like(input_ids, IGNORED)
+    rows, labels = [], []
     with_answer, without = tokenizer(texts)["input_ids"], tokenizer(prompts)["input_ids"]
-    for row, (text, prompt) in enumerate(zip(with_answer, without, strict=True)):
-        answer = len(text) - len(prompt)
-        labels[row, -answer:] = input_ids[row, -answer:]
-    return labels
+    for ids, text_ids, prompt_ids, text, prompt in zip(input_ids, with_answer, without, texts, prompts, strict=True):
+        if not text.startswith(prompt):
+            raise ValueError(
+                f"the chat template writes {text!r} for a turn with its answer, which does not start with the prompt "
+                f"{prompt!r}; use another chat template."
+            )
+        answer = text_ids[len(prompt_ids) :]
+        if text_ids[: len(prompt_ids)] != prompt_ids:
+            answer = tokenizer(text.removeprefix(prompt), add_special_tokens=False)["input_ids"]
+        rows.append([*ids.tolist(), *answer])
+        labels.append(torch.tensor([IGNORED] * len(ids) + answer))
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    return {**batch, "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED, padding_side="left")}
 
 
 def for_evaluation(collator, rows: Dataset):
@@ -99,14 +115,15 @@ def collate_turns(turns: list[Turn], processor: LlavaAudioProcessor) -> dict[str
     texts = [processor.format_prompt(turn.question, answer=turn.answer, **own) for turn, own in pairs]
     images = [frames_of(turn.image) for turn in turns]
     batch = processor(
-        text=texts,
+        text=prompts,
         images=images if any(images) else None,
         audio=[turn.audio for turn in turns if turn.audio is not None] or None,
         sampling_rate=processor.feature_extractor.sampling_rate,
         padding=True,
         return_tensors="pt",
     )
-    return {**batch, "labels": answer_labels(batch["input_ids"], processor.tokenizer, prompts, texts)}
+    asked = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return {**batch, **append_answers(asked, processor.tokenizer, prompts, texts)}
 
 
 def row_modalities(row: Row, wanted: Sequence[str] = tuple(MODALITIES)) -> list[str]:

@@ -181,8 +181,8 @@ def convert(tmp_path, monkeypatch):
     """`convert(*words)`: run `dali-llava convert`, with a small audio tower; returns OUT."""
     from dali_llava.modeling.convert import llava
 
-    original = llava._start_config
-    monkeypatch.setattr(llava, "_start_config", lambda *args: original(*args[:3], AUDIO | (args[3] or {}), *args[4:]))
+    original = llava.start_config
+    monkeypatch.setattr(llava, "start_config", lambda *args: original(*args[:3], AUDIO | (args[3] or {}), *args[4:]))
 
     def convert(*words, out: Path | None = None) -> Path:
         from dali_llava.cli import main
