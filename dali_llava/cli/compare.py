@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise IsADirectoryError(f"{args.out}: is a folder; give --out a file name")
     a, b = read_scores(args.a), read_scores(args.b)
     tests = compare_systems(a, b)
-    table = Table(title=f"A: {args.a}, B: {args.b}, {len(a.ids)} clips")
+    table = Table()
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     for name, test in tests.items():
@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(name, *scores, effect, f"{test.p_value:.4g}")
     console = Console()
     # A log file has no width, and the default of 80 columns would cut the figures.
-    (console if console.is_terminal else Console(width=120)).print(table)
+    console = console if console.is_terminal else Console(width=120)
+    console.print(f"A: {args.a}, B: {args.b}, {len(a.ids)} clips", soft_wrap=True, highlight=False, markup=False)
+    console.print(table)
     if args.out is not None:
         record = {"a": str(args.a), "b": str(args.b), "n": len(a.ids)}
         record["metrics"] = {name: asdict(test) for name, test in tests.items()}

@@ -232,7 +232,8 @@ def test_a_model_without_weights_is_told(caption, tiny_model_dir, tmp_path):
         (None, "no config.json in it; give a folder written by save_pretrained"),
         ("{", "config.json: not a JSON configuration; copy it again"),
         ("[]", "config.json: not a JSON configuration; copy it again"),
-        ('{"model_type": "llava"}', "config.json: model_type is 'llava', not 'llava_audio'; give a model of"),
+        ('{"model_type": "llava"}', "config.json: is a LLaVA without audio; run `dali-llava convert llava "),
+        ('{"model_type": "clip"}', "config.json: model_type is 'clip', not 'llava_audio'; give a model of"),
         ("{}", "config.json: model_type is None, not 'llava_audio'; give a model of"),
     ],
 )

@@ -135,9 +135,9 @@ def base_dtype(arguments: StageArguments, config: LlavaAudioConfig) -> torch.dty
     return chosen
 
 
-def base_attention(arguments: StageArguments) -> str:
-    """Return the attention to trace. Only eager attention stores the attention matrices."""
-    return "eager" if arguments.attn_implementation == "eager" else "sdpa"
+def base_attention(arguments: StageArguments) -> str | None:
+    """Return the attention to trace, or None for the default. Only eager attention stores the attention matrices."""
+    return "eager" if arguments.attn_implementation == "eager" else None
 
 
 def count_parts(model: nn.Module) -> dict[str, Part]:

@@ -12,7 +12,7 @@ from dali_llava.modeling import LlavaAudioConfig
 from dali_llava.train.base_model import train_only, whole_weights
 
 
-def build_on_meta(model_class: type, config: LlavaAudioConfig, dtype: torch.dtype, attention: str) -> nn.Module:
+def build_on_meta(model_class: type, config: LlavaAudioConfig, dtype: torch.dtype, attention: str | None) -> nn.Module:
     """Build a model on the meta device, with its tied weights, in `dtype`."""
     with torch.device("meta"), init.no_init_weights(), whole_weights():
         model = model_class._from_config(deepcopy(config), dtype=dtype, attn_implementation=attention)
@@ -54,14 +54,14 @@ class StageModel:
         for name in self.freed:
             model.set_submodule(name, nn.Identity())
 
-    def on_meta(self, config: LlavaAudioConfig, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+    def on_meta(self, config: LlavaAudioConfig, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
         """
         Build the module to train on the meta device.
 
         Args:
             config: configuration of the captioner.
             dtype: dtype of the frozen parts.
-            attention: attention implementation.
+            attention: attention implementation; by default that of `from_pretrained`.
         """
         model = build_on_meta(self.model_class, config, dtype, attention)
         self.free(model)

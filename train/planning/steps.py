@@ -145,7 +145,7 @@ class _UnsolvedTransport:
 
 
 def trace_captioning(
-    config: LlavaAudioConfig, batch: Batch, dtype: torch.dtype, new_tokens: int, attention: str = "sdpa"
+    config: LlavaAudioConfig, batch: Batch, dtype: torch.dtype, new_tokens: int, attention: str | None = None
 ) -> tuple[Measurement, int]:
     """
     Trace the captioning of a batch: the first forward pass, and the last of `new_tokens` decoding steps.
