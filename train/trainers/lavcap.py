@@ -1,0 +1,145 @@
+"""LAVCap: captions from fused audio and image tokens, with a loss between the tokens of both modalities."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import ModelOutput
+
+from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.train.data.collators import IGNORED
+from dali_llava.train.losses import AlignmentLoss
+
+from .samples import SampleCaptions
+from .stage import StageTrainer
+
+
+@dataclass
+class LavcapOutput(ModelOutput):
+    """
+    Output of `LavcapModel`.
+
+    Attributes:
+        loss: `caption_loss + ot_weight * assignment_loss`.
+        caption_loss: mean cross-entropy over the tokens of the answers.
+        num_tokens: number of these tokens.
+        assignment_loss: mean loss between the tokens of a sample, 0 without samples of both modalities; None without
+            an objective.
+        logs: logs of the objective.
+    """
+
+    loss: torch.Tensor | None = None
+    caption_loss: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
+    assignment_loss: torch.Tensor | None = None
+    logs: dict | None = None
+
+
+class LavcapModel(nn.Module):
+    """
+    A captioner with a fusion, and an objective between its audio and image tokens [1, equation 9].
+
+    One forward pass of the captioner gives the logits of the answers and, before the fusion, the tokens of both
+    modalities. The objective is a submodule, so that its parameters are wrapped and gathered with those of the
+    captioner.
+
+    Args:
+        captioner: the captioner. What it trains has `requires_grad`.
+        objective: an `AlignmentLoss`, or None for the cross-entropy alone.
+        ot_weight: weight of the objective.
+        label_smoothing: share of the uniform distribution over the vocabulary in the target of each token.
+
+    References:
+        [1] K. Rho, H. Lee, V. Iverson and J. S. Chung, "LAVCap: LLM-based Audio-Visual Captioning using Optimal
+            Transport", ICASSP, 2025.
+    """
+
+    def __init__(
+        self,
+        captioner: LlavaAudioForConditionalGeneration,
+        objective: AlignmentLoss | None = None,
+        ot_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.captioner = captioner
+        self.config = captioner.config  # DeepSpeed reads the width of the model from it
+        if objective is not None:
+            self.objective = objective
+        self.ot_weight = ot_weight
+        self.label_smoothing = label_smoothing
+
+    def forward(self, labels: torch.LongTensor, **inputs) -> LavcapOutput:
+        """
+        Compute the loss of a batch.
+
+        Args:
+            labels: (B, L), the target tokens; -100 at ignored positions.
+            inputs: other arguments of the captioner's forward.
+        """
+        outputs = self.captioner(**inputs)
+        targets = labels[:, 1:].flatten()
+        logits = outputs.logits[:, :-1].flatten(0, 1).float()
+        caption_loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=self.label_smoothing)
+        found = LavcapOutput(loss=caption_loss, caption_loss=caption_loss, num_tokens=(targets != IGNORED).sum())
+        if not hasattr(self, "objective"):
+            return found
+        if outputs.fusion_inputs is not None:
+            output = self.objective(*outputs.fusion_inputs.to_tuple())
+            found.assignment_loss, found.logs = output.loss, output.logs
+        else:  # every rank needs a gradient of the objective's parameters
+            found.assignment_loss = 0 * sum(parameter.sum() for parameter in self.objective.parameters())
+            found.logs = {}
+        found.loss = caption_loss + self.ot_weight * found.assignment_loss
+        return found
+
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """See `PreTrainedModel.activation_checkpointing_enable`."""
+        self.captioner.activation_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        """The name of `activation_checkpointing_enable` in earlier versions of transformers."""
+        self.captioner.gradient_checkpointing_enable(**kwargs)
+
+
+class LavcapTrainer(StageTrainer):
+    """
+    Trainer of a `LavcapModel`. The objective's parameters are saved beside the stage; see `write_objective`.
+
+    Args:
+        model: the captioner and the objective.
+        kwargs: arguments of `StageTrainer`.
+    """
+
+    def __init__(self, model: LavcapModel, **kwargs):
+        super().__init__(model=model, pretrained=model.captioner, **kwargs)
+        self.loss_is_scaled_for_ga = True
+        if self.args.sample_steps:
+            self.add_callback(SampleCaptions(self, self.args.sample_steps))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """See `Trainer.get_decay_parameter_names`, which excludes norms and biases. The temperature does not decay."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.startswith("objective.")]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        The loss of a batch. In training, it is the part of the step's loss that this batch contributes: the mean over
+        the tokens of all batches and ranks, and the mean of the objective over the batches.
+        """
+        output = model(**inputs)
+        loss = output.loss
+        if num_items_in_batch is not None:
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = output.caption_loss * output.num_tokens * ranks / num_items_in_batch
+            self.monitor.add({"caption_loss": loss})
+            if output.assignment_loss is not None:
+                batches = self.current_gradient_accumulation_steps
+                loss = loss + self.model.ot_weight * output.assignment_loss / batches
+                self.monitor.add(output.logs, scale=1 / batches)
+        return (loss, output) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.pretrained.generation_config.save_pretrained(output_dir or self.args.output_dir)
