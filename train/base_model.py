@@ -81,12 +81,12 @@ def load_base(
         OSError, ValueError: as in `load_captioner`.
     """
     checkpoint = find_checkpoint(arguments.base_model)
-    given = {} if config is None else {"config": config}
-    config = _config(checkpoint) if config is None else config
-    options = given | {
-        "dtype": frozen_dtype(arguments, config.dtype),
-        "attn_implementation": arguments.attn_implementation,
-    }
+    options = {"attn_implementation": arguments.attn_implementation}
+    if config is None:
+        config = _config(checkpoint)
+    else:
+        options["config"] = config
+    options["dtype"] = frozen_dtype(arguments, config.dtype)
     with whole_weights():
         model, processor = load_captioner(arguments.base_model, model_class=model_class, strict=False, **options)
         for name in trained:

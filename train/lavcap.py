@@ -1,10 +1,10 @@
 """
 LAVCap: supervised captioning from fused audio and image tokens, with a loss that assigns them to each other.
 
-The loss is the cross-entropy of the captions plus `ot_weight` times `TokenAssignmentLoss` between the tokens of the two
-encoders, in one forward pass. `--fusion` adds a fusion to a base model without one; it starts from random weights. The
-vision tower is frozen. The audio tower and the language model are frozen, adapted (`--lora`) or trained in full
-(`--train_parts`). The model is saved with its prompt and its beam search. It has no prefix.
+The loss is the cross-entropy of the captions plus `ot_weight` times `TokenAssignmentLoss` between the tokens of the
+encoders. `--fusion` adds a fusion to a base model without one; it starts from random weights. The vision tower is
+frozen. The audio tower and the language model are frozen, adapted (`--lora`) or trained in full (`--train_parts`). The
+model is saved with its prompt and its beam search. It has no prefix.
 
     accelerate launch train/lavcap.py train/configs/avworld/lavcap.yaml \
         --base_model runs/mmd --output_dir runs/lavcap
@@ -24,7 +24,6 @@ from dali_llava.modeling.fusion import CONCATENATE
 from dali_llava.processing import LlavaAudioProcessor
 from dali_llava.processing.lavcap_prompts import TRAINING_REQUESTS, lavcap_prompt
 from dali_llava.train.adapters import adapter_config, add_adapter
-from dali_llava.train.arguments import LavcapArguments
 from dali_llava.train.base_model import check_base, load_base
 from dali_llava.train.command_line import parse_stage_arguments, run_stage
 from dali_llava.train.data.augmentation import Augmentation
@@ -36,7 +35,7 @@ from dali_llava.train.losses import TokenAssignmentLoss
 from dali_llava.train.parts import check_parts, trained_modules
 from dali_llava.train.planning import StageModel, check_memory
 from dali_llava.train.trainers.checkpoints import check_resume
-from dali_llava.train.trainers.lavcap import LavcapModel, LavcapTrainer
+from dali_llava.train.trainers.lavcap import LavcapArguments, LavcapModel, LavcapTrainer
 
 
 def parse(argv: list[str] | None = None) -> LavcapArguments:
@@ -48,7 +47,7 @@ def fused_config(arguments: LavcapArguments, base: LlavaAudioConfig) -> LlavaAud
     Return the configuration of the stage: that of its base model with the fusion of the arguments, without prefix.
 
     Raises:
-        ValueError: there is no fusion, the fusion or an option is unknown, or the arguments leave a new part untrained.
+        ValueError: there is no fusion, the fusion or an option is unknown, or a new part is not trained.
     """
     changes = {"prefix_modalities": []}
     if arguments.fusion is not None:
@@ -88,7 +87,7 @@ def build_objective(arguments: LavcapArguments) -> TokenAssignmentLoss | None:
         return None
     if "audiovisual" not in arguments.modalities:
         raise ValueError(
-            "ot_weight: audio alone has no image tokens to assign; add the modality audiovisual, or give --ot_weight 0."
+            "ot_weight: audio alone has no image tokens; add the modality audiovisual, or give --ot_weight 0."
         )
     return objective
 
@@ -130,7 +129,7 @@ def set_prompt(processor: LlavaAudioProcessor, arguments: LavcapArguments, confi
     Give the processor the prompt of the arguments, with which it is saved.
 
     Raises:
-        ValueError: the prompt is unknown or does not go with the fusion, or the tokenizer reads a tag as a placeholder.
+        ValueError: the tokenizer reads a tag as a placeholder, or as in `lavcap_prompt`.
     """
     prompt = lavcap_prompt(arguments.prompt, config.fusion, arguments.audio_tag)
     processor.chat_template, processor.sound_prompt = prompt.chat_template, prompt.request

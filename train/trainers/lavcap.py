@@ -1,6 +1,6 @@
-"""LAVCap: captions from fused audio and image tokens, with a loss between the tokens of both modalities."""
+"""LAVCap: captions from fused audio and image tokens, with a loss between the tokens of both encoders."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,89 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.train.arguments import AdapterArguments, CaptioningArguments, check_not_negative, parse_options
 from dali_llava.train.data.collators import IGNORED
 from dali_llava.train.losses import AlignmentLoss
 
 from .samples import SampleCaptions
 from .stage import StageTrainer
+
+
+@dataclass
+class LavcapArguments(CaptioningArguments, AdapterArguments):
+    """Arguments of LAVCap: the fusion, the prompt, the loss between the tokens, and the parts that it trains."""
+
+    _VALID_DICT_FIELDS = [*CaptioningArguments._VALID_DICT_FIELDS, "fusion_options", "ot_options"]
+
+    # Samples
+    modalities: list[str] = field(
+        default_factory=lambda: ["audiovisual"],
+        metadata={
+            "help": "What the captions are generated from: audio or audiovisual. With both, one of them is drawn per "
+            "clip and epoch, among those whose media the clip has."
+        },
+    )
+    frame: int | None = field(
+        default=None,
+        metadata={"help": "Index of the frame to show; by default a random one, or the clip's frames for a video."},
+    )
+    prompt: str = field(
+        default="I", metadata={"help": "Prompt of LAVCap: I (audio), II (content) or III (audio and visual apart)."}
+    )
+    audio_tag: str = field(
+        default="Audio",
+        metadata={"help": "Name of the tag around the tokens in prompt I, and around the audio tokens in prompt III."},
+    )
+    varied_requests: bool = field(
+        default=True, metadata={"help": "Draw one of eight wordings of the request per clip and epoch."}
+    )
+    longest_caption: int = field(default=256, metadata={"help": "Number of tokens to which captions are cut."})
+    mask_mels: int = field(default=0, metadata={"help": "Limit of the mel bins that SpecAugment masks; 0 for none."})
+    mask_frames: int = field(default=0, metadata={"help": "Limit of the frames that SpecAugment masks; 0 for none."})
+
+    # Fusion
+    fusion: str | None = field(
+        default=None,
+        metadata={"help": "Name of a fusion, such as ot_attention; by default, that of the base model."},
+    )
+    fusion_options: dict | str | None = field(
+        default=None, metadata={"help": "Options of the fusion, as JSON: '{\"rescale\": true}'."}
+    )
+
+    # Loss
+    ot_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the loss between audio and image tokens; 0 turns it off."}
+    )
+    ot_options: dict | str | None = field(
+        default=None, metadata={"help": "Options of TokenAssignmentLoss, as JSON: '{\"rescale\": true}'."}
+    )
+    label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing of the cross-entropy."})
+
+    # Parts
+    train_parts: list[str] = field(
+        default_factory=lambda: ["audio_projector", "fusion"],
+        metadata={
+            "help": "Parts of the captioner to train in full: audio_projector, fusion, audio_tower, "
+            "multi_modal_projector, language_model or prefix."
+        },
+    )
+
+    # Captioning with the trained model
+    num_beams: int = field(default=4, metadata={"help": "Number of beams of the trained model's beam search."})
+    max_new_tokens: int = field(default=200, metadata={"help": "Longest caption of the trained model, in tokens."})
+
+    def __post_init__(self):
+        self.fusion_options = parse_options("fusion_options", self.fusion_options)
+        self.ot_options = parse_options("ot_options", self.ot_options)
+        super().__post_init__()
+        check_not_negative(self, "ot_weight", "mask_mels", "mask_frames")
+        for name in ("longest_caption", "num_beams", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(
+                f"label_smoothing_factor must be at least 0 and less than 1, not {self.label_smoothing_factor}."
+            )
 
 
 @dataclass
