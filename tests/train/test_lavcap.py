@@ -20,6 +20,8 @@ from dali_llava.train.losses import TokenAssignmentLoss
 from dali_llava.train.trainers.lavcap import LavcapModel
 
 
+FOUR_HEADS = ["--fusion_options", '{"num_attention_heads": 4}']
+
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 
@@ -134,15 +136,14 @@ def test_accumulated_batches_train_as_one_batch(run_stage, run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--fusion", "cross_attention"], {"audio_projector", "fusion", "audio_tower", "language_model"}),
+        (["--fusion", "cross_attention", *FOUR_HEADS], {"audio_projector", "fusion", "audio_tower", "language_model"}),
         (["--fusion", "shared_projector", "--ot_weight", "0"], {"audio_projector", "audio_tower", "language_model"}),
         (["--lora", "audio_tower"], {"audio_projector", "audio_tower"}),
         (["--modalities", "audio", "--ot_weight", "0"], {"audio_projector", "audio_tower", "language_model"}),
     ],
 )
 def test_strategies(run_stage, run_dir, tmp_path, words, parts):
-    options = ["--fusion_options", '{"num_attention_heads": 4}'] if "cross_attention" in words else []
-    trainer = run_stage("lavcap", run_dir / "aligned", tmp_path, "--max_steps", "1", *words, *options)
+    trainer = run_stage("lavcap", run_dir / "aligned", tmp_path, "--max_steps", "1", *words)
     names = set(load_file(tmp_path / "adapter_model.safetensors"))
     assert {name.split(".")[3] for name in names} == parts
     assert hasattr(trainer.model, "objective") == ("--ot_weight" not in words)
@@ -196,7 +197,7 @@ def test_captions_are_the_same_from_every_entrance(adapted, media_dir, tmp_path,
         (["--train_parts", "audio_projector", "fusion", "prefix"], "does not use the prefix"),
         (["--lora", "vision_tower"], "lora: unknown part vision_tower"),
         (["--prompt", "IV"], "prompt 'IV' is unknown; choose I, II, III"),
-        (["--prompt", "III", "--fusion", "joint_encoder"], "fusion='joint_encoder' mixes them"),
+        (["--prompt", "III", "--fusion", "joint_encoder", *FOUR_HEADS], "fusion='joint_encoder' mixes them"),
         (["--longest_caption", "0"], "longest_caption must be at least 1, not 0"),
         (["--label_smoothing_factor", "1"], "label_smoothing_factor must be at least 0 and less than 1"),
         (["--split", "captioner"], "no captions"),
