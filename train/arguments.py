@@ -325,7 +325,7 @@ class AdapterArguments:
     lora: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Parts of the captioner to train with LoRA: language_model, audio_tower, both or none, the default."
+            "help": "Parts of the captioner to train with LoRA: language_model, audio_tower or both; default: none."
         },
     )
     lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})

@@ -100,7 +100,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def train_row(folder: Path, name: str, arguments: Mapping, seed: int) -> Path:
-    """Train a row from the base of its seed, which is trained first if `folder` lacks it. Returns the model's folder."""
+    """Train a row from the base of its seed, which is trained first if it is missing. Returns the model's folder."""
     from dali_llava.train import lavcap
     from dali_llava.train.command_line import as_words
 

@@ -38,7 +38,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper, or of this project: its number, title and lines, and the row that others are compared to."""
+    """A table of the paper, or of this project: its number and title, the row to compare with, and its lines."""
 
     name: str
     title: str
@@ -113,7 +113,7 @@ class Measured:
         line: the line.
         seeds: seeds of the row, in ascending order.
         metrics: mean and half of the interval by metric, NaN for a single seed.
-        differences: the same for the differences from the baseline on the seeds of both rows; empty without such seeds.
+        differences: the same for the differences from the baseline, on the seeds of both rows.
     """
 
     line: Line
@@ -150,7 +150,7 @@ def measure(table: Table, results: Iterable[Row]) -> list[Measured]:
 
 def write_ablation(out: Path, results: Iterable[Row], split: str, seconds: float) -> tuple[Path, Path]:
     """
-    Write ablation.json (rows, tables, versions) and ablation.md (tables) to `out`, each atomically; returns their paths.
+    Write ablation.json (rows, tables, versions) and ablation.md (tables) to `out`, each atomically. Returns the paths.
 
     Args:
         out: output folder.
@@ -209,8 +209,8 @@ def to_markdown(results: Iterable[Row], split: str) -> str:
     lines = [
         "# Ablations of LAVCap on AVWorld",
         "",
-        f"Split {split}; mean ± half of the {LEVEL:.0%} interval (Student's t over the seeds). The paper's figures are "
-        "those of AudioCaps, with CIDEr as CIDEr-D. A difference is that from the baseline, paired by seed.",
+        f"Split {split}; mean ± half of the {LEVEL:.0%} interval (Student's t over the seeds). The paper's figures, "
+        "on AudioCaps, are CIDEr where this table says CIDEr-D. Differences from the baseline are paired by seed.",
     ]
     for table in ablation_tables():
         found = measure(table, results)
