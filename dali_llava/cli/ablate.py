@@ -20,6 +20,7 @@ from .quickstart import announce, quieten
 
 
 METHODS = ("lavcap",)
+TOWER_STEPS = 1000  # half of those of pretrain_tower.yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +120,8 @@ def train_base(folder: Path, seed: int) -> Path:
     if not tower.is_dir():
         shutil.copytree(pretrained_captioner(CONFIGS / "avworld" / "captioner.yaml"), captioner, dirs_exist_ok=True)
         unfinished = folder / ".tower"
-        _train(pretrain_tower.main, "pretrain_tower.yaml", captioner, unfinished, seed)
+        steps = ["--max_steps", str(TOWER_STEPS)]
+        _train(pretrain_tower.main, "pretrain_tower.yaml", captioner, unfinished, seed, *steps)
         os.replace(unfinished, tower)
     return tower
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from datasets import Dataset
 
 from dali_llava.atomic import write_text
-from dali_llava.processing.corpora.avworld import names
 
 from ..caption_metrics import CaptionScorer
 from ..captioner import load_captioner
@@ -18,6 +17,7 @@ from ..evaluation import System, caption_split, score_split
 from ..results import Row, markdown_table, shown_metrics, versions
 from ..runner import CaptionRunner
 from ..summary import LEVEL, interval
+from .source_metrics import class_phrases
 
 
 BATCH_SIZE = 100
@@ -100,7 +100,8 @@ def score_row(name: str, model: Path, seed: int, rows: Dataset, split: str, out:
     modality = "audio" if ablation_rows()[name].get("modalities") == ["audio"] else "audiovisual"
     system = System(name, "supervised", modality, processor.sound_prompt)
     runner = CaptionRunner(captioner, processor, batch_size=BATCH_SIZE, max_new_tokens=MAX_NEW_TOKENS)
-    (row,) = score_split(scorer, rows, [caption_split(runner, rows, system, split, out)], seed, names)
+    captioned = caption_split(runner, rows, system, split, out)
+    (row,) = score_split(scorer, rows, [captioned], seed, class_phrases())
     return row
 
 
