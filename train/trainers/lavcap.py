@@ -102,8 +102,8 @@ class LavcapOutput(ModelOutput):
         loss: `caption_loss + ot_weight * assignment_loss`.
         caption_loss: mean cross-entropy over the tokens of the answers.
         num_tokens: number of these tokens.
-        assignment_loss: mean loss between the tokens of a sample, 0 without samples of both modalities; None without
-            an objective.
+        assignment_loss: mean over the samples of the loss between their tokens, which is 0 for a sample of one
+            modality; None without an objective.
         logs: logs of the objective.
     """
 
@@ -163,9 +163,9 @@ class LavcapModel(nn.Module):
         found = LavcapOutput(loss=caption_loss, caption_loss=caption_loss, num_tokens=(targets != IGNORED).sum())
         if not hasattr(self, "objective"):
             return found
-        if outputs.fusion_inputs is not None:
-            output = self.objective(*outputs.fusion_inputs.to_tuple())
-            found.assignment_loss, found.logs = output.loss, output.logs
+        if (pairs := outputs.fusion_inputs) is not None:
+            output = self.objective(*pairs.to_tuple())
+            found.assignment_loss, found.logs = output.loss * len(pairs.audio_tokens) / len(labels), output.logs
         else:  # every rank needs a gradient of the objective's parameters
             found.assignment_loss = 0 * sum(parameter.sum() for parameter in self.objective.parameters())
             found.logs = {}
@@ -204,7 +204,7 @@ class LavcapTrainer(StageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
         The loss of a batch. In training, it is the part of the step's loss that this batch contributes: the mean over
-        the tokens of all batches and ranks, and the mean of the objective over the batches.
+        the tokens of all batches and ranks, and the mean of the objective over their samples.
         """
         output = model(**inputs)
         loss = output.loss
