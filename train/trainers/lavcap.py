@@ -8,9 +8,10 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
+from dali_llava.modeling.fusion_inputs import FusionInputs
 from dali_llava.train.arguments import AdapterArguments, CaptioningArguments, check_not_negative, parse_options
 from dali_llava.train.data.collators import IGNORED
-from dali_llava.train.losses import AlignmentLoss
+from dali_llava.train.losses import TokenAssignmentLoss
 
 from .samples import SampleCaptions
 from .stage import StageTrainer
@@ -104,7 +105,7 @@ class LavcapOutput(ModelOutput):
         num_tokens: number of these tokens.
         assignment_loss: mean over the samples of the loss between their tokens, which is 0 for a sample of one
             modality; None without an objective.
-        logs: logs of the objective.
+        logs: `assignment_loss`, and the `scale` of the objective.
     """
 
     loss: torch.Tensor | None = None
@@ -124,7 +125,7 @@ class LavcapModel(nn.Module):
 
     Args:
         captioner: the captioner. What it trains has `requires_grad`.
-        objective: an `AlignmentLoss`, or None for the cross-entropy alone.
+        objective: the loss between the tokens, or None for the cross-entropy alone.
         ot_weight: weight of the objective.
         label_smoothing: share of the uniform distribution over the vocabulary in the target of each token.
 
@@ -136,7 +137,7 @@ class LavcapModel(nn.Module):
     def __init__(
         self,
         captioner: LlavaAudioForConditionalGeneration,
-        objective: AlignmentLoss | None = None,
+        objective: TokenAssignmentLoss | None = None,
         ot_weight: float = 1.0,
         label_smoothing: float = 0.0,
     ):
@@ -163,12 +164,14 @@ class LavcapModel(nn.Module):
         found = LavcapOutput(loss=caption_loss, caption_loss=caption_loss, num_tokens=(targets != IGNORED).sum())
         if not hasattr(self, "objective"):
             return found
-        if (pairs := outputs.fusion_inputs) is not None:
-            output = self.objective(*pairs.to_tuple())
-            found.assignment_loss, found.logs = output.loss * len(pairs.audio_tokens) / len(labels), output.logs
-        else:  # every rank needs a gradient of the objective's parameters
-            found.assignment_loss = 0 * sum(parameter.sum() for parameter in self.objective.parameters())
-            found.logs = {}
+        pairs, share = outputs.fusion_inputs, 0.0
+        if pairs is not None:
+            share = len(pairs.audio_tokens) / len(labels)
+        else:  # every rank needs a gradient of the objective's parameters, through its forward pass
+            pairs = FusionInputs.from_samples([logits.new_zeros(1, 1)], [logits.new_zeros(1, 1)])
+        output = self.objective(*pairs.to_tuple())
+        found.assignment_loss = share * output.loss
+        found.logs = {"assignment_loss": found.assignment_loss.detach(), "scale": output.logs["scale"]}
         found.loss = caption_loss + self.ot_weight * found.assignment_loss
         return found
 
