@@ -33,7 +33,7 @@ from dali_llava.train.data.collators import MODALITIES, SupervisedCollator
 from dali_llava.train.data.draws import Draws
 from dali_llava.train.losses import TokenAssignmentLoss
 from dali_llava.train.parts import check_parts, trained_modules
-from dali_llava.train.planning import StageModel, check_memory
+from dali_llava.train.planning import StageModel
 from dali_llava.train.trainers.checkpoints import check_resume
 from dali_llava.train.trainers.lavcap import LavcapArguments, LavcapModel, LavcapTrainer
 
@@ -149,7 +149,6 @@ def main(argv: list[str] | None = None) -> LavcapTrainer:
     config = fused_config(arguments, check_base(arguments))
     lavcap_prompt(arguments.prompt, config.fusion)
     stage = stage_model(arguments, config)
-    check_memory(arguments, stage, config)
     rows = captioned_rows(arguments, arguments.split)
     held_out = captioned_rows(arguments, arguments.eval_split) if arguments.eval_split else None
     captioner, processor = load_base(arguments, stage.model_class, stage.trained, config)

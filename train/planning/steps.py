@@ -14,7 +14,6 @@ from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGenera
 from dali_llava.train.losses import TransportLoss
 from dali_llava.train.planning.meter import Measurement, measured
 from dali_llava.train.planning.stage_model import build_on_meta
-from dali_llava.train.trainers.towers import TowerObjective
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def trace_training_step(
 def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) -> torch.Tensor:
     """Return the loss of a batch, with the dtypes of `accelerate`."""
     inputs = batch.media()
-    if not isinstance(model, TowerObjective):
+    if not hasattr(model, "objective"):
         inputs |= batch.text()
         inputs["labels"] = inputs["input_ids"]
     context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
