@@ -85,7 +85,8 @@ class CaptionRunner:
         processor: the `LlavaAudioProcessor` of the model.
         batch_size: samples per forward pass. It affects the speed, not the captions, because padding is on the left.
         max_new_tokens: maximum length of a caption in tokens.
-        num_beams: number of beams; 1 is greedy search.
+        num_beams: number of beams; 1 is greedy search. By default that of the model's generation configuration, or 1
+            for sampling.
         temperature: temperature at which tokens are sampled from the whole vocabulary; 0 is greedy or beam search.
         seed: seed of the sampling. A sampled caption depends on the seed and the id of its sample, not on the batch.
         device: device to move the model to; by default, the model is not moved.
@@ -102,12 +103,15 @@ class CaptionRunner:
         *,
         batch_size: int = 8,
         max_new_tokens: int = 64,
-        num_beams: int = 1,
+        num_beams: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
+        if num_beams is None:
+            configured = getattr(getattr(model, "generation_config", None), "num_beams", None)
+            num_beams = 1 if temperature or configured is None else configured
         for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")

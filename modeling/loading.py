@@ -26,6 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import (
     CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -280,10 +281,10 @@ def assembled_options(
                 weights.setdefault(target, weights[tied])
     options["state_dict"] = weights
     if options.get("generation_config") is None:
-        try:
-            options["generation_config"] = GenerationConfig.from_pretrained(source, **hub_kwargs)
-        except OSError:
-            pass  # the model creates one from its configuration
+        for place, place_kwargs in checkpoint.places:  # without one, the model creates it from its configuration
+            if cached_file(place, GENERATION_CONFIG_NAME, **OPTIONAL, **place_kwargs) is not None:
+                options["generation_config"] = GenerationConfig.from_pretrained(place, **place_kwargs)
+                break
     return options
 
 
@@ -319,6 +320,7 @@ def merge_weights(
     updates: dict[str, list[LowRankUpdate]] = {}
     for stage in reversed(checkpoint.stages):
         replaced, adapted = stage.changes()
+        replaced = {name: weight for name, weight in replaced.items() if not _without_fusion(name, expected)}
         for name, change in (replaced | adapted).items():
             if name not in expected or expected[name].shape != change.shape:
                 have = "no such weight" if name not in expected else f"shape {tuple(expected[name].shape)}"
@@ -354,6 +356,11 @@ def merge_weights(
         if (weight := trained.get(name, in_model.get(name))) is not None:  # None: not read
             trained[name] = apply_updates(weight, changes)
     return {name: tensor for name, tensor in weights.items() if names[name] not in trained} | trained, reference
+
+
+def _without_fusion(name: str, expected: Mapping) -> bool:
+    """Whether a weight belongs to the audio projector of an earlier stage, in place of which there is now a fusion."""
+    return name.startswith("model.audio_projector.linear_") and "model.audio_projector.weight" in expected
 
 
 def _names_in(path: str) -> list[str]:

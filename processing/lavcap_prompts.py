@@ -5,7 +5,7 @@ A prompt encloses the audio and visual tokens in tags: `USER: <Audio>[tokens]</A
 `ASSISTANT:` on a line of its own. The tags are plain text.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 # fusions whose tokens are of both modalities, which prompt III cannot separate
@@ -88,9 +88,9 @@ LAVCAP_PROMPTS = {
 }
 
 
-def lavcap_prompt(name: str, fusion: str = "concatenate") -> LavcapPrompt:
+def lavcap_prompt(name: str, fusion: str = "concatenate", audio_tag: str = "Audio") -> LavcapPrompt:
     """
-    Return prompt `"I"`, `"II"` or `"III"` for a model with `config.fusion`.
+    Return prompt `"I"`, `"II"` or `"III"` for a model with `config.fusion`, with `audio_tag` in place of `Audio`.
 
     Prompt III has the visual tokens in a tag of their own, so it excludes the fusions of `JOINT_FUSIONS`.
 
@@ -108,4 +108,5 @@ def lavcap_prompt(name: str, fusion: str = "concatenate") -> LavcapPrompt:
             f"prompt III separates audio and visual tokens, but fusion={fusion!r} joins them; choose prompt I or II, "
             "or another fusion, such as ot_attention"
         )
-    return LAVCAP_PROMPTS[name]
+    prompt = LAVCAP_PROMPTS[name]
+    return replace(prompt, chat_template=prompt.chat_template.replace("Audio>", f"{audio_tag}>"))

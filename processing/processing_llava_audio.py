@@ -57,6 +57,7 @@ class LlavaAudioProcessor(ProcessorMixin):
             `from_pretrained` reads it from the model's configuration in the same folder.
         vision_pooling (`str`): `"patches"` for one token per patch, `"frame"` for one per image. `from_pretrained`
             reads it from the model's configuration in the same folder.
+        sound_prompt (`str`): question about the sound of a clip, with which the model captions by default.
         num_frames (`int`): maximum number of frames of a clip.
         frame_rate (`float`): maximum number of frames per second that are taken from a video.
         pad_to_square (`bool`): whether to pad images to a square with the mean colour of the image processor,
@@ -90,6 +91,7 @@ class LlavaAudioProcessor(ProcessorMixin):
         chat_template: str | None = None,
         prefix_modalities: list[str] | tuple[str, ...] = (),
         vision_pooling: str = "patches",
+        sound_prompt: str = SOUND_PROMPT,
         num_frames: int = 1,
         frame_rate: float = 2.0,
     ):
@@ -116,6 +118,7 @@ class LlavaAudioProcessor(ProcessorMixin):
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.num_additional_image_tokens = num_additional_image_tokens
         self.prefix_length = prefix_length
+        self.sound_prompt = sound_prompt
         self.prefix_modalities = list(prefix_modalities)
         self.pad_to_square = pad_to_square
         self.vision_pooling = vision_pooling

@@ -32,7 +32,7 @@ def adapter_config(arguments: AdapterArguments, config: LlavaAudioConfig | None 
         ImportError: PEFT is not installed.
         ValueError: an argument is out of its range, a part is unknown, or a target matches no linear layer.
     """
-    if not arguments.lora:
+    if arguments.lora in (None, [], ["none"]):
         return None
     if unknown := sorted(set(arguments.lora) - set(PARTS)):
         raise ValueError(f"lora: unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}.")

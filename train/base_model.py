@@ -57,7 +57,10 @@ def check_base(arguments: StageArguments, after: Sequence[str] = ()) -> LlavaAud
 
 
 def load_base(
-    arguments: StageArguments, model_class: type = LlavaAudioForConditionalGeneration, trained: Sequence[str] = ()
+    arguments: StageArguments,
+    model_class: type = LlavaAudioForConditionalGeneration,
+    trained: Sequence[str] = (),
+    config: LlavaAudioConfig | None = None,
 ) -> tuple[nn.Module, LlavaAudioProcessor]:
     """
     Load the base model of a stage and its processor. Call `check_base` first.
@@ -69,6 +72,7 @@ def load_base(
         model_class: the part of the captioner that the stage needs. Weights that the base model lacks are initialised.
         trained: names of the submodules that the stage trains. They are loaded in float32, without rounding the
             weights of earlier stages to the dtype of the frozen parts.
+        config: configuration of the model; by default that of the base model.
 
     Returns:
         the model and the processor.
@@ -77,8 +81,12 @@ def load_base(
         OSError, ValueError: as in `load_captioner`.
     """
     checkpoint = find_checkpoint(arguments.base_model)
-    config = _config(checkpoint)
-    options = {"dtype": frozen_dtype(arguments, config.dtype), "attn_implementation": arguments.attn_implementation}
+    options = {"attn_implementation": arguments.attn_implementation}
+    if config is None:
+        config = _config(checkpoint)
+    else:
+        options["config"] = config
+    options["dtype"] = frozen_dtype(arguments, config.dtype)
     with whole_weights():
         model, processor = load_captioner(arguments.base_model, model_class=model_class, strict=False, **options)
         for name in trained:

@@ -44,6 +44,16 @@ def parse_stage_arguments(arguments: type[Arguments], description: str, argv: li
         parser.parse_args(argv if {"-h", "--help"} & set(argv) else ["--help"])
     path, overrides = Path(argv[0]), argv[1:]
     values = read_stage_config(path, {field.name for field in fields(arguments) if field.init})
+    parsed, unknown = parser.parse_args_into_dataclasses(
+        args=[*as_words(values), *overrides], look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return parsed
+
+
+def as_words(values: Mapping) -> list[str]:
+    """Return the options `--field value` of a mapping, without fields that are None."""
     words = []
     for key, value in values.items():
         if value is None:
@@ -53,12 +63,7 @@ def parse_stage_arguments(arguments: type[Arguments], description: str, argv: li
             words += [str(item) for item in value]
         else:
             words.append(json.dumps(value) if isinstance(value, dict) else str(value))
-    parsed, unknown = parser.parse_args_into_dataclasses(
-        args=[*words, *overrides], look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    return parsed
+    return words
 
 
 def run_stage(main: Callable[[list[str]], object]) -> None:
@@ -126,6 +131,21 @@ def warn_of_single_process(environment: Mapping[str, str]) -> None:
 
 def read_stage_config(path: Path, known: set[str]) -> dict:
     """Return the mapping in a YAML file, checked against the `known` keys; see `parse_stage_arguments`."""
+    values = read_yaml(path)
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{path}: unknown key {', '.join(unknown)}; --help lists the stage's fields.")
+    return values
+
+
+def read_yaml(path: Path) -> dict:
+    """
+    Return the mapping in a YAML file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not YAML, or not a mapping.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the configuration does not exist; examples are in {CONFIGS}.")
     try:
@@ -134,7 +154,4 @@ def read_stage_config(path: Path, known: set[str]) -> dict:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected 'field: value' lines, found a {type(values).__name__}.")
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{path}: unknown key {', '.join(unknown)}; --help lists the stage's fields.")
     return values

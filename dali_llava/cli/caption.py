@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     )
     extractor = processor.feature_extractor
     window = extractor.max_length * extractor.hop_length / extractor.sampling_rate
-    session = _Session(args, window, processor.frame_options)
+    session = _Session(args, window, processor.frame_options, processor.sound_prompt)
     total = None if args.timestamps else len(session.files)
     for result in runner.run(session.samples(), total=total):
         session.report(result)
@@ -105,10 +105,11 @@ def run(args: argparse.Namespace) -> int:
 class _Session:
     """One call of the command: converts the inputs to samples and prints the results."""
 
-    def __init__(self, args: argparse.Namespace, window: float, frame_options: dict):
+    def __init__(self, args: argparse.Namespace, window: float, frame_options: dict, sound_prompt: str):
         self.args = args
         self.window = window
         self.frame_options = frame_options
+        self.sound_prompt = sound_prompt
         self.failed = False
         self.numbers = count()
         self.files = self._files()
@@ -201,9 +202,9 @@ class _Session:
 
     def _sample(self, file: str, span: Span, modality: str, image, audio) -> "Sample":
         from dali_llava.eval.runner import Sample
-        from dali_llava.processing import SEE_PROMPT, SOUND_PROMPT
+        from dali_llava.processing import SEE_PROMPT
 
-        default_prompt = SEE_PROMPT if modality == "image" else SOUND_PROMPT
+        default_prompt = SEE_PROMPT if modality == "image" else self.sound_prompt
         sample = Sample(
             id=str(next(self.numbers)),
             prompt=default_prompt if self.args.prompt is None else self.args.prompt,

@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
     from dali_llava.eval.evaluation import System, caption_split, score_split
     from dali_llava.eval.results import Results, print_results, versions
     from dali_llava.eval.runner import CaptionRunner
-    from dali_llava.processing.processing_llava_audio import SOUND_PROMPT
 
     start = time.monotonic()
     rows, split = open_corpus(args.dataset, args.split or default_split(args.dataset), args)
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     with CaptionScorer() as scorer:
         said = []
         for modality in args.modality:
-            system = System(Path(args.model).resolve().name, stage, modality, SOUND_PROMPT)
+            system = System(Path(args.model).resolve().name, stage, modality, processor.sound_prompt)
             said.append(caption_split(runner, rows, system, split, captions))
         classes = class_phrases() if args.dataset == "avworld" else None
         table = score_split(scorer, rows, said, 0, classes, captions)

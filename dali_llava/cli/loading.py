@@ -29,7 +29,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum length of a caption; default: %(default)s",
     )
     group.add_argument(
-        "--num-beams", type=positive_int, default=1, metavar="N", help="number of beams; default: 1, greedy decoding"
+        "--num-beams",
+        type=positive_int,
+        metavar="N",
+        help="number of beams; default: that of the model's generation configuration, or 1, greedy decoding",
     )
     group.add_argument(
         "--batch-size", type=positive_int, default=8, metavar="N", help="samples per batch; default: %(default)s"

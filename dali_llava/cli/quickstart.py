@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from dali_llava.eval.results import Results, print_results, versions, write_results
 
     start = time.monotonic()
-    _quieten()
+    quieten()
     folders = train(args.out, args.seed, methods, args.esc10)
     announce("evaluation")
     found = compare(folders, methods, args.seed, args.out, args.esc10)
@@ -162,7 +162,7 @@ def print_examples(examples: list[tuple[str, dict[str, str]]], methods: list[str
     console.print(table)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silence the libraries, so that stderr shows only our headlines and progress bars."""
     import datasets
     from transformers import logging

@@ -54,6 +54,7 @@ SPEED = {
     "pretrain_tower.py": [*TWO_STEPS.split(), "--examples", "4"],
     "align.py": TWO_STEPS.split(),
     "sft.py": TWO_STEPS.split(),
+    "lavcap.py": TWO_STEPS.split(),
     "distill.py": [*TWO_STEPS.split(), "--caption_max_new_tokens", "6"],
     "prefilter.py": "--captioner runs/captioner --embedder runs/captioner --use_cpu true --keep 2".split(),
     "evaluate": ["--max-new-tokens", "6"],

@@ -13,7 +13,7 @@ from datasets import Dataset
 from dali_llava.modeling import LlavaAudioForConditionalGeneration, LlavaAudioTowers
 from dali_llava.processing import SOUND_PROMPT, LlavaAudioProcessor
 from dali_llava.processing.corpora.avworld.avworld import make_row
-from dali_llava.train import align, distill, prefix_tune, sft
+from dali_llava.train import align, distill, lavcap, prefix_tune, sft
 from dali_llava.train.avworld import pretrain_captioner, pretrain_tower
 from dali_llava.train.avworld.pretrain_captioner import tokenize_dialogues
 from dali_llava.train.command_line import CONFIGS
@@ -40,6 +40,7 @@ STAGES = {
     "tower": (pretrain_tower, AVWORLD / "pretrain_tower.yaml", ["--examples", "8"]),
     "aligned": (align, AVWORLD / "align.yaml", []),
     "distilled": (distill, AVWORLD / "distill.yaml", ["--caption_max_new_tokens", "6"]),
+    "lavcap": (lavcap, AVWORLD / "lavcap.yaml", ["--split", "shots"]),
     "supervised": (sft, AVWORLD / "sft.yaml", ["--split", "shots", "--modalities", "audio", "audiovisual"]),
 }
 
@@ -109,7 +110,7 @@ def run_dir(run_stage, tmp_path_factory) -> Path:
     """Folder of a run with the checkpoints of DALI's stages, each trained from the previous one. Read-only."""
     folder = tmp_path_factory.mktemp("run")
     base = None
-    for stage in [name for name in STAGES if name != "supervised"]:
+    for stage in [name for name in STAGES if name not in ("lavcap", "supervised")]:
         run_stage(stage, base, folder / stage)
         base = folder / stage
     return folder

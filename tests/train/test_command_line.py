@@ -18,6 +18,7 @@ from dali_llava.train.command_line import (
     run_stage,
     warn_of_single_process,
 )
+from dali_llava.train.trainers.lavcap import LavcapArguments
 from dali_llava.train.trainers.supervised import SupervisedArguments
 
 
@@ -30,6 +31,7 @@ ARGUMENTS = {
     "align_recordings": AlignmentArguments,
     "distill": DistillationArguments,
     "sft": SupervisedArguments,
+    "lavcap": LavcapArguments,
 }
 FILES = sorted(path for folder in ("avworld", "full") for path in (CONFIGS / folder).glob("*.yaml"))
 

@@ -1,5 +1,6 @@
 """Two processes with half of each batch train the weights of one process with the whole batch, under every engine."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ BEFORE = {
     "aligned": "prefix",
     "distilled": "aligned",
     "supervised": "aligned",
+    "lavcap": "aligned",
 }
 COMMON = [
     *("--max_steps", "6", "--learning_rate", "2e-3", "--lr_scheduler_type", "constant", "--warmup_steps", "0"),
@@ -50,13 +52,22 @@ RUNS = {
             *("audio_projector", "audio_tower", "multi_modal_projector"),
         ],
     ),
+    # One process may have no pair of audio and image, so that the temperature has no gradient there.
+    "lavcap": (
+        "lavcap",
+        [
+            *("--modalities", "audio", "audiovisual", "--ddp_find_unused_parameters", "false", "--lora", "none"),
+            *("--fusion", "cross_attention", "--fusion_options", '{"num_attention_heads": 4}'),
+            *("--ot_options", '{"rescale": true}', "--train_parts", "audio_projector", "fusion", "audio_tower"),
+        ],
+    ),
 } | {
     objective: ("aligned", [*ALIGNMENT, "--objective", objective, *OPTIONS.get(objective, [])]) for objective in LOSSES
 }
 # Runs with half of the batch per process, in two parts.
 ACCUMULATED = {f"{name}_accumulated": RUNS[name] for name in ("prefix", "mmd", "ot", "distilled")}
 ALL = RUNS | ACCUMULATED
-LEAST = {"supervised": 5e-5}  # change of a weight; the gradients of the last layers of the tower are small here
+LEAST = {"supervised": 5e-5, "lavcap": 5e-5}  # change of a weight; gradients of the tower's last layers are small here
 ENGINES = {
     "ddp_8gpu": ("DistributedDataParallel", ("AdamW", "Adam", "SGD")),
     "zero2": ("DeepSpeedEngine", ("DeepSpeedZeroOptimizer",)),
@@ -140,9 +151,18 @@ def test_two_processes_train_the_weights_of_one(alone, shared, run_dir, engine, 
     assert largest_difference(first, second) <= 1e-5
     before = BEFORE[ALL[name][0]]
     start = LlavaAudioForConditionalGeneration.from_pretrained(run_dir / before).state_dict()
-    moved = {key: (tensor - start[key]).abs().max().item() for key, tensor in first.items()}
+    # A fusion is not in the base.
+    moved = {key: (tensor - start[key]).abs().max().item() for key, tensor in first.items() if key in start}
     # the bias of a key has no gradient except for rounding
     assert min(moved[key] for key in moved if not key.endswith("k_proj.bias")) > LEAST.get(name, 1e-3)
+
+
+def test_two_processes_train_the_temperature_of_one(alone, shared):
+    first, second = (
+        load_file(run[0] / "objective.safetensors") for run in (alone("lavcap"), shared("ddp_8gpu", "lavcap"))
+    )
+    assert set(first) == {"log_scale"} and first["log_scale"].item() != pytest.approx(math.log(1 / 0.07), abs=1e-4)
+    assert largest_difference(first, second) <= 1e-5
 
 
 def test_processes_of_the_supervised_run_have_other_modalities(run_dir, run_stage, tmp_path, monkeypatch):

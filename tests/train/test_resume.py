@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from dali_llava.train.losses import LOSSES
 from dali_llava.train.losses.attentive import ATTENTION_WEIGHTS
+from dali_llava.train.trainers.objective import OBJECTIVE_WEIGHTS
 
 
 BEFORE = {
@@ -17,6 +19,7 @@ BEFORE = {
     "aligned": "prefix",
     "distilled": "aligned",
     "supervised": "aligned",
+    "lavcap": "aligned",
 }
 # name: stage and its words
 RUNS = {
@@ -24,6 +27,7 @@ RUNS = {
     "tower": ("tower", []),
     "distilled": ("distilled", []),
     "supervised": ("supervised", ["--train_parts", "audio_projector", "audio_tower"]),
+    "lavcap": ("lavcap", []),
 } | {objective: ("aligned", ["--objective", objective, "--schedule_epochs", "3"]) for objective in LOSSES}
 STEPS = 6  # of four batches per epoch, or one in prefix tuning
 
@@ -53,7 +57,7 @@ def resume(run_stage, run_dir, run: str, folder: Path, *more: str):
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
-    for name in ("stage.safetensors", ATTENTION_WEIGHTS):
+    for name in ("stage.safetensors", ADAPTER_SAFE_WEIGHTS_NAME, OBJECTIVE_WEIGHTS, ATTENTION_WEIGHTS):
         assert (first / name).exists() == (second / name).exists()
         if (first / name).exists():
             one, other = load_file(first / name), load_file(second / name)

@@ -77,7 +77,7 @@ def for_evaluation(collator, rows: Dataset):
     """
     Return a copy of a collator for evaluation, whose batches are the same in every evaluation.
 
-    It does not augment spectrograms. A random frame is the same in every evaluation.
+    It does not augment spectrograms or reword questions. A random frame is the same in every evaluation.
 
     Args:
         collator: collator of the training batches.
@@ -86,6 +86,8 @@ def for_evaluation(collator, rows: Dataset):
     changes = {"draws": Draws(collator.draws.seed)}
     if hasattr(collator, "augmentation"):
         changes["augmentation"] = UNCHANGED
+    if hasattr(collator, "wordings"):
+        changes["wordings"] = ()
     if hasattr(collator, "opener") and collator.opener.spares is not None:
         changes["opener"] = replace(collator.opener, spares=rows)
     return replace(collator, **changes)
@@ -203,6 +205,9 @@ class SupervisedCollator:
         processor: processor of the model to train.
         question: the question.
         modalities: names of `MODALITIES`.
+        wordings: wordings of the question, of which training draws one per row and epoch; by default the question.
+        longest_answer: number of tokens to which captions are cut; all tokens by default.
+        augmentation: augmentation of the spectrograms.
         frame: index of the frame to show; by default a random one, or frames of the whole clip if `num_frames` of the
             processor is more than 1.
         opener: opens the media and replaces broken rows.
@@ -212,25 +217,42 @@ class SupervisedCollator:
     processor: LlavaAudioProcessor
     question: str
     modalities: Sequence[str] = ("audio",)
+    wordings: Sequence[str] = ()
+    longest_answer: int | None = None
+    augmentation: Augmentation = UNCHANGED
     frame: int | None = None
     opener: ClipOpener = field(default_factory=ClipOpener)
     draws: Draws = field(default_factory=Draws)
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        clips, turns = [], []
+        clips, turns, heard = [], [], []
         options = {
             "second": self.frame,
             "frame_options": several_frames(self.processor, self.frame),
             "sampling_rate": self.processor.feature_extractor.sampling_rate,
         }
         for row, generator in zip(rows, self.draws(rows), strict=True):
+            question = self.wordings[generator.integers(len(self.wordings))] if self.wordings else self.question
             modalities = row_modalities(row, self.modalities)
             media = dict.fromkeys(MODALITIES[modalities[generator.integers(len(modalities))]], True)
             (clip,) = self.opener([row], [generator], **options, **media)
             captions = clip.row["captions"]
-            turns.append(Turn(self.question, captions[generator.integers(len(captions))], clip.image, clip.audio))
+            answer = self._cut(captions[generator.integers(len(captions))])
+            turns.append(Turn(question, answer, clip.image, clip.audio))
             clips.append(clip)
-        return {"id": [clip.row["id"] for clip in clips], **collate_turns(turns, self.processor)}
+            heard += [generator] if clip.audio is not None else []
+        batch = collate_turns(turns, self.processor)
+        if heard:
+            batch["input_features"] = self.augmentation(batch["input_features"], heard)
+        return {"id": [clip.row["id"] for clip in clips], **batch}
+
+    def _cut(self, answer: str) -> str:
+        """Cut an answer to `longest_answer` tokens."""
+        if self.longest_answer is None:
+            return answer
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return answer if len(ids) <= self.longest_answer else tokenizer.decode(ids[: self.longest_answer])
 
     def sample(self, row: Row) -> tuple[Sample, str]:
         """Return the question about a row in its first modality, to generate a caption from, and its first caption."""

@@ -28,6 +28,7 @@ BINDING = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
+    "label_smoothing_factor",
 }
 
 

@@ -61,8 +61,10 @@ class SampleCaptions(PeriodicCallback):
 
     def measure(self, state, control) -> None:
         trainer = self.trainer
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        runner = CaptionRunner(model, trainer.processing_class, batch_size=CLIPS, max_new_tokens=MAX_NEW_TOKENS)
+        model = trainer.pretrained
+        runner = CaptionRunner(
+            model, trainer.processing_class, batch_size=CLIPS, max_new_tokens=MAX_NEW_TOKENS, num_beams=1
+        )
         asked = [trainer.data_collator.sample(row) for row in self.rows]
         results = list(runner.run([sample for sample, _ in asked], progress=False))
         model.train()
