@@ -39,8 +39,8 @@ class LlavaAudioConfig(LlavaConfig):
         fusion_options: keyword arguments of the fusion, such as `{"rescale": True}`.
         vision_pooling: `"patches"`, or `"frame"` for one token per image: the pooled output of the vision tower,
             projected to `vision_config.projection_dim`. The latter needs a fusion.
-        sources: the released weights that the model was converted from, each a dict with `kind`, `name`, `license` and
-            where the licence was read (`license_from`).
+        sources: the released weights that the model was converted from, each a dict with `kind`, `name`, `license`,
+            where the licence was read (`license_from`), and the `parts` that it replaced, such as `audio_tower`.
 
     Raises:
         ValueError: the audio tower or the fusion is unknown or unsuitable, audio tokens and image tokens differ in

@@ -8,10 +8,12 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlavaConfig, LlavaPr
 from transformers.utils import PROCESSOR_NAME, is_gguf_available
 
 from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcessor  # registered with the Auto classes
+from dali_llava.processing.sentencepiece_tokenizer import load_sentencepiece
 
 
 PLACEHOLDERS = ("<image>", "<audio>", "<prefix>")
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
 
@@ -92,18 +94,21 @@ def load_tokenizer(folder: Path):
 
     Raises:
         FileNotFoundError: it is missing.
+        ImportError: the folder has only a SentencePiece model, and the package sentencepiece is missing.
         ValueError: it cannot be read.
     """
     if _is_own(folder):
         return LlavaAudioProcessor.from_pretrained(folder).tokenizer
-    if not (folder / TOKENIZER_FILE).is_file():
+    if (folder / TOKENIZER_FILE).is_file():
+        # With the configuration of LLaVA, transformers reads the file as it is and ignores the class that
+        # tokenizer_config.json names. The configuration in the folder may be of the original program.
+        tokenizer = _load(AutoTokenizer, "tokenizer", folder, config=LlavaConfig())
+    elif (folder / SENTENCEPIECE_FILE).is_file():
+        tokenizer = load_sentencepiece(folder / SENTENCEPIECE_FILE)
+    else:
         raise FileNotFoundError(
-            f"{folder}: no {TOKENIZER_FILE} in it; copy the one of llava-hf/llava-1.5-7b-hf there, if it has the "
-            "vocabulary of LLaVA-1.5"
+            f"{folder}: no {TOKENIZER_FILE} and no {SENTENCEPIECE_FILE} in it; copy or download the whole folder again"
         )
-    # With the configuration of LLaVA, transformers reads the file as it is and ignores the class that
-    # tokenizer_config.json names. The configuration in the folder may be of the original program.
-    tokenizer = _load(AutoTokenizer, "tokenizer", folder, config=LlavaConfig())
     tokenizer.chat_template = None  # that of LLaVA's processor, which has no audio and no prefix
     add_llava_tokens(tokenizer)
     return tokenizer

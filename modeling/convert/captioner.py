@@ -54,7 +54,8 @@ class ConvertedCaptioner:
             config: the configuration with these parts.
             conversion: the weights of the parts, named as in the captioner.
             replaces: prefixes of the names of the weights that are replaced, such as `(AUDIO_TOWER,)`.
-            source: the entry of the source in `config.sources`; see `describe_source`.
+            source: the entry of the source in `config.sources`; see `describe_source`. Its `parts` are those that are
+                replaced. Earlier sources lose these parts, and are no longer listed if they have no part left.
 
         Raises:
             ValueError: the weights together are not those of `config`. The message contains the first such name.
@@ -70,11 +71,14 @@ class ConvertedCaptioner:
                     f"{source['name']}: the shape of {name} is {given} in the sources and {needed} in the "
                     "configuration; give weights that belong together"
                 )
+        parts = [prefix.removeprefix("model.").removesuffix(".") for prefix in replaces]
+        sources = [*_without_parts(self.config.sources, parts), source | {"parts": parts}]
         return replace(
             self,
-            config=with_fields(config, sources=[*self.config.sources, source]),
+            config=with_fields(config, sources=sources),
             conversion=Conversion({name: weights[name] for name in expected}),
             reports=self.reports | {source["name"]: conversion.report()},
+            files={},  # they belong to the audio tower, which each part converter replaces
         )
 
     def to(self, dtype: torch.dtype) -> "ConvertedCaptioner":
@@ -101,6 +105,16 @@ class ConvertedCaptioner:
             self.generation_config.save_pretrained(folder)
         for name, write in self.files.items():
             write(Path(folder) / name)
+
+
+def _without_parts(sources: list[dict], parts: list[str]) -> list[dict]:
+    """The sources that give other parts than `parts`. A source without `parts` started the captioner and is kept."""
+    kept = []
+    for source in sources:
+        left = [part for part in source.get("parts", ()) if part not in parts]
+        if left or "parts" not in source:
+            kept.append(source | ({"parts": left} if left else {}))
+    return kept
 
 
 def captioner_shapes(config: LlavaAudioConfig, part: str = "") -> dict[str, torch.Size]:

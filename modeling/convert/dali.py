@@ -20,12 +20,11 @@ from ..configuration_cav_mae import CavMaeAudioConfig
 from . import cav_mae
 from .audio_tower import shape_of, with_tower
 from .captioner import AUDIO_PROJECTOR, AUDIO_TOWER, PREFIX, ConvertedCaptioner, captioner_shapes
-from .provenance import describe_source
+from .provenance import UNKNOWN, describe_source
 from .rules import Conversion, Drop, LazyTensor, Rename, Rule, apply_rules
 from .sources import Source, open_source
 
 
-LICENSE = "unknown"
 BACKBONE, PREFIX_FILE, PROJECTOR_FILE = "audio_backbone.pth", "prefix.bin", "prefixMLP.bin"
 PREFIX_NAME = "model.audio_tower.prefix"
 IMAGE_PROJECTOR = "model.multi_modal_projector."
@@ -94,7 +93,7 @@ def convert(source: Path, captioner: ConvertedCaptioner) -> ConvertedCaptioner:
         [key for conversion in converted for key in conversion.used],
         {key: each for conversion in converted for key, each in conversion.dropped.items()},
     )
-    captioner = captioner.with_part(config, whole, tuple(replaces), describe_source(source, "dali", LICENSE))
+    captioner = captioner.with_part(config, whole, tuple(replaces), describe_source(source, "dali", UNKNOWN))
     if not attention:
         return captioner
     weights = {key.removeprefix(ATTENTION): tensors[key] for key in attention}

@@ -17,12 +17,11 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from ..configuration_llava_audio import LlavaAudioConfig
 from .captioner import AUDIO_PROJECTOR, SEED, ConvertedCaptioner, captioner_shapes, new_audio_weights, with_fields
 from .llava import CLIP_RULES, CONSTANTS, PROJECTOR, VISION_TOWER, new_captioner, start_config, tied_rules
-from .provenance import describe_source
+from .provenance import UNKNOWN, describe_source
 from .rules import Conversion, Grow, Rename, Start, apply_rules
 from .sources import PICKLED, Source, open_source
 
 
-UNKNOWN = "unknown"  # licence
 EMBEDDINGS = "model.embed_tokens.weight"
 RULES = [
     CONSTANTS,
@@ -107,8 +106,8 @@ def convert(
         tie_word_embeddings=text_config.tie_word_embeddings,
         dtype=text_config.dtype,
     )
-    config = start_config(native, words, tokenizer, audio_config, _describe(source, "language-model"))
-    config = with_fields(config, sources=[*config.sources, _describe(vision, "vision")])
+    config = start_config(native, words, tokenizer, audio_config, describe_source(source, "language-model", UNKNOWN))
+    config = with_fields(config, sources=[*config.sources, describe_source(vision, "vision", UNKNOWN)])
     expected = captioner_shapes(config)
     text = apply_rules(words, tied_rules(RULES, config), _named(expected, "model.language_model.", "lm_head."))
     image = _convert_vision_tower(vision, _named(expected, VISION_TOWER))
@@ -116,12 +115,6 @@ def convert(
     audio = {r"model\.(audio_tower|prefix)\..*": Start(new_audio_weights(config))}
     new = apply_rules(Source(source, {}), [], rest, audio | {r".*": Start(_new_weights(config))})
     return new_captioner(source, config, text | image | new, tokenizer)
-
-
-def _describe(source: Path, kind: str) -> dict[str, str]:
-    """The entry of a source whose kind has no usual licence."""
-    entry = describe_source(source, kind, UNKNOWN)
-    return entry | ({"license_from": "no licence beside the weights"} if entry["license"] == UNKNOWN else {})
 
 
 def _named(expected: Mapping[str, torch.Size], *prefixes: str) -> dict[str, torch.Size]:

@@ -6,6 +6,8 @@ import yaml
 from huggingface_hub.repocard import metadata_load
 
 
+UNKNOWN = "unknown"  # licence
+NOT_STATED = "not stated beside the weights"
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # Text in the head of a licence -> its identifier on the Hub.
 LICENSE_TEXTS = {
@@ -26,17 +28,17 @@ def describe_source(path: Path, kind: str, license: str) -> dict[str, str]:
     Args:
         path: file or folder of the source.
         kind: kind of the source, such as `llava`.
-        license: identifier of the licence under which this kind of weights was released. It is used if the folder of
-            the source has neither a model card with a licence nor a known licence file.
+        license: identifier of the licence under which this kind of weights was released, or `UNKNOWN`. It is used if
+            the source is a file, or a folder with neither a model card with a licence nor a known licence file.
 
     Returns:
         `kind`, `name` (Hub id, or name of the file or folder), `revision` if it is from the Hub, `license`, and
-        `license_from`, which says where the licence was read.
+        `license_from`, which says where the licence was read, or that it is only known for this kind.
     """
     source = {"kind": kind, **_name(path)}
     found, where = _license_in(path) if path.is_dir() else (None, None)
     if found is None:
-        found, where = license, f"the usual license of {kind}"
+        found, where = license, NOT_STATED if license == UNKNOWN else f"known for {kind}; {NOT_STATED}"
     return source | {"license": found, "license_from": where}
 
 
@@ -71,4 +73,4 @@ def _license_in(folder: Path) -> tuple[str | None, str | None]:
     return None, None
 
 
-__all__ = ["describe_source"]
+__all__ = ["UNKNOWN", "describe_source"]

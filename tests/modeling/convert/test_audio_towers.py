@@ -1,5 +1,6 @@
 """Weights of CAV-MAE, DALI and CED at small width, in their formats: the converted parts equal independent ones."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from dali_llava.modeling import (
     LlavaAudioForConditionalGeneration,
 )
 from dali_llava.modeling.convert import get_converter
-from dali_llava.modeling.convert.captioner import AUDIO_TOWER, ConvertedCaptioner, captioner_shapes
+from dali_llava.modeling.convert.captioner import AUDIO_TOWER, ConvertedCaptioner, captioner_shapes, with_fields
 from dali_llava.modeling.convert.cav_mae import RULES as CAV_MAE_RULES
 from dali_llava.modeling.convert.cav_mae import sizes as cav_mae_sizes
 from dali_llava.modeling.convert.rules import Conversion, LazyTensor, apply_rules
@@ -372,6 +373,28 @@ def test_ced_replaces_another_tower_with_the_default_options(base, reference_tow
         "2 dropped: front end, computed by the feature extractor",
         "2 weights start as: random",
     ]
+
+
+def test_sources_of_replaced_parts_are_no_longer_listed(dali_dir, cav_mae, base, reference_towers, tmp_path):
+    torch.save(prefix(5) | image_projector(base), dali_dir / "prefix.bin")
+    torch.save(cav_mae, tmp_path / "cav-mae.pth")
+    ced = ced_file(reference_towers.ced_weights(CED, seed=1), "original", tmp_path)
+    sources = {"ced": ced, "cav-mae": tmp_path / "cav-mae.pth", "dali": dali_dir}
+    base = replace(base, config=with_fields(base.config, sources=[{"kind": "llava", "name": "llava"}]))
+
+    def compose(*kinds: str) -> tuple[list, list]:
+        captioner = base
+        for kind in kinds:
+            captioner = get_converter(kind)(sources[kind], captioner)
+        return [(entry["kind"], entry.get("parts")) for entry in captioner.config.sources], list(captioner.files)
+
+    assert compose("ced", "ced") == ([("llava", None), ("ced", ["audio_tower"])], [])
+    assert compose("ced", "cav-mae") == ([("llava", None), ("cav-mae", ["audio_tower"])], [])
+    listed, files = compose("cav-mae", "dali")
+    assert listed == [("llava", None), ("dali", ["audio_tower", "prefix"])]
+    assert files == ["alignment_attention.safetensors"]
+    # The prefix of DALI stays without its tower. Its attention weights the tokens of the tower, and does not stay.
+    assert compose("dali", "ced") == ([("llava", None), ("dali", ["prefix"]), ("ced", ["audio_tower"])], [])
 
 
 @pytest.mark.parametrize(

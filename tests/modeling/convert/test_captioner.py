@@ -34,7 +34,7 @@ def test_a_part_is_replaced(captioner):
     assert torch.equal(weights[PREFIX + "weight"], torch.full((4, 32), 3.0))
     assert weights.keys() == captioner.conversion.tensors.keys() == captioner_shapes(captioner.config).keys()
     assert replaced.config.prefix_length == 4 and captioner.config.prefix_length == 16
-    assert replaced.config.sources == [*captioner.config.sources, SOURCE]
+    assert replaced.config.sources == [*captioner.config.sources, SOURCE | {"parts": ["prefix"]}]
     assert list(replaced.reports) == ["llava-old", "fake.pth"] and replaced.reports["fake.pth"] == "1 tensors used"
 
 

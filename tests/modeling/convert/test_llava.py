@@ -102,7 +102,7 @@ def test_an_original_llava_with_its_clip(shards, native, write_original, convert
         torch.testing.assert_close(weights[name][32:], weights[name][:32].mean(0).expand(32, -1))
     assert "2 dropped: constant, computed by the model" in shown and "dropped: text encoder of CLIP" in shown
     assert [(entry["name"], entry["license"], entry["license_from"]) for entry in model.config.sources] == [
-        ("original", "llama2", "the usual license of llava"),
+        ("original", "llama2", "known for llava; not stated beside the weights"),
         ("clip", "mit", "LICENSE"),
     ]
     assert model.generation_config.pad_token_id == 33 and model.generation_config.temperature is None

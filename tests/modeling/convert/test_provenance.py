@@ -2,7 +2,10 @@
 
 import pytest
 
-from dali_llava.modeling.convert.provenance import describe_source
+from dali_llava.modeling.convert.provenance import UNKNOWN, describe_source
+
+
+KNOWN = "known for llava; not stated beside the weights"
 
 
 @pytest.mark.parametrize(
@@ -11,11 +14,11 @@ from dali_llava.modeling.convert.provenance import describe_source
         ({"README.md": "---\nlicense: llama2\n---\ntext"}, "llama2", "README.md"),
         ({"README.md": "---\nlicense: other\nlicense_name: research\n---\n"}, "research", "README.md"),
         ({"README.md": "# no metadata", "LICENSE": "MIT License\n"}, "mit", "LICENSE"),
-        ({"README.md": "---\n[: broken\n---\n"}, "usual", "the usual license of llava"),
+        ({"README.md": "---\n[: broken\n---\n"}, "usual", KNOWN),
         ({"LICENSE.txt": "  Apache License\n  Version 2.0\n"}, "apache-2.0", "LICENSE.txt"),
         ({"LICENSE": "LLAMA 2 COMMUNITY LICENSE AGREEMENT\n"}, "llama2", "LICENSE"),
-        ({"LICENSE": "all rights reserved"}, "usual", "the usual license of llava"),
-        ({}, "usual", "the usual license of llava"),
+        ({"LICENSE": "all rights reserved"}, "usual", KNOWN),
+        ({}, "usual", KNOWN),
     ],
 )
 def test_the_licence(files, license, where, tmp_path):
@@ -43,3 +46,9 @@ def test_a_file_has_its_own_name_only(tmp_path):
     (tmp_path / "tower.pth").touch()
     source = describe_source(tmp_path / "tower.pth", "cav-mae", "bsd-2-clause")
     assert (source["name"], source["license"]) == ("tower.pth", "bsd-2-clause")
+    assert source["license_from"] == "known for cav-mae; not stated beside the weights"
+
+
+def test_an_unknown_licence_is_not_known_for_the_kind(tmp_path):
+    source = describe_source(tmp_path, "dali", UNKNOWN)
+    assert (source["license"], source["license_from"]) == ("unknown", "not stated beside the weights")
