@@ -8,7 +8,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlavaConfig, LlavaPr
 from transformers.utils import PROCESSOR_NAME, is_gguf_available
 
 from dali_llava.processing import LlavaAudioFeatureExtractor, LlavaAudioProcessor  # registered with the Auto classes
-from dali_llava.processing.sentencepiece_tokenizer import load_sentencepiece
+from dali_llava.processing.sentencepiece_tokenizer import load_sentencepiece, require_sentencepiece
 
 
 PLACEHOLDERS = ("<image>", "<audio>", "<prefix>")
@@ -147,10 +147,12 @@ def load_language_model_tokenizer(source: Path):
         source: folder or `.gguf` file of the language model.
 
     Raises:
-        ImportError: a `.gguf` file is given, and the package gguf is missing.
+        ImportError: the package that reads the source, gguf or sentencepiece, is missing.
         ValueError: the tokenizer is missing or cannot be read.
     """
     if source.is_dir():
+        if not (source / TOKENIZER_FILE).is_file() and (source / SENTENCEPIECE_FILE).is_file():
+            require_sentencepiece(source / SENTENCEPIECE_FILE)
         tokenizer = _load(AutoTokenizer, "tokenizer", source)
     elif is_gguf_available():
         tokenizer = _load(AutoTokenizer, "tokenizer", source.parent, gguf_file=source.name)

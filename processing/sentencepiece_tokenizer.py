@@ -12,17 +12,29 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 SPACE = "▁"  # SentencePiece's character for a space
 BPE_MODEL = 2  # of `TrainerSpec.ModelType`
-REMEDY = "copy the tokenizer.json of llava-hf/llava-1.5-7b-hf there, if the vocabulary is that of LLaVA-1.5"
+REMEDY = "copy a tokenizer.json with the same vocabulary there, for LLaVA-1.5 that of llava-hf/llava-1.5-7b-hf"
+
+
+def require_sentencepiece(path: Path) -> None:
+    """
+    Check that SentencePiece models can be read.
+
+    Raises:
+        ImportError: the package sentencepiece or protobuf is missing. The message contains `path`.
+    """
+    if not (is_sentencepiece_available() and is_protobuf_available()):
+        package = 'the package sentencepiece; run pip install "dali-llava[sentencepiece]"'
+        raise ImportError(f"{path}: reading it needs {package}, or {REMEDY}")
 
 
 def load_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     """
     Load a SentencePiece model with the settings of Llama: byte-pair encoding, unknown characters as bytes.
 
-    Text after a special token starts with a space, as in the tokenizer.json of llava-hf/llava-1.5-7b-hf: `<image>\\nWhat`
-    has the tokens `<image>`, `▁`, `<0x0A>`, `What`. The original program gives the same tokens, because it encodes the
-    text before and after an image separately. `LlamaTokenizer` of transformers adds this space only with `legacy=True`,
-    and not before text that starts with a space.
+    Text after a special token starts with a space, as in the tokenizer.json of llava-hf/llava-1.5-7b-hf:
+    `<image>\\nWhat` has the tokens `<image>`, `▁`, `<0x0A>`, `What`. The original program gives the same tokens: it
+    encodes the text before and after an image separately. `LlamaTokenizer` of transformers adds this space only with
+    `legacy=True`, and not before text that starts with a space.
 
     Args:
         path: the file `tokenizer.model`.
@@ -31,14 +43,12 @@ def load_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
         ImportError: the package sentencepiece or protobuf is missing.
         ValueError: the file is damaged, or has other settings.
     """
-    if not (is_sentencepiece_available() and is_protobuf_available()):
-        raise ImportError(
-            f'{path}: reading it needs sentencepiece; run pip install "dali-llava[sentencepiece]", or {REMEDY}'
-        )
+    require_sentencepiece(path)
     try:
         extractor = SentencePieceExtractor(str(path))
-    except Exception as error:  # protobuf's own type
-        raise ValueError(f"{path}: damaged ({error}); copy it again from the model's source") from error
+    except Exception as error:  # of protobuf
+        message = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read ({message}); copy it again from the model's source") from error
     trainer, normalizer = extractor.proto.trainer_spec, extractor.proto.normalizer_spec
     like_llama = trainer.byte_fallback and normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
     if trainer.model_type != BPE_MODEL or not like_llama or normalizer.precompiled_charsmap:
@@ -58,4 +68,4 @@ def load_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, unk_token=unk)
 
 
-__all__ = ["load_sentencepiece"]
+__all__ = ["load_sentencepiece", "require_sentencepiece"]

@@ -178,6 +178,28 @@ def language_model_dir(byte_level_tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory) -> Path:
+    """A SentencePiece model of 320 tokens with the settings of Llama. The test is skipped without the package."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra sentencepiece")
+    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(WORDS), "the café is on the  grass", "a dog barks in the rain"]),
+            model_writer=file,
+            vocab_size=320,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            num_threads=1,
+            minloglevel=2,
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
 def convert_language_model(tmp_path_factory):
     """`convert_language_model(source, out)`: a captioner with a random vision tower and audio tower of width 32."""
     folder, size = tmp_path_factory.mktemp("vision"), {"height": 48, "width": 48}

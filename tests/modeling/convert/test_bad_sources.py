@@ -155,7 +155,10 @@ def test_a_stage(write_llava, refused, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("tokenizer.json", "no tokenizer.json in it"), ("processor_config.json", "the image processor cannot be loaded")],
+    [
+        ("tokenizer.json", "no tokenizer.json and no"),
+        ("processor_config.json", "the image processor cannot be loaded"),
+    ],
 )
 def test_a_missing_tokenizer_or_image_processor(file, message, write_llava, refused, tmp_path):
     folder = write_llava()
