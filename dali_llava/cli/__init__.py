@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 def describe_error(error: Exception) -> str:
     """Describe an error in one line: its message and, for unexpected types of error, its type."""
     message = " ".join(str(error).split()) or "no message"
-    if isinstance(error, (ValueError, OSError)):
+    expected = isinstance(error, (ValueError, OSError))
+    if expected or isinstance(error, ImportError) and "pip install" in message:  # a missing extra
         return message
     return f"{type(error).__name__}: {message} (use --debug for the traceback)"
 

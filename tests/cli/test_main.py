@@ -69,6 +69,8 @@ def test_the_command_decides_the_exit_code(code, command):
         (ValueError("a.wav: too\nshort"), "a.wav: too short"),
         (FileNotFoundError(2, "No such file or directory", "a.wav"), "[Errno 2] No such file or directory: 'a.wav'"),
         (KeyError("frames"), "KeyError: 'frames' (use --debug for the traceback)"),
+        (ImportError('needs x; run pip install "dali-llava[x]"'), 'needs x; run pip install "dali-llava[x]"'),
+        (ImportError("no y"), "ImportError: no y (use --debug for the traceback)"),
         (RuntimeError(), "RuntimeError: no message (use --debug for the traceback)"),
     ],
 )
