@@ -29,7 +29,7 @@ COMMANDS = {
     "convert": "convert released weights to a captioner",
     "export-llava": "write the LLaVA in a captioner for transformers",
     "plan": "plan the memory and the time of a stage",
-    "ablate": "train the ablations of a method on AVWorld and compare them with its paper",
+    "ablate": "train and score the ablations of a method on AVWorld",
     "merge": "merge a stage with its base into one complete checkpoint",
     "figures": "draw the figures of runs and summarise seeds in one table",
 }
