@@ -241,9 +241,8 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
                     inputs_embeds = self._scatter(inputs_embeds, audio_mask, audio_features, "audio")
             elif images or clips or past_key_values is None:
                 images, clips = ([tokens.to(inputs_embeds.device) for tokens in media] for media in (images, clips))
-                inputs_embeds, fusion_inputs = self._insert_fused(inputs_embeds, image_mask, audio_mask, images, clips)
-                image_features = inputs_embeds[image_mask] if images else None
-                audio_features = inputs_embeds[audio_mask] if clips else None
+                inserted = self._insert_fused(inputs_embeds, image_mask, audio_mask, images, clips)
+                inputs_embeds, image_features, audio_features, fusion_inputs = inserted
             inputs_embeds = self._insert_prefix(inputs_embeds, input_ids)
 
         outputs = self.language_model(
@@ -263,7 +262,14 @@ class LlavaAudioModel(TowerTokens, LlavaAudioPreTrainedModel, LlavaModel):
             fusion_inputs=fusion_inputs,
         )
 
-    def _insert_fused(
+    def _insert_fused(self, inputs_embeds, image_mask, audio_mask, images: list, clips: list) -> tuple:
+        """Returns the embeddings, the image features and audio features among them, and `fusion_inputs`."""
+        inputs_embeds, fusion_inputs = self._fuse(inputs_embeds, image_mask, audio_mask, images, clips)
+        image_features = inputs_embeds[image_mask] if images else None
+        audio_features = inputs_embeds[audio_mask] if clips else None
+        return inputs_embeds, image_features, audio_features, fusion_inputs
+
+    def _fuse(
         self, inputs_embeds, image_mask: torch.Tensor, audio_mask: torch.Tensor, images: list, clips: list
     ) -> tuple[torch.Tensor, FusionInputs | None]:
         """Fuse, project and insert the tokens of `images` and `clips`. Returns the embeddings and `fusion_inputs`."""

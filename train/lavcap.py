@@ -33,13 +33,31 @@ from dali_llava.train.data.collators import MODALITIES, SupervisedCollator
 from dali_llava.train.data.draws import Draws
 from dali_llava.train.losses import TokenAssignmentLoss
 from dali_llava.train.parts import check_parts, trained_modules
-from dali_llava.train.planning import StageModel
+from dali_llava.train.planning import StageModel, check_memory
 from dali_llava.train.trainers.checkpoints import check_resume
 from dali_llava.train.trainers.lavcap import LavcapArguments, LavcapModel, LavcapTrainer
 
 
 def parse(argv: list[str] | None = None) -> LavcapArguments:
     return parse_stage_arguments(LavcapArguments, __doc__, argv)
+
+
+def paper_sizes() -> tuple[LlavaAudioConfig, int]:
+    """Return the configuration of a base model with the sizes of the paper, and the number of frames of a clip."""
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    config = LlavaAudioConfig(  # the sizes of Vicuna-7B are those of Llama-2-7B
+        fusion="ot_attention",
+        vision_pooling="frame",
+        vision_config={
+            "model_type": "clip_vision_model",
+            "image_size": 224,
+            "patch_size": 14,
+            "projection_dim": 768,
+            **vision,
+        },
+        audio_config={"model_type": "ced_audio", "mel_pooling": True},
+    )
+    return config, 20
 
 
 def fused_config(arguments: LavcapArguments, base: LlavaAudioConfig) -> LlavaAudioConfig:
@@ -149,6 +167,7 @@ def main(argv: list[str] | None = None) -> LavcapTrainer:
     config = fused_config(arguments, check_base(arguments))
     lavcap_prompt(arguments.prompt, config.fusion)
     stage = stage_model(arguments, config)
+    check_memory(arguments, stage, config)
     rows = captioned_rows(arguments, arguments.split)
     held_out = captioned_rows(arguments, arguments.eval_split) if arguments.eval_split else None
     captioner, processor = load_base(arguments, stage.model_class, stage.trained, config)

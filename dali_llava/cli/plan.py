@@ -2,7 +2,8 @@
 
 CONFIG is the configuration of a stage. The stage is the one whose name starts the name of CONFIG, or that of --stage.
 Further options are fields of the stage, as in its script. Of --base_model, only the configuration is read. Without a
-base model, the sizes are those of the paper: CLIP ViT-L/14@336, CAV-MAE and Vicuna-7B, in bfloat16.
+base model, the sizes are those of the paper, in bfloat16: CLIP ViT-L/14@336, CAV-MAE and Vicuna-7B for DALI, CLIP
+ViT-L/14, CED-base and Llama-2-7B for LAVCap.
 
 The hours are those of the arithmetic at an assumed throughput. They include neither the loading of media nor the
 solver of the transport.
@@ -45,15 +46,16 @@ def run(args: argparse.Namespace) -> int:
     name = args.stage or stage_of(args.config)
     fields = {key.removeprefix("field "): value for key, value in vars(args).items() if key.startswith("field ")}
     words = [word for field, values in fields.items() for word in (field, *values)]
-    arguments, stage, config, origin = planned_stage(name, args.config, words)
+    arguments, stage, config, frames, origin = planned_stage(name, args.config, words)
     print(f"{name}; {origin}", file=sys.stderr)
-    plan = plan_stage(arguments, stage, config, args.engine, args.gpus, args.text_tokens, args.clips, args.tflops)
+    sizes = args.engine, args.gpus, args.text_tokens, args.clips, args.tflops
+    plan = plan_stage(arguments, stage, config, *sizes, frames=frames)
     print(format_plan(plan, args.engine, args.gpus, args.gpu_memory, args.tflops))
     return 0
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stage", metavar="NAME", help="prefix_tune, align, distill or sft")
+    parser.add_argument("--stage", metavar="NAME", help="prefix_tune, align, distill, sft or lavcap")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs; default: 1")
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of a GPU in GB, to compare with")
     parser.add_argument(

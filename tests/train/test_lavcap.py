@@ -218,21 +218,7 @@ def test_full_size_trains_the_papers_parameters(tmp_path):
     arguments = lavcap.parse(
         [str(lavcap_config()), "--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "true"]
     )
-    base = LlavaAudioConfig(
-        fusion="ot_attention",
-        vision_pooling="frame",
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 224,
-            "patch_size": 14,
-            "projection_dim": 768,
-        },
-        audio_config={"model_type": "ced_audio", "mel_pooling": True},
-    )
+    base, _ = lavcap.paper_sizes()
     stage = lavcap.stage_model(arguments, lavcap.fused_config(arguments, base))
     model = stage.on_meta(base, torch.float32)
     trained = {name: weight.numel() for name, weight in model.named_parameters() if weight.requires_grad}

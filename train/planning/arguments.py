@@ -1,10 +1,12 @@
 """The stages that can be planned: their arguments, and the configuration of their base model."""
 
 import importlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils import PROCESSOR_NAME, cached_file
 
 from dali_llava.modeling import LlavaAudioConfig
 from dali_llava.modeling.loading import find_checkpoint
@@ -12,7 +14,7 @@ from dali_llava.train.arguments import StageArguments
 from dali_llava.train.planning.stage_model import StageModel
 
 
-STAGES = ("prefix_tune", "align", "distill", "sft")  # modules of `dali_llava.train`
+STAGES = ("prefix_tune", "align", "distill", "sft", "lavcap")  # modules of `dali_llava.train`
 
 
 def stage_of(config: Path) -> str:
@@ -30,7 +32,7 @@ def stage_of(config: Path) -> str:
 
 def planned_stage(
     name: str, config: Path, words: Sequence[str] = ()
-) -> tuple[StageArguments, StageModel, LlavaAudioConfig, str]:
+) -> tuple[StageArguments, StageModel, LlavaAudioConfig, int, str]:
     """
     Parse the arguments of a stage and read the configuration of its base model. Reads no weights.
 
@@ -40,7 +42,8 @@ def planned_stage(
         words: fields that override the file, as on the command line of the stage.
 
     Returns:
-        the arguments, the model of the stage, the configuration, and a description of its origin.
+        the arguments, the model of the stage, the configuration, the largest number of images of a sample, and a
+        description of the configuration's origin.
 
     Raises:
         ValueError, OSError: as in the stage's script.
@@ -52,7 +55,17 @@ def planned_stage(
     arguments = module.parse([str(config), "--report_to", "none", *own, *words])
     if arguments.base_model:
         source, hub_kwargs = find_checkpoint(arguments.base_model).config
-        captioner, origin = LlavaAudioConfig.from_pretrained(source, **hub_kwargs), f"base model {source}"
+        config, frames = LlavaAudioConfig.from_pretrained(source, **hub_kwargs), frames_of(arguments.base_model)
+        origin = f"base model {source}"
     else:
-        captioner, origin = LlavaAudioConfig(dtype="bfloat16"), "no base model: sizes of the paper in bfloat16"
-    return arguments, module.stage_model(arguments, captioner), captioner, origin
+        config, frames = getattr(module, "paper_sizes", lambda: (LlavaAudioConfig(), 1))()
+        config.dtype, origin = "bfloat16", "no base model: sizes of the paper in bfloat16"
+    if hasattr(module, "fused_config"):
+        config = module.fused_config(arguments, config)
+    return arguments, module.stage_model(arguments, config), config, frames, origin
+
+
+def frames_of(base_model: str) -> int:
+    """Return the largest number of images of a sample, which the processor of a base model has."""
+    source, hub_kwargs = find_checkpoint(base_model).processor
+    return json.loads(Path(cached_file(source, PROCESSOR_NAME, **hub_kwargs)).read_text()).get("num_frames", 1)

@@ -9,6 +9,7 @@ import torch
 from dali_llava.modeling import LlavaAudioConfig
 from dali_llava.train.arguments import StageArguments
 from dali_llava.train.engines import requested_engine
+from dali_llava.train.planning.arguments import frames_of
 from dali_llava.train.planning.plan import Plan, base_dtype, plan_stage
 from dali_llava.train.planning.stage_model import StageModel
 
@@ -37,7 +38,8 @@ def check_memory(arguments: StageArguments, stage: StageModel, config: LlavaAudi
     if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
         return None
     engine = engine_name(arguments)
-    plan = plan_stage(arguments, stage, config, engine, arguments.world_size)
+    frames = frames_of(arguments.base_model)
+    plan = plan_stage(arguments, stage, config, engine, arguments.world_size, frames=frames)
     available, device = available_memory(arguments.device)
     line = f"about {plan.peak / 1e9:.1f} GB of memory are needed per device ({engine}), {device} has "
     line += f"{available / 1e9:.1f} GB"

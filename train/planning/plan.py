@@ -16,6 +16,7 @@ from dali_llava.train.precision import AUTOCAST, frozen_dtype
 
 TEXT_TOKENS = 128  # of a question with LLaVA-1.5's system prompt, about 70, and of a caption
 TFLOPS = 125.0  # 40% of the 312 TFLOP/s of an A100 in bfloat16
+WRAPPERS = ("captioner", "model", "towers")  # modules that contain the parts
 BANDWIDTH = 2e12  # bytes per second that decoding reads from the memory of an A100 with 80 GB
 # Clips of the corpora of the paper, for hours without the corpora.
 CLIPS = {
@@ -74,6 +75,7 @@ def plan_stage(
     text_tokens: int = TEXT_TOKENS,
     clips: int | None = None,
     tflops: float = TFLOPS,
+    frames: int = 1,
 ) -> Plan:
     """
     Plan a stage without allocating its model. The code of the model runs on tensors without storage.
@@ -87,6 +89,7 @@ def plan_stage(
         text_tokens: tokens of a question and its answer.
         clips: number of clips; by default `max_samples`, or the size of the paper's corpus.
         tflops: assumed throughput of a device, in 10^12 operations per second.
+        frames: number of images of a sample.
 
     Raises:
         ValueError: an argument is out of its range, or the engine is unknown.
@@ -104,7 +107,7 @@ def plan_stage(
     dtype, attention = base_dtype(arguments, config), base_attention(arguments)
     chosen = ENGINES[engine]
     text = 0 if issubclass(stage.model_class, LlavaAudioTowers) else text_tokens
-    measurements, batches = [], [Batch(config, inputs, size, text) for inputs in stage.samples]
+    measurements, batches = [], [Batch(config, inputs, size, text, frames) for inputs in stage.samples]
     for batch in batches:
         model = stage.on_meta(config, dtype, attention)
         parts, held = count_parts(model), held_memory(model, chosen, gpus)
@@ -144,8 +147,8 @@ def count_parts(model: nn.Module) -> dict[str, Part]:
     """Count the parameters of a module that a stage trains, by the parts of the captioner, and its objective."""
     parts: dict[str, Part] = {}
     for name, parameter in model.named_parameters():
-        first, *others = name.split(".")
-        part = parts.setdefault(others[0] if first in ("model", "towers") else first, Part())
+        own = next(each for each in name.split(".") if each not in WRAPPERS)
+        part = parts.setdefault(own, Part())
         part.parameters += parameter.numel()
         part.trained += parameter.numel() * parameter.requires_grad
         part.bytes += parameter.nbytes

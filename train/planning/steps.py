@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
 from transformers import DynamicCache
 
-from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
+from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration, LlavaAudioModel
+from dali_llava.modeling.fusion_inputs import FusionInputs
 from dali_llava.train.losses import TransportLoss
 from dali_llava.train.planning.meter import Measurement, measured
 from dali_llava.train.planning.stage_model import build_on_meta
+from dali_llava.train.trainers.towers import TowerObjective
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,23 @@ class Batch:
         inputs: the inputs of each sample; see `StageModel`.
         size: number of samples.
         text_tokens: tokens of a sample's question and answer; 0 for the alignment, which reads no text.
+        frames: number of images of a sample with images.
     """
 
     config: LlavaAudioConfig
     inputs: Sequence[str]
     size: int
     text_tokens: int
+    frames: int = 1
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one image."""
+        """Tokens of the images of a sample."""
+        if self.config.vision_pooling == "frame":
+            return self.frames
         vision = self.config.vision_config
         whole = self.config.vision_feature_select_strategy == "full"  # with the class token
-        return (vision.image_size // vision.patch_size) ** 2 + whole
+        return self.frames * ((vision.image_size // vision.patch_size) ** 2 + whole)
 
     @property
     def spectrogram(self) -> tuple[int, int]:
@@ -68,7 +74,8 @@ class Batch:
             "audio": ("input_features", self.spectrogram),
         }
         chosen = [shapes[name] for name in self.inputs if name in shapes]
-        return {name: torch.zeros(self.size, *shape) for name, shape in chosen}
+        count = {"pixel_values": self.size * self.frames}
+        return {name: torch.zeros(count.get(name, self.size), *shape) for name, shape in chosen}
 
     def text(self) -> dict[str, torch.Tensor]:
         """
@@ -110,6 +117,7 @@ def trace_training_step(
     objective = getattr(model, "objective", None)
     if isinstance(objective, TransportLoss):
         objective.problem = _UnsolvedTransport
+    _insert_alike(model)
     count = min(2, micro_batches)
     with measured([model], gradient_share) as measurement:
         for _ in range(count):
@@ -121,13 +129,36 @@ def trace_training_step(
 def step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) -> torch.Tensor:
     """Return the loss of a batch, with the dtypes of `accelerate`."""
     inputs = batch.media()
-    if not hasattr(model, "objective"):
+    if not isinstance(model, TowerObjective):
         inputs |= batch.text()
         inputs["labels"] = inputs["input_ids"]
     context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
     with context:
         output = model(**inputs)
     return convert_to_fp32(output).loss if autocast is not None else output.loss
+
+
+def _insert_alike(model: nn.Module) -> None:
+    """
+    Let a fusion group tokens by their number. Which tokens belong to a sample depends on `input_ids`, and fake tensors
+    have no values; but the samples of a batch are alike.
+    """
+
+    def insert(self, inputs_embeds, image_mask, audio_mask, images, clips):
+        size = len(inputs_embeds)
+        audio = torch.stack(clips)
+        image = torch.cat(images).unflatten(0, (size, -1)) if images else audio[:, :0]
+        masks = (torch.ones(tokens.shape[:2], dtype=torch.bool) for tokens in (audio, image))
+        inputs = FusionInputs(audio, image, *masks)
+        fused = [tokens.flatten(0, 1) for tokens in self.fusion(*inputs.to_tuple())]
+        audio, image = self.audio_projector(torch.cat(fused)).split([len(tokens) for tokens in fused])
+        inputs_embeds = self._scatter(inputs_embeds, audio_mask, audio, "audio")
+        inputs_embeds = self._scatter(inputs_embeds, image_mask, image, "image")
+        return inputs_embeds, image, audio, inputs if images else None
+
+    for module in model.modules():
+        if isinstance(module, LlavaAudioModel):
+            module._insert_fused = MethodType(insert, module)
 
 
 class _UnsolvedTransport:

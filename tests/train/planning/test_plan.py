@@ -50,6 +50,22 @@ def test_parameters_equal_those_of_a_real_model(size, request):
     assert totals(count_parts(AUDIO_STAGE.on_meta(config, torch.float32))) == counted(model)
 
 
+def test_parameters_of_the_second_paper():
+    """CED-base, Llama-2-7B and the linear projector with LoRA of rank 8 on queries and values, and a temperature."""
+    config = CONFIGS / "full" / "lavcap.yaml"
+    given, stage, config, frames, _ = planned_stage("lavcap", config, ["--bf16", "false"])
+    assert frames == 20
+    plan = plan_stage(given, stage, config, gpus=8, frames=frames)
+    assert {name: part.trained for name, part in plan.parts.items() if part.trained} == {
+        "audio_tower": 294_912,
+        "language_model": 4_194_304,
+        "audio_projector": 3_149_824,
+        "objective": 1,
+    }
+    assert plan.parts["audio_tower"].parameters == 85_305_728 + 294_912
+    assert (plan.sequence, plan.samples) == (64 + 20 + 128, 32)
+
+
 def test_parameters_of_the_paper():
     """Vicuna-7B with 64 more tokens, CLIP ViT-L/14@336 without pooled output, CAV-MAE, and the two projectors."""
     parts = count_parts(AUDIO_STAGE.on_meta(LlavaAudioConfig(), torch.bfloat16))
@@ -187,14 +203,16 @@ def test_the_cache_of_captioning(tiny_config):
 # Operations and time
 
 
-def test_operations_equal_those_of_real_tensors(tiny_config):
+@pytest.mark.parametrize("fusion", ["concatenate", "ot_attention"])
+def test_operations_equal_those_of_real_tensors(tiny_config, fusion):
     """Of the whole step with real weights, except for the fused attention, for which torch has no formula: eager."""
-    batch = Batch(tiny_config, ("image", "audio", "prefix"), 2, 8)
+    config = LlavaAudioConfig.from_dict(tiny_config.to_dict() | {"fusion": fusion})
+    batch = Batch(config, ("image", "audio", "prefix"), 2, 8, frames=2)
     stage = StageModel(LlavaAudioForConditionalGeneration, ("model.audio_projector",), ())
-    model = stage.select(LlavaAudioForConditionalGeneration._from_config(tiny_config, attn_implementation="eager"))
+    model = stage.select(LlavaAudioForConditionalGeneration._from_config(config, attn_implementation="eager"))
     with FlopCounterMode(display=False) as counter:
         step(model.train(), batch).backward()
-    used = trace_training_step(stage.on_meta(tiny_config, torch.float32, "eager"), batch)
+    used = trace_training_step(stage.on_meta(config, torch.float32, "eager"), batch)
     assert used.flops == counter.get_total_flops()
 
 
@@ -266,10 +284,10 @@ def test_a_small_stage_is_not_checked(tiny_config):
     assert check_memory(given, prefix_tune.stage_model(given, tiny_config), tiny_config) is None
 
 
-def test_a_stage_that_does_not_fit_is_refused(tiny_config, monkeypatch, caplog):
+def test_a_stage_that_does_not_fit_is_refused(tiny_config, tiny_model_dir, monkeypatch, caplog):
     monkeypatch.setattr(device, "SMALL", 0)
     monkeypatch.setattr(device, "available_memory", lambda _: (10**6, "the GPU"))
-    given = arguments(prefix_tune)
+    given = arguments(prefix_tune, "--base_model", str(tiny_model_dir))
     stage = prefix_tune.stage_model(given, tiny_config)
     with pytest.raises(
         ValueError, match=r"about .* GB of memory are needed .*, the GPU has 0\.0 GB; lower .* --force"
@@ -286,7 +304,13 @@ def test_a_stage_that_does_not_fit_is_refused(tiny_config, monkeypatch, caplog):
 def test_every_stage_checks_its_memory(run_dir, run_stage, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "SMALL", 0)
     monkeypatch.setattr(device, "available_memory", lambda _: (10, "the GPU"))
-    bases = {"prefix": "captioner", "aligned": "prefix", "distilled": "aligned", "supervised": "aligned"}
+    bases = {
+        "prefix": "captioner",
+        "aligned": "prefix",
+        "distilled": "aligned",
+        "supervised": "aligned",
+        "lavcap": "aligned",
+    }
     for name, base in bases.items():
         with pytest.raises(ValueError, match="the GPU has 0.0 GB"):
             run_stage(name, run_dir / base, tmp_path / name)
@@ -304,7 +328,7 @@ def test_the_stage_is_that_of_the_file_name(tmp_path):
 
 def test_the_base_model_gives_its_configuration(tiny_model_dir):
     words = ["--base_model", str(tiny_model_dir)]
-    _, stage, config, origin = planned_stage("prefix_tune", CONFIGS / "full" / "prefix_tune.yaml", words)
+    _, stage, config, _, origin = planned_stage("prefix_tune", CONFIGS / "full" / "prefix_tune.yaml", words)
     assert config.text_config.hidden_size == 32 and str(tiny_model_dir) in origin
     assert stage.trained == ("model.prefix",)
 
