@@ -4,10 +4,12 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, pipeline
 
 from dali_llava.cli import main as command_line
 from dali_llava.modeling import LlavaAudioConfig, LlavaAudioForConditionalGeneration
@@ -159,7 +161,7 @@ def test_audio_tower_in_full_and_frozen_language_model(run_stage, run_dir, tmp_p
 
 
 def test_captions_are_the_same_from_every_entrance(adapted, media_dir, tmp_path, capsys, monkeypatch):
-    """The command line on the stage and on the merged model, and the Auto classes on both."""
+    """The command line on the stage and on the merged model; `generate` and the pipelines with the Auto classes."""
     _, folder = adapted
     merged = tmp_path / "merged"
     assert command_line(["merge", str(folder), str(merged)]) == 0
@@ -169,16 +171,26 @@ def test_captions_are_the_same_from_every_entrance(adapted, media_dir, tmp_path,
         assert command_line(["caption", str(model), str(media_dir / "clip.mp4"), "--max-new-tokens", "8"]) == 0
         said.append(capsys.readouterr().out.strip().partition("\t")[2])
     assert said[0] == said[1]
-    from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
-
     model = AutoModelForImageTextToText.from_pretrained(merged, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(merged, trust_remote_code=True)
     assert model.generation_config.num_beams == 4
     state, merged_state = load(folder).state_dict(), model.state_dict()
     assert state.keys() == merged_state.keys()
     assert all(torch.allclose(state[name], merged_state[name], atol=1e-6) for name in state)
-    asked = pipeline("image-text-to-text", model=model, processor=processor)
-    assert asked.model is model
+    media = {"image": Image.new("RGB", (48, 48), "red"), "audio": np.sin(np.arange(16_000) / 5).astype(np.float32)}
+    for kinds in (("image", "audio"), ("audio",)):
+        content = [{"type": kind, kind: media[kind]} for kind in kinds]
+        chat = [{"role": "user", "content": [*content, {"type": "text", "text": processor.sound_prompt}]}]
+        text = processor.format_prompt(processor.sound_prompt, **dict.fromkeys(kinds, True))
+        given = {"images": media["image"]} if "image" in kinds else {}
+        inputs = processor(text=text, audio=media["audio"], return_tensors="pt", **given)
+        tokens = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        caption = processor.decode(tokens, skip_special_tokens=True)
+        for task in ("image-text-to-text", "any-to-any"):
+            (answer,) = pipeline(task, model=model, processor=processor)(
+                chat, max_new_tokens=8, return_full_text=False
+            )
+            assert answer["generated_text"].strip() == caption.strip() != ""
 
 
 @pytest.mark.parametrize(
