@@ -119,7 +119,8 @@ def group_by_sample(
     alone = [image for (own, _), fused in zip(by_sample, is_fused, strict=True) if not fused for image in own]
     inputs = None
     if samples:
-        no_audio, no_image = (clips or images)[0][:0], (images or clips)[0][:0]
+        # Detached, so that the fusion has as many outputs with a gradient as with images, whose tower is frozen.
+        no_audio, no_image = (clips or images)[0][:0], (images or clips)[0][:0].detach()
         inputs = FusionInputs.from_samples(
             [torch.cat([no_audio, *own_clips]) for _, own_clips in samples],
             [torch.cat([no_image, *own_images]) for own_images, _ in samples],

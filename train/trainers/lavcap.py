@@ -8,7 +8,6 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from dali_llava.modeling import LlavaAudioForConditionalGeneration
-from dali_llava.modeling.fusion_inputs import FusionInputs
 from dali_llava.train.arguments import AdapterArguments, CaptioningArguments, check_not_negative, parse_options
 from dali_llava.train.data.collators import IGNORED
 from dali_llava.train.losses import TokenAssignmentLoss
@@ -166,10 +165,13 @@ class LavcapModel(nn.Module):
             return found
         pairs, share = outputs.fusion_inputs, 0.0
         if pairs is not None:
-            share = len(pairs.audio_tokens) / len(labels)
-        else:  # every rank needs a gradient of the objective's parameters, through its forward pass
-            pairs = FusionInputs.from_samples([logits.new_zeros(1, 1)], [logits.new_zeros(1, 1)])
-        output = self.objective(*pairs.to_tuple())
+            share, pairs = len(pairs.audio_tokens) / len(labels), pairs.to_tuple()
+        else:
+            # On every rank, the objective's parameters need a gradient, and the backward pass must reach each module
+            # through the same number of outputs: ZeRO-3 gathers weights in the same order on all ranks.
+            token = 1 + 0 * outputs.audio_hidden_states[None, :1].float()
+            pairs = token, token
+        output = self.objective(*pairs)
         found.assignment_loss = share * output.loss
         found.logs = {"assignment_loss": found.assignment_loss.detach(), "scale": output.logs["scale"]}
         found.loss = caption_loss + self.ot_weight * found.assignment_loss
