@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 MARKER = "<!-- Written by `dali-llava card`"
 TASK = "audio-captioning"
 RECIPE_SUFFIXES = (".yaml", ".yml")
-# Stage of a results file -> how `stage.json` calls it, before a colon.
+# Name of a stage in `stage.json`, before a colon -> its name in a results file.
 STAGE_NAMES = {"prefix": "prefix", "align": "aligned", "distill": "distilled", "sft": "supervised"}
 STAGE_NAMES |= {"lavcap": "supervised"}
 # Arguments in `checkpoint.json` that the card shows.
@@ -50,7 +50,9 @@ class Training:
     config: str = ""
 
 
-def model_card(model: str | os.PathLike, results: Sequence[str | os.PathLike] = (), name: str | None = None):
+def model_card(
+    model: str | os.PathLike, results: Sequence[str | os.PathLike] = (), name: str | None = None
+) -> ModelCard:
     """
     The card of a model.
 
@@ -79,7 +81,7 @@ def model_card(model: str | os.PathLike, results: Sequence[str | os.PathLike] = 
     return _render(name, training, sources, list(zip(read, rows, strict=True)), recipe=False)
 
 
-def recipe_card(configs: Sequence[str | os.PathLike], name: str):
+def recipe_card(configs: Sequence[str | os.PathLike], name: str) -> ModelCard:
     """
     The card of a recipe, which has no weights.
 
@@ -113,8 +115,8 @@ def model_rows(results: Results, folder: Path, chain: Sequence[Stage], path: str
     """
     The rows of a model in a results file.
 
-    These are the rows with the objective and the stage of its `stage.json`, or else those with the name of its folder,
-    as `evaluate` names them. A file with rows of a single system is taken as that of a complete checkpoint.
+    These are the rows with the name of its folder, as `evaluate` names them, or else those with the objective and the
+    stage of its `stage.json`. The rows of a single system are taken as those of a complete checkpoint.
 
     Args:
         results: content of the file.
@@ -127,9 +129,10 @@ def model_rows(results: Results, folder: Path, chain: Sequence[Stage], path: str
     """
     rows = [row for row in results.rows if row.method == folder.resolve().name]
     if not rows and chain:
-        objectives = [stage.name.partition(":")[2] for stage in chain if ":" in stage.name]
-        stage = STAGE_NAMES.get(chain[0].name.partition(":")[0])
-        rows = [row for row in results.rows if row.stage == stage and row.method in objectives[:1]]
+        last = chain[0].name.partition(":")[0]
+        method = next((stage.name.partition(":")[2] for stage in chain if ":" in stage.name), last)
+        rows = [row for row in results.rows if row.stage == STAGE_NAMES.get(last)]
+        rows = [row for row in rows if row.method == method or row.stage == "prefix"]
     elif not rows and len({(row.method, row.stage) for row in results.rows}) == 1:
         rows = results.rows
     if not rows:
@@ -153,7 +156,7 @@ def write_card(card: ModelCard, path: str | os.PathLike, force: bool = False) ->
     if path.is_file() and not force and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{path}: not written by this command; choose another --out, or replace it with --force")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, card.content)
+    write_text(path, card.content.rstrip() + "\n")
 
 
 def _render(
@@ -163,7 +166,8 @@ def _render(
     results: list[tuple[Results, list[Row]]],
     recipe: bool,
 ) -> ModelCard:
-    corpora = dict.fromkeys(part.facts["dataset"] for part in training if part.facts.get("dataset") not in (None, "shards"))
+    named = (part.facts.get("dataset") for part in training)
+    corpora = list(dict.fromkeys(name for name in named if name not in (None, "shards")))
     licenses = sorted({source["license"] for source in sources if source.get("license")})
     data = ModelCardData(
         language="en",
@@ -174,10 +178,11 @@ def _render(
         license=None if not licenses else licenses[0] if len(licenses) == 1 else "other",
         license_name="-and-".join(licenses) if len(licenses) > 1 else None,
         base_model=[source["name"] for source in sources if "revision" in source] or None,
-        datasets=list(corpora) or None,
+        datasets=corpora or None,
         eval_results=[entry for result, rows in results for entry in eval_results(result.dataset, rows)] or None,
     )
     columns = ("kind", "name", "revision", "license", "license_from")
+    cells = [[str(source.get(column, "-")) for column in columns] for source in sources]
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -185,23 +190,12 @@ def _render(
         name=name,
         recipe=recipe,
         training=training,
-        corpora=list(corpora),
+        corpora=corpora,
         evaluated=[
-            {
-                "results": result,
-                "table": "\n".join(rows_table(rows)),
-                "reasons": "\n".join(reason_lines(rows)),
-            }
+            {"results": result, "table": "\n".join(rows_table(rows)), "reasons": "\n".join(reason_lines(rows))}
             for result, rows in results
         ],
-        parts="\n".join(
-            markdown_table(
-                ["part", "name", "revision", "licence", "read from"],
-                [[str(source.get(column, "-")) for column in columns] for source in sources],
-            )
-            if sources
-            else []
-        ),
+        parts="\n".join(markdown_table(["part", *columns[1:-1], "read from"], cells)) if cells else "",
     )
 
 
