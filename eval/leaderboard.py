@@ -26,22 +26,22 @@ INTRODUCTION = f"""\
 
 # Leaderboard
 
-The same methods, as this project measures them on AVWorld and as their papers report them on real corpora. Ours are means
-over seeds, ± half of the {LEVEL:.0%} interval (Student's t); the captioner is the same for all seeds, so the intervals leave
-out its variation. A dash is a figure that was not measured or not published. [Results](results.md) and [LAVCap](lavcap.md)
-describe our runs.
+The same methods, as this project measures them on AVWorld and as their papers report them on real corpora. Ours are
+means over seeds, ± half of the {LEVEL:.0%} interval (Student's t). The captioner is the same for all seeds, so the
+intervals leave out its variation. A dash is a figure that was not measured or not published. [Results](results.md) and
+[LAVCap](lavcap.md) describe our runs.
 
 **Comparable:** the order of the methods within a column.
 
 **Not comparable:**
 
-- Our columns with those of the papers. AVWorld's captions follow a grammar with few words, so its scores are high, and its
-  captioner has 1.1 million parameters. No model at full size was trained here.
+- Our columns with those of the papers. AVWorld's captions follow a grammar with few words, so its scores are high,
+  and its captioner has 1.1 million parameters. No model at full size was trained here.
 - Zero-shot with supervised systems.
 - Small differences between papers: some clips are no longer on YouTube, so the test sets differ.
 
-The names of DALI's objectives were missing from its tables in the version that was read. Its rows are named by the text of
-the paper and by the order of the tables.
+The names of DALI's objectives were missing from its tables in the version that was read. Its rows are named by the
+text of the paper and by the order of the tables.
 """
 
 
