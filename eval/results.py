@@ -183,10 +183,9 @@ def to_markdown(results: Results) -> str:
     """The content of results.md: a table of the rows, reasons for missing metrics, claims, and versions."""
     lines = [f"# Results on {results.dataset}", "", f"{results.seconds:.1f} seconds.", ""]
     if results.rows:
-        shown = shown_metrics(results.rows)
-        lines += markdown_table([*_COLUMNS, *shown], [_cells(row, shown) for row in results.rows])
+        lines += rows_table(results.rows)
         lines += ["", "Fractions in [0, 1], CIDEr-D in [0, 10]; a dash is a metric that did not run."]
-        lines += _reasons(results.rows)
+        lines += ["", *reasons] if (reasons := reason_lines(results.rows)) else []
     if results.claims:
         cells = [[claim.claim, claim.verdict, claim.measured] for claim in results.claims]
         lines += ["", "## Claims", "", *markdown_table(["claim", "verdict", "measured"], cells)]
@@ -210,7 +209,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
         for row in results.rows:
             table.add_row(*_cells(row, shown))
         console.print(table)
-        for line in _reasons(results.rows):
+        for line in reason_lines(results.rows):
             console.print(line, markup=False, highlight=False)
     if results.claims:
         table = Table("claim", "verdict", "measured", title="claims")
@@ -230,9 +229,17 @@ def _cells(row: Row, shown: Iterable[str]) -> list[str]:
     return [str(getattr(row, name)) for name in _COLUMNS] + ["-" if v is None else f"{v:.3f}" for v in values]
 
 
-def _reasons(rows: Iterable[Row]) -> list[str]:
+def reason_lines(rows: Iterable[Row]) -> list[str]:
+    """The lines of a Markdown list of the reasons for missing metrics and the remarks."""
     found = dict.fromkeys((name, text) for row in rows for name, text in row.reason.items() if text != NOT_MEASURED)
-    return ["", *(f"- {name}: {text}" for name, text in found)] if found else []
+    return [f"- {name}: {text}" for name, text in found]
+
+
+def rows_table(rows: Iterable[Row]) -> list[str]:
+    """The lines of a Markdown table of rows, with the metrics that have a value in at least one of them."""
+    rows = list(rows)
+    shown = shown_metrics(rows)
+    return markdown_table([*_COLUMNS, *shown], [_cells(row, shown) for row in rows])
 
 
 def markdown_table(header: list[str], rows: Iterable[list[str]]) -> list[str]:

@@ -51,7 +51,7 @@ def summary_markdown(runs: Sequence[Results]) -> str:
         systems = [system for system in tables[0] if system[-1] == split]
         shown = shown_metrics(table[system] for system in systems for table in tables)
         cells = [
-            [*system[:-1], *(_cell([table[system].metrics[name] for table in tables]) for name in shown)]
+            [*system[:-1], *(format_interval([table[system].metrics[name] for table in tables]) for name in shown)]
             for system in systems
         ]
         lines += ["", f"## {split}", "", *markdown_table(["method", "stage", "modality", *shown], cells)]
@@ -70,7 +70,8 @@ def _system(row: Row) -> tuple[str, str, str, str]:
     return row.method, row.stage, row.modality, row.split
 
 
-def _cell(values: Sequence[float | None]) -> str:
+def format_interval(values: Sequence[float | None]) -> str:
+    """The mean and half the width of its interval, the mean alone for one value, and a dash if a value is None."""
     if any(value is None for value in values):
         return "-"
     mean, half = interval(values)

@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": "plan the memory and the time of a stage",
     "ablate": "train and score the ablations of a method on AVWorld",
     "merge": "merge a stage with its base into one complete checkpoint",
+    "card": "write a model card from results and training state",
     "figures": "draw the figures of runs and summarise seeds in one table",
 }
 
