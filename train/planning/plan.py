@@ -89,7 +89,7 @@ def plan_stage(
         text_tokens: tokens of a question and its answer.
         clips: number of clips; by default `max_samples`, or the size of the paper's corpus.
         tflops: assumed throughput of a device, in 10^12 operations per second.
-        frames: number of images of a sample.
+        frames: number of images of a sample, in a stage that shows several.
 
     Raises:
         ValueError: an argument is out of its range, or the engine is unknown.
@@ -107,6 +107,8 @@ def plan_stage(
     dtype, attention = base_dtype(arguments, config), base_attention(arguments)
     chosen = ENGINES[engine]
     text = 0 if issubclass(stage.model_class, LlavaAudioTowers) else text_tokens
+    if not text or getattr(arguments, "frame", None) is not None:
+        frames = 1
     measurements, batches = [], [Batch(config, inputs, size, text, frames) for inputs in stage.samples]
     for batch in batches:
         model = stage.on_meta(config, dtype, attention)
@@ -125,7 +127,7 @@ def plan_stage(
     if steps is not None:
         plan.hours["training"] = steps * flops / gpus / tflops / 1e12 / 3600
     if hasattr(arguments, "caption_batch_size") and arguments.captions is None:
-        _add_captioning(plan, arguments, config, gpus, text_tokens, clips, tflops)
+        _add_captioning(plan, arguments, config, gpus, text_tokens, clips, tflops, frames)
     return plan
 
 
@@ -164,10 +166,10 @@ def _steps(arguments: StageArguments, clips: int | None, samples: int) -> int | 
     return ceil(arguments.num_train_epochs * ceil(batches / arguments.gradient_accumulation_steps))
 
 
-def _add_captioning(plan, arguments, config, gpus, text_tokens, clips, tflops) -> None:
+def _add_captioning(plan, arguments, config, gpus, text_tokens, clips, tflops, frames) -> None:
     """Add the captioning of the clips, which precedes the distillation. Each device holds the whole captioner."""
     size, new_tokens = arguments.caption_batch_size, arguments.caption_max_new_tokens
-    batch = Batch(config, ("image", "audio", "prefix"), size, text_tokens)
+    batch = Batch(config, ("image", "audio", "prefix"), size, text_tokens, frames)
     dtype = base_dtype(arguments, config)
     used, weights = trace_captioning(config, batch, dtype, new_tokens, base_attention(arguments))
     plan.captioning = {"weights": weights, "cache": used.cache, "activations": used.peak - used.cache}
