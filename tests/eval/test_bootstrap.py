@@ -25,7 +25,9 @@ def test_interval_of_a_mean():
     half = 1.96 * scores.std() / math.sqrt(len(scores))
     assert (low + high) / 2 == pytest.approx(scores.mean(), abs=0.1 * half)
     assert (high - low) / 2 == pytest.approx(half, rel=0.07)
-    reference = stats.bootstrap((scores,), np.mean, n_resamples=2000, method="percentile", rng=1).confidence_interval
+    reference = stats.bootstrap(
+        (scores,), np.mean, n_resamples=2000, method="percentile", random_state=np.random.default_rng(1)
+    ).confidence_interval
     assert (low, high) == pytest.approx(tuple(reference), abs=0.1 * half)
 
 
@@ -69,7 +71,9 @@ def test_many_clips_agree_with_the_normal_distribution_and_scipy():
     z = differences.sum() / math.sqrt((differences**2).sum())
     assert test.p_value == pytest.approx(2 * stats.norm.sf(abs(z)), abs=0.01) and 0.005 < test.p_value < 0.5
     assert test.effect_size == pytest.approx(differences.mean() / differences.std(ddof=1), rel=1e-9)
-    reference = stats.bootstrap((differences,), np.mean, n_resamples=2000, method="percentile", rng=1)
+    reference = stats.bootstrap(
+        (differences,), np.mean, n_resamples=2000, method="percentile", random_state=np.random.default_rng(1)
+    )
     half = 1.96 * differences.std() / math.sqrt(len(differences))
     assert test.interval == pytest.approx(tuple(reference.confidence_interval), abs=0.1 * half)
 

@@ -119,8 +119,12 @@ def test_tokens_are_the_captioners(captioner, tmp_path, tiny_config):
     side, audio = tiny_config.vision_config.image_size, tiny_config.audio_config
     pixels = torch.rand(2, 3, side, side, generator=generator)
     features = torch.randn(2, audio.max_length, audio.num_mel_bins, generator=generator)
-    assert torch.equal(towers.encode_image(pixels), model.encode_image(pixels))
-    assert torch.equal(towers.encode_audio(features), model.encode_audio(features))
+    # The place of weights in memory can select other kernels, which round differently in the last bit.
+    close = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(towers.encode_image(pixels), model.encode_image(pixels), **close)
+    torch.testing.assert_close(towers.encode_audio(features), model.encode_audio(features), **close)
+    for name, weight in towers.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("part", [LlavaAudioTowers, LlavaAudioOnlyForConditionalGeneration])
