@@ -1,5 +1,7 @@
 """Parts of the captioner: their parameters, the tensors that are read, and the stages that they write."""
 
+import copy
+
 import pytest
 import safetensors
 import torch
@@ -119,12 +121,10 @@ def test_tokens_are_the_captioners(captioner, tmp_path, tiny_config):
     side, audio = tiny_config.vision_config.image_size, tiny_config.audio_config
     pixels = torch.rand(2, 3, side, side, generator=generator)
     features = torch.randn(2, audio.max_length, audio.num_mel_bins, generator=generator)
-    # The place of weights in memory can select other kernels, which round differently in the last bit.
-    close = {"rtol": 0, "atol": 1e-5}
-    torch.testing.assert_close(towers.encode_image(pixels), model.encode_image(pixels), **close)
-    torch.testing.assert_close(towers.encode_audio(features), model.encode_audio(features), **close)
-    for name, weight in towers.state_dict().items():
-        assert torch.equal(weight, model.state_dict()[name]), name
+    # Copies have aligned weights. Those in a file may not be, and then other kernels round differently.
+    towers, model = copy.deepcopy(towers), copy.deepcopy(model)
+    assert torch.equal(towers.encode_image(pixels), model.encode_image(pixels))
+    assert torch.equal(towers.encode_audio(features), model.encode_audio(features))
 
 
 @pytest.mark.parametrize("part", [LlavaAudioTowers, LlavaAudioOnlyForConditionalGeneration])

@@ -156,4 +156,5 @@ def test_the_export_runs_in_a_fresh_process(write_llava, convert, tmp_path):
     script = "import sys; from dali_llava.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["export-llava", str(convert("llava", write_llava())), str(tmp_path / "back")]
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    other = [line for line in done.stderr.splitlines() if "import of cpp extensions" not in line]  # of torchao
+    assert (done.returncode, other) == (0, [])
