@@ -41,7 +41,7 @@ def test_distillation_also_plans_the_captioning(tiny_model_dir, capsys):
         (["no.yaml"], "no.yaml: its name does not start with a stage; give --stage"),
         (
             [PREFIX, "--stage", "aline"],
-            "stage: unknown stage 'aline'; known: prefix_tune, align, distill, ",
+            "stage: unknown stage 'aline'; known: prefix_tune, align, distill, sft, lavcap.",
         ),
         ([PREFIX, "--gpus", "0"], "gpus: must be positive, not 0"),
         ([PREFIX, "--gpu-memory", "-80"], "--gpu-memory: must be positive, not -80"),
